@@ -1,0 +1,133 @@
+"""Measure one job in this process: `python -m benchmark.measure JOB`, which run_benchmark.py starts afresh each time.
+
+Timed calls come first and alone; stages and denoising steps are timed in calls of their own, whose synchronisations
+would slow the others; the profiler comes last.
+"""
+
+from __future__ import annotations
+
+import gzip
+import shutil
+import sys
+import time
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+import recipes
+from benchmark import prompts
+from benchmark.job import Job
+from benchmark.memory import peak_bytes, reset_peak
+from export.package import PackageStore
+from recipes.dtype import torch_dtype
+from utils import checkpoints, environment, ranges, results
+from utils.compile_clock import CompileClock
+from utils.errors import run_command
+from utils.files import replacing
+from utils.image_metrics import difference
+from utils.request import Request
+from utils.timing import StageTimer, summary, synchronize, timed, warm_up
+
+_INSTRUMENTED_CALLS = 3
+_STAGE_NAMES = {"prompt_encoding": "text_encode", "decoding": "vae_decode", "postprocessing": "postprocess"}
+
+
+def measure(job: Job) -> dict[str, Any]:
+    """All figures of a result file but the ratio; writes the request's image, and the trace if one is asked for."""
+    device = torch.device(job.device)
+    started_at = datetime.now(UTC).isoformat(timespec="seconds")
+    machine = environment.capture(device, job.commit)
+    before = environment.device_state(device)
+
+    reset_peak(device)
+    pipe = checkpoints.load(job.checkpoint, torch_dtype(job.recipe), device, progress=False)
+    pipe.set_progress_bar_config(disable=True)
+    load_peak = peak_bytes(device)
+
+    def call(request: Request) -> list[Image.Image]:
+        return request.run(pipe)
+
+    def fresh(number: int) -> Request:
+        prompt = prompts.prompt(job.checkpoint, number)
+        return replace(job.request, prompt=prompt, seed=job.request.seed + 1000 + number * job.request.batch)
+
+    loaded = time.perf_counter()
+    applied = recipes.apply(pipe, job.recipe, PackageStore(job.cache_dir, job.build_packages))
+    start_s = 0.0
+
+    def warming(number: int) -> None:
+        nonlocal start_s
+        call(fresh(100 + number))
+        synchronize(device)
+        start_s = start_s or time.perf_counter() - loaded
+
+    with CompileClock(progress=True) as clock:
+        warm = warm_up(warming, device)
+    reset_peak(device)
+    bar = tqdm(range(job.runs), desc=job.name, unit=" runs")
+    latencies = [timed(lambda n=number: call(fresh(n)), device) for number in bar]
+    run_peak = peak_bytes(device)
+
+    timer = StageTimer(device)
+    with ranges.watch(pipe, timer.range):
+        for number in range(_INSTRUMENTED_CALLS):
+            call(fresh(job.runs + number))
+    (image, *_) = call(job.request)
+    image.save(job.image)
+    if job.trace is not None:
+        with ranges.annotate(pipe):
+            trace(lambda: call(fresh(0)), job.trace, job.trace_stacks, device)
+
+    steps = [1000 * seconds for seconds in timer.seconds["denoising_step"]]
+    stages = {name: round(1000 * median(timer.seconds[stage]), 3) for stage, name in _STAGE_NAMES.items()}
+    stages["denoise"] = round(sum(steps) / _INSTRUMENTED_CALLS, 3)
+    return {
+        "recipe": {"name": job.name, "hash": job.recipe.hash, "parent": job.parent, **job.recipe.to_dict()},
+        "applied": applied,
+        "lossless": recipes.is_lossless(job.recipe),
+        "checkpoint": job.checkpoint,
+        "request": {**vars(job.request), "image": None if job.request.image is None else job.request.image.name},
+        "latency_s": {"runs": latencies, **summary(latencies)},
+        "stages_ms": stages,
+        "denoise_step_ms": summary(steps),
+        "ratio_to_baseline": None,
+        "compile_s": round(clock.seconds, 3),
+        "start_s": round(start_s, 3),
+        "warmup_calls": len(warm),
+        "peak_memory_bytes": {"load": load_peak, "run": run_peak},
+        "image_difference": difference(image, Image.open(job.reference or job.image)),
+        "environment": {**machine, "before": before, "after": environment.device_state(device)},
+        "started_at": started_at,
+    }
+
+
+def trace(call: Any, path: Path, stacks: bool, device: torch.device) -> None:
+    """Profile one call and write a Chrome trace, gzipped where the name says so."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities, record_shapes=True, with_stack=stacks) as profile:
+        call()
+        synchronize(device)
+    with replacing(path) as temporary:
+        plain = temporary.with_suffix(".tmp")
+        profile.export_chrome_trace(str(plain))
+        opened = gzip.open if path.suffix == ".gz" else open
+        with plain.open("rb") as source, opened(temporary, "wb") as target:
+            shutil.copyfileobj(source, target)
+        plain.unlink()
+
+
+def main() -> None:
+    job = Job.from_json(sys.argv[1])
+    results.write(job.result, measure(job))
+
+
+if __name__ == "__main__":
+    run_command(main, debug="--debug" in sys.argv)

@@ -1,0 +1,75 @@
+"""The ladder in pictures: a waterfall of latencies, and what each rung drew."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from PIL import Image
+
+from utils import results
+
+_KEPT, _GAIN, _LOSS, _SKIPPED = "#4c78a8", "#54a24b", "#e45756", "#9a9a9a"
+_FROM_FIRST = 0.02  # of the axis, between a bar and its figures
+
+
+def waterfall(rungs: list[dict[str, Any]], path: Path) -> None:
+    """Seconds an image by rung: a bar each, what it gained (green) or lost (red) against its parent beside it."""
+    figure = Figure(figsize=(9, 0.42 * len(rungs) + 1.5), layout="constrained")
+    axes = figure.subplots()
+    medians = {r["recipe"]["name"]: r["latency_s"]["median"] for r in rungs if "skipped" not in r}
+    longest = max(medians.values())
+    for row, rung in enumerate(rungs):
+        name, parent = rung["recipe"]["name"], rung["recipe"]["parent"]
+        if name not in medians:
+            axes.text(_FROM_FIRST * longest, row, f"skipped: {rung['skipped']}", va="center", fontsize=8, color=_SKIPPED)
+            continue
+        now, before = medians[name], medians.get(parent, medians[name])
+        axes.barh(row, min(now, before), color=_KEPT, height=0.7)
+        axes.barh(row, abs(before - now), left=min(now, before), color=_GAIN if now < before else _LOSS, height=0.7)
+        ratio = rung["ratio_to_baseline"]
+        words = f"{now:.3f} s" + (f"   {ratio['value']:.2f}x" if ratio else "")
+        axes.text(max(now, before) + _FROM_FIRST * longest, row, words, va="center", fontsize=9)
+    axes.set_yticks(range(len(rungs)), [r["recipe"]["name"] for r in rungs])
+    axes.set_xlim(0, 1.25 * longest)
+    axes.invert_yaxis()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlabel("seconds an image (median); green: gained on the rung before, red: lost")
+    axes.set_title(_title(rungs), fontsize=10)
+    # A fixed date and salt: the same results give the same file.
+    metadata = {"Date": None} if path.suffix == ".svg" else None
+    with _fixed_svg_ids():
+        figure.savefig(path, dpi=150, metadata=metadata)
+
+
+def image_strip(rungs: list[dict[str, Any]], folder: Path, path: Path) -> None:
+    """What each measured rung drew of the same prompt and seed, side by side."""
+    drawn = [r for r in rungs if "skipped" not in r]
+    columns = min(6, len(drawn))
+    rows = -(-len(drawn) // columns)
+    figure = Figure(figsize=(1.9 * columns, 2.2 * rows + 0.5), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flat
+    for panel in panels:
+        panel.axis("off")
+    for panel, rung in zip(figure.axes, drawn, strict=False):
+        name = rung["recipe"]["name"]
+        picture = folder / Path(results.file_name(name, rung["request"])).with_suffix(".png").name
+        with Image.open(picture) as image:
+            panel.imshow(image.convert("RGB"))
+        panel.set_title(name, fontsize=8)
+    figure.suptitle(f"{_title(rungs)}, “{drawn[0]['request']['prompt']}”", fontsize=9)
+    figure.savefig(path, dpi=120)
+
+
+def _title(rungs: list[dict[str, Any]]) -> str:
+    first = next(r for r in rungs if "skipped" not in r)
+    random = ", random weights" if first["checkpoint"].startswith("random/") else ""
+    request = first["request"]
+    return f"{first['checkpoint']}{random}, {request['width']}x{request['height']}, {request['steps']} steps"
+
+
+def _fixed_svg_ids():
+    import matplotlib
+
+    return matplotlib.rc_context({"svg.hashsalt": "flux-fast"})

@@ -1,0 +1,134 @@
+"""Tables and pictures from result files, and from nothing else: `python -m benchmark.report`.
+
+In each folder of results: `ladder.md`, `ladder.svg`, `ladder.png` (a waterfall of the rungs) and `images.png`; and in
+README the tables between its markers `<!-- results: MACHINE/CHECKPOINT -->` and `<!-- end of results -->`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from recipes import LADDER
+from recipes.ladder import description
+from utils import results
+from utils.files import ROOT, replacing, write_text
+
+README = ROOT / "README.md"
+_BLOCK = re.compile(r"(<!-- results: (\S+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
+_RUNGS = [change.__name__ for change in LADDER]
+
+
+def load(folder: Path) -> list[dict[str, Any]]:
+    """A folder's ladder: the results of its rungs at the request that most of them have, in order."""
+    found = [results.read(path) for path in sorted(folder.glob("*.json"))]
+    rungs = [r for r in found if r["recipe"]["name"] in _RUNGS]
+    requests = [_size(r) for r in rungs]
+    most = max(requests, key=requests.count, default=None)
+    return sorted((r for r in rungs if _size(r) == most), key=lambda r: _RUNGS.index(r["recipe"]["name"]))
+
+
+def table(rungs: list[dict[str, Any]]) -> str:
+    """The ablation table in Markdown."""
+    first = next(r for r in rungs if "skipped" not in r)
+    lines = [
+        caption(first),
+        "",
+        "| rung | what it changes | s / image | speed-up, 95 % | step ms | VAE ms | compile s | peak GiB | PSNR dB | |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|---|",
+    ]
+    for rung in rungs:
+        name, what = rung["recipe"]["name"], description(rung["recipe"]["name"])
+        if "skipped" in rung:
+            lines.append(f"| {name} | {what} | | | | | | | | skipped: {rung['skipped']} |")
+        else:
+            lines.append(f"| {name} | {what} | " + " | ".join(cell(rung) for cell in _CELLS) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _ratio(r: dict[str, Any]) -> str:
+    ratio = r["ratio_to_baseline"]
+    return f"{ratio['value']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})" if ratio else ""
+
+
+def _psnr(r: dict[str, Any]) -> str:
+    difference = r["image_difference"]
+    return "equal" if difference["max_abs"] == 0 else f"{difference['psnr_db']:.1f}"
+
+
+_CELLS: tuple[Callable[[dict[str, Any]], str], ...] = (
+    lambda r: f"{r['latency_s']['median']:.3f}",
+    _ratio,
+    lambda r: f"{r['denoise_step_ms']['median']:.1f}",
+    lambda r: f"{r['stages_ms']['vae_decode']:.1f}",
+    lambda r: f"{r['compile_s']:.0f}" if r["compile_s"] else "",
+    lambda r: f"{r['peak_memory_bytes']['run'] / 2**30:.2f}",
+    _psnr,
+    lambda r: "" if r["lossless"] else "lossy",
+)
+
+
+def caption(result: dict[str, Any]) -> str:
+    """What the figures are of."""
+    request, machine = result["request"], result["environment"]
+    weights = " (random weights: times only, nothing is said of image quality)" if is_random(result) else ""
+    return (
+        f"`{result['checkpoint']}`{weights}, {request['width']}x{request['height']}, {request['steps']} steps, "
+        f"batch {request['batch']}, on {machine['device']}, {machine['cores']} cores, torch {machine['torch']}, "
+        f"median of {len(result['latency_s']['runs'])} runs."
+    )
+
+
+def is_random(result: dict[str, Any]) -> bool:
+    return result["checkpoint"].startswith("random/")
+
+
+def one_line(result: dict[str, Any]) -> str:
+    """A single measurement for the terminal."""
+    latency, step = result["latency_s"], result["denoise_step_ms"]
+    return (
+        f"{result['recipe']['name']}: {latency['median']:.3f} s an image (p10 {latency['p10']:.3f}, "
+        f"p90 {latency['p90']:.3f}), {step['median']:.1f} ms a step, compiled in {result['compile_s']:.0f} s"
+    )
+
+
+def write_folder(folder: Path) -> str:
+    """All of a folder's tables and pictures; returns the table."""
+    from benchmark import plots  # matplotlib: only where something is drawn
+
+    rungs = load(folder)
+    text = table(rungs)
+    write_text(folder / "ladder.md", text)
+    for suffix in ("svg", "png"):
+        with replacing(folder / f"ladder.{suffix}") as temporary:
+            plots.waterfall(rungs, temporary)
+    with replacing(folder / "images.png") as temporary:
+        plots.image_strip(rungs, folder, temporary)
+    return text
+
+
+def with_tables(readme: str) -> str:
+    """README's text with the tables between its markers made anew."""
+
+    def block(match: re.Match) -> str:
+        return match[1] + "\n" + table(load(results.RESULTS / match[2])) + "\n" + match[3]
+
+    return _BLOCK.sub(block, readme)
+
+
+def _size(result: dict[str, Any]) -> tuple:
+    return tuple(result["request"][name] for name in ("height", "width", "batch", "steps"))
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    for folder in sorted({path.parent for path in results.RESULTS.glob("*/*/*@*.json")}):
+        print(f"{folder.relative_to(ROOT)}\n{write_folder(folder)}")
+    write_text(README, with_tables(README.read_text()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""Run jobs, each in a fresh process; climb the ladder, resumably, with the baseline timed at both ends."""
+
+from __future__ import annotations
+
+import functools
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+import recipes
+from benchmark.job import Job
+from recipes.ladder import description
+from recipes.recipe import Recipe
+from utils import environment, results
+from utils.errors import UserError
+from utils.files import ROOT, replacing
+from utils.timing import bootstrap_ratio
+
+THUMBNAIL = 256  # pixels, the longer side of the image kept beside a result
+
+
+@dataclass
+class Runner:
+    """Runs jobs that are like `template` but for recipe, name, parent and files, and keeps their results.
+
+    folder: where result files go. again: measure also what has a result already.
+    """
+
+    template: Job
+    folder: Path
+    command: str
+    again: bool = False
+    debug: bool = False
+
+    def one(self, name: str, recipe: Recipe, output: Path | None) -> dict[str, Any]:
+        """One recipe alone, without a baseline; its image goes to `output` too, at full size."""
+        with tempfile.TemporaryDirectory(prefix="flux-fast-") as scratch:
+            result, image = self._measure(recipes.Rung(name, None, recipe), Path(scratch) / "only", None)
+            if output is not None:
+                with Image.open(image) as full, replacing(output) as temporary:
+                    full.save(temporary)
+            return self._keep(name, result, image)
+
+    def ladder(self, baseline: str, report: Callable[[str], None]) -> list[str]:
+        """Every rung; returns the names of those that failed. Kept results are left as they are.
+
+        The baseline is measured at the beginning and at the end, and every ratio is formed with both.
+
+        Raises:
+            UserError: the baseline itself failed.
+        """
+        rungs = recipes.named()
+        if baseline not in rungs:
+            raise UserError(f"unknown baseline {baseline!r}: it is one of {', '.join(rungs)}")
+        with tempfile.TemporaryDirectory(prefix="flux-fast-") as scratch:
+            return self._climb(baseline, Path(scratch), report)
+
+    def _climb(self, baseline: str, scratch: Path, report: Callable[[str], None]) -> list[str]:
+        device = torch.device(self.template.device)
+        order = list(recipes.named())
+        bottom = recipes.Rung(baseline, None, recipes.named()[baseline])
+        measured: dict[str, dict[str, Any]] = {}
+        failed: list[str] = []
+
+        @functools.cache
+        def first() -> tuple[dict[str, Any], Path]:
+            report(f"{baseline}: the baseline, first time")
+            return self._measure(bottom, scratch / "first", None)
+
+        def keep(rung: recipes.Rung, result: dict[str, Any], image: Path) -> None:
+            measured[rung.name] = self._keep(rung.name, with_ratio(result, baseline, first()[0]), image)
+
+        def skip(rung: recipes.Rung) -> str | None:
+            """Measure the rung, unless its result is kept; why it is skipped, if it is."""
+            if order.index(rung.name) < order.index(baseline):
+                return f"below this ladder's baseline, {baseline}"
+            reason = recipes.refusal(rung.recipe, device) or recipes.not_timed(rung.recipe, device)
+            if reason is not None or self._is_kept(rung):
+                return reason
+            if rung.name == baseline:
+                keep(rung, *first())
+                return None
+            reference = first()[1]
+            report(f"{rung.name}: {description(rung.name)}")
+            try:
+                keep(rung, *self._measure(rung, scratch / rung.name, reference))
+            except UserError as error:
+                failed.append(rung.name)
+                return f"failed: {error}"
+            return None
+
+        for rung in recipes.climb(skip):
+            if rung.skipped is not None:
+                report(f"{rung.name}: skipped, {rung.skipped}")
+                self._keep_skipped(rung)
+        if not measured:
+            report("nothing to measure: every rung has its result or its reason; --again measures anew")
+            return failed
+        report(f"{baseline}: the baseline, second time")
+        last, _ = self._measure(bottom, scratch / "last", None)
+        for name, result in measured.items():
+            results.write(self._path(name), with_ratio(result, baseline, first()[0], last))
+        return failed
+
+    def _measure(
+        self, rung: recipes.Rung, scratch: Path, reference: Path | None
+    ) -> tuple[dict[str, Any], Path]:
+        """Result and image of one fresh process.
+
+        Raises:
+            UserError: with what it printed last.
+        """
+        scratch.mkdir(exist_ok=True)
+        job = replace(
+            self.template,
+            name=rung.name,
+            parent=rung.parent,
+            recipe=rung.recipe,
+            result=scratch / "result.json",
+            image=scratch / "image.png",
+            reference=reference,
+        )
+        command = [sys.executable, "-m", "benchmark.measure", job.to_json(), *(["--debug"] if self.debug else [])]
+        with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, errors="replace") as process:
+            last = _relay(process)
+        if process.returncode != 0:
+            raise UserError(last.removeprefix("error: ") or f"the process ended with code {process.returncode}")
+        result = results.read(job.result)
+        result["command"] = self.command
+        return result, job.image
+
+    def _path(self, name: str) -> Path:
+        return self.folder / results.file_name(name, vars(self.template.request))
+
+    def _keep(self, name: str, result: dict[str, Any], image: Path) -> dict[str, Any]:
+        path = self._path(name)
+        results.write(path, result)
+        with Image.open(image) as full, replacing(path.with_suffix(".png")) as temporary:
+            full.thumbnail((THUMBNAIL, THUMBNAIL))
+            full.save(temporary)
+        return result
+
+    def _keep_skipped(self, rung: recipes.Rung) -> None:
+        path = self._path(rung.name)
+        if path.exists() and results.read(path).get("skipped") == rung.skipped:
+            return
+        recipe = {"name": rung.name, "hash": rung.recipe.hash, "parent": rung.parent, **rung.recipe.to_dict()}
+        where = environment.capture(torch.device(self.template.device), self.template.commit)
+        request = {**vars(self.template.request), "image": None}
+        about = {"recipe": recipe, "checkpoint": self.template.checkpoint, "request": request, "environment": where}
+        results.write(path, {**about, "skipped": rung.skipped, "command": self.command})
+
+    def _is_kept(self, rung: recipes.Rung) -> bool:
+        """Whether the rung was measured already, with this recipe on this parent, and isn't to be measured again."""
+        path = self._path(rung.name)
+        if self.again or not path.exists():
+            return False
+        result = results.read(path)
+        same = (result["recipe"]["hash"], result["recipe"]["parent"]) == (rung.recipe.hash, rung.parent)
+        return same and "skipped" not in result and result["ratio_to_baseline"] is not None
+
+
+def with_ratio(result: dict[str, Any], baseline: str, *measurements: dict[str, Any]) -> dict[str, Any]:
+    """`result` with its speed relative to the baseline's measurements of the same invocation, pooled."""
+    runs = [seconds for measurement in measurements for seconds in measurement["latency_s"]["runs"]]
+    ratio = bootstrap_ratio(runs, result["latency_s"]["runs"])
+    return {**result, "ratio_to_baseline": {**ratio, "baseline": baseline, "baseline_runs": runs}}
+
+
+def _relay(process: subprocess.Popen) -> str:
+    """Pass a process's stderr on as it comes, progress bars included; its last line."""
+    assert process.stderr is not None
+    text = ""
+    while chunk := process.stderr.read(1):
+        sys.stderr.write(chunk)
+        text = (text + chunk)[-4000:]
+        if chunk in "\r\n":
+            sys.stderr.flush()
+    lines = [line.strip() for line in text.replace("\r", "\n").splitlines() if line.strip()]
+    return lines[-1] if lines else ""
+
+
+def command_text() -> str:
+    """The command as it was given, without the machine's paths."""
+    return shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])

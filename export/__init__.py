@@ -1,0 +1,1 @@
+"""Ahead-of-time packages (.pt2): built with torch.export and AOTInductor, loaded instead of compiling."""

@@ -1,0 +1,79 @@
+"""One package: a module's graph, compiled for fixed input shapes, without the weights.
+
+The weights stay in the module and are bound to the loaded package by name, so that a package is small, and fits every
+checkpoint of the same architecture.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from recipes.recipe import Recipe
+from utils.compile_clock import compilation
+from utils.errors import UserError
+from utils.files import replacing
+
+
+def signature(args: tuple, kwargs: dict[str, Any]) -> str:
+    """What a package is specialised to: every tensor's shape, dtype and device, and every other argument."""
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    words = [f"{x.dtype}{list(x.shape)}@{x.device.type}" if isinstance(x, torch.Tensor) else repr(x) for x in leaves]
+    return f"{spec}{words}"
+
+
+@dataclass
+class PackageStore:
+    """A folder of packages, named by what they are specialised to; `build`: whether to build what is missing."""
+
+    folder: Path = field(default_factory=lambda: Path.home() / ".cache" / "flux-fast")
+    build: bool = True
+
+    def path(self, part: str, module: nn.Module, recipe: Recipe, inputs: str) -> Path:
+        state = {name: (list(t.shape), str(t.dtype)) for name, t in module.state_dict().items()}
+        device = next(module.parameters()).device
+        machine = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+        key = json.dumps([part, state, recipe.to_dict(), inputs, torch.__version__, machine], sort_keys=True)
+        return self.folder / f"{part}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt2"
+
+    def get(self, part: str, module: nn.Module, recipe: Recipe, options: dict, args: tuple, kwargs: dict) -> Any:
+        """The loaded package for these inputs, its weights bound to the module's; built first if it isn't there.
+
+        Raises:
+            UserError: it isn't there, and `build` is off.
+        """
+        path = self.path(part, module, recipe, signature(args, kwargs))
+        if not path.exists():
+            if not self.build:
+                raise UserError(f"no package {path.name} in {self.folder}: run once without --use-cached-model to build it")
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with compilation(path.name):
+                _build(path, module, options, args, kwargs)
+        package = torch._inductor.aoti_load_package(str(path), run_single_threaded=True)
+        weights = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        names = set(package.get_constant_fqns())
+        missing = sorted(names - set(weights))
+        if missing:
+            raise UserError(f"{path.name} wants weights that the model lacks: {missing[0]} and {len(missing) - 1} more")
+        package.load_constants({n: weights[n].detach() for n in names}, check_full_update=True, user_managed=True)
+        return package
+
+
+def _build(path: Path, module: nn.Module, options: dict, args: tuple, kwargs: dict) -> None:
+    exported = torch.export.export(module, args, kwargs, strict=False)
+    configuration = {
+        **options,
+        "aot_inductor.package_constants_in_so": False,
+        "always_keep_tensor_constants": True,
+        # Inductor's C++ GEMMs repack weights while compiling, into constants that only a package with weights can hold.
+        "max_autotune_gemm_backends": "ATEN,TRITON",
+    }
+    with replacing(path) as temporary:
+        torch._inductor.aoti_compile_and_package(exported, package_path=str(temporary), inductor_configs=configuration)

@@ -1,0 +1,86 @@
+"""Put a recipe into effect on a pipeline."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from diffusers import DiffusionPipeline
+
+from export.package import PackageStore
+from recipes import attention, channels_last, dtype, execution, float8, fused_qkv, scheduler_sync, step_cache
+from recipes.ladder import NOT_PAYING, Rung, climb, command_line_name
+from recipes.optimization import Optimization
+from recipes.recipe import Recipe, RecipeError
+
+# In the order of application: what changes weights before what is compiled over them.
+OPTIMIZATIONS: tuple[Optimization, ...] = (
+    dtype.OPTIMIZATION,
+    scheduler_sync.OPTIMIZATION,
+    attention.OPTIMIZATION,
+    fused_qkv.OPTIMIZATION,
+    channels_last.OPTIMIZATION,
+    float8.OPTIMIZATION,
+    step_cache.OPTIMIZATION,
+    execution.OPTIMIZATION,
+)
+_MARK = "_applied_recipe"
+
+
+def apply(pipe: DiffusionPipeline, recipe: Recipe, packages: PackageStore | None = None) -> dict[str, str]:
+    """Change a Flux pipeline (diffusers' FluxPipeline or FluxKontextPipeline) in place to run as `recipe` says.
+
+    packages: where ahead-of-time packages lie (execution=aoti), by default in the user's cache.
+    Returns what was really applied, by field. All is checked first: on an error the pipeline is unchanged.
+
+    Raises:
+        RecipeError: the recipe can't be applied on the pipeline's device (the message names the reason and the
+            nearest recipe that can), or one was applied to this pipeline before.
+    """
+    if hasattr(pipe, _MARK):
+        raise RecipeError("a recipe was applied to this pipeline already: load the pipeline again")
+    check(recipe, pipe.device)
+    setattr(pipe, _MARK, recipe)
+    apply_by_field = {o.field: o.apply for o in OPTIMIZATIONS if o.requested(recipe)}
+    if "execution" in apply_by_field:
+        apply_by_field["execution"] = partial(apply_by_field["execution"], packages=packages or PackageStore())
+    return {field: apply_one(pipe, recipe) for field, apply_one in apply_by_field.items()}
+
+
+def check(recipe: Recipe, device: torch.device) -> None:
+    """Raise RecipeError, with the nearest recipe that can, unless `recipe` can be applied on `device`."""
+    reason = refusal(recipe, device)
+    if reason is not None:
+        name = command_line_name(nearest(recipe, device))
+        raise RecipeError(f"{reason}; the nearest recipe that runs here: --recipe {name}")
+
+
+def refusal(recipe: Recipe, device: torch.device) -> str | None:
+    """Why `recipe` can't run on `device`; None if it can."""
+    return next((reason for o in OPTIMIZATIONS if (reason := o.refusal(recipe, device))), None)
+
+
+def not_timed(recipe: Recipe, device: torch.device) -> str | None:
+    """Why timing `recipe` on `device` would mean nothing; None if it means something."""
+    return next((reason for o in OPTIMIZATIONS if o.requested(recipe) and (reason := o.not_timed(device))), None)
+
+
+def nearest(recipe: Recipe, device: torch.device) -> Recipe:
+    """`recipe` without what `device` refuses."""
+    for optimization in OPTIMIZATIONS:
+        if optimization.refusal(recipe, device):
+            recipe = recipe.without(optimization.field)
+    return recipe
+
+
+def is_lossless(recipe: Recipe) -> bool:
+    """Whether all of a recipe's optimizations keep the result up to rounding."""
+    return all(o.lossless(recipe) for o in OPTIMIZATIONS if o.requested(recipe))
+
+
+def fastest(device: torch.device) -> Recipe:
+    """The ladder's top on `device`: every rung that it supports and that pays there."""
+    def skip(rung: Rung) -> str | None:
+        return "does not pay" if rung.name in NOT_PAYING[device.type] else refusal(rung.recipe, device)
+
+    return [rung.recipe for rung in climb(skip) if rung.skipped is None][-1]

@@ -1,0 +1,35 @@
+"""torch.compile, whole graphs only, of the transformer and of the VAE's decoder.
+
+Regional by default: the double and the single block are compiled once each and used for all of them, so that compile
+time doesn't grow with depth. Inductor's flags are passed per compilation and set nothing in the process.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diffusers import DiffusionPipeline
+
+from recipes.recipe import Recipe
+
+# mode="max-autotune" of torch.compile without its CUDA graphs, written out because a call takes a mode or options.
+MAX_AUTOTUNE = {
+    "max_autotune": True,
+    "coordinate_descent_tuning": True,
+    "autotune_num_choices_displayed": 0,  # no tables of candidates on stderr
+}
+
+
+def inductor_options(recipe: Recipe) -> dict[str, Any]:
+    return {**(MAX_AUTOTUNE if recipe.max_autotune else {}), **recipe.inductor_flags.options()}
+
+
+def apply(pipe: DiffusionPipeline, recipe: Recipe) -> str:
+    # One compilation a shape: dynamic shapes cost speed, and a benchmark or a service has few shapes.
+    options: dict[str, Any] = {"fullgraph": True, "dynamic": False, "options": inductor_options(recipe)}
+    if recipe.compile_scope == "regional":
+        pipe.transformer.compile_repeated_blocks(**options)
+    else:
+        pipe.transformer.compile(**options)
+    pipe.vae.decoder.compile(**options)
+    return f"torch.compile, {recipe.compile_scope}, and the VAE's decoder"

@@ -1,0 +1,24 @@
+"""How the transformer and the VAE's decoder run: eagerly, compiled at the first call, or from packages built ahead."""
+
+from __future__ import annotations
+
+from diffusers import DiffusionPipeline
+
+from export import runtime
+from export.package import PackageStore
+from recipes import compile
+from recipes.optimization import Needs, Optimization
+from recipes.recipe import Recipe
+
+
+def _needs(recipe: Recipe) -> Needs:
+    return Needs(compiler=True)
+
+
+def _apply(pipe: DiffusionPipeline, recipe: Recipe, packages: PackageStore) -> str:
+    done = compile.apply(pipe, recipe) if recipe.execution == "compile" else runtime.attach(pipe, recipe, packages)
+    options = ", ".join(f"{name}={value}" for name, value in compile.inductor_options(recipe).items())
+    return f"{done}; {options}" if options else done
+
+
+OPTIMIZATION = Optimization(field="execution", needs=_needs, lossless=lambda recipe: True, apply=_apply)

@@ -1,0 +1,60 @@
+"""Dynamic float8 activations and float8 weights (e4m3) for the Linears of the transformer's blocks, through torchao.
+
+Through `Float8Tensor` itself: torchao's configuration would refuse a CPU, where it is right, only slow, and turns
+coordinate descent on for the whole process (`set_inductor_config`).
+
+Only the blocks' attention and feed-forward projections: the embedders, the AdaLN modulation and the output layers act
+on few tokens or set the scale of everything, and stay as they are."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from recipes.optimization import Needs, Optimization
+from recipes.recipe import Recipe
+
+_BLOCKS = ("transformer_blocks.", "single_transformer_blocks.")
+_MODULATION = ("norm1.linear", "norm1_context.linear", "norm.linear")
+
+
+def is_quantized(module: nn.Module, name: str) -> bool:
+    """Whether the submodule `name` of the transformer is one of the Linears that go to float8."""
+    return isinstance(module, nn.Linear) and name.startswith(_BLOCKS) and not name.endswith(_MODULATION)
+
+
+def _needs(recipe: Recipe) -> Needs:
+    return Needs(capability=(8, 9), packages=("torchao",))
+
+
+def _not_timed(device: torch.device) -> str | None:
+    return "float8 on a CPU is emulated: right, but its time says nothing" if device.type == "cpu" else None
+
+
+def _apply(pipe: DiffusionPipeline, recipe: Recipe) -> str:
+    from torchao.float8.inference import Float8MMConfig
+    from torchao.quantization import Float8Tensor, PerRow, PerTensor
+    from torchao.quantization.quantize_.common import KernelPreference
+    from torchao.quantization.quantize_.workflows import QuantizeTensorToFloat8Kwargs
+
+    granularity = PerRow() if recipe.quantization == "float8_per_row" else PerTensor()
+    # TORCH: plain torch._scaled_mm, which has a CPU path and which torch.export and Inductor know.
+    kernel = KernelPreference.TORCH
+    activation = QuantizeTensorToFloat8Kwargs(granularity=granularity, kernel_preference=kernel)
+    linears = [module for name, module in pipe.transformer.named_modules() if is_quantized(module, name)]
+    for linear in linears:
+        weight = Float8Tensor.from_hp(
+            linear.weight.detach(),
+            granularity=granularity,
+            mm_config=Float8MMConfig(use_fast_accum=True),
+            kernel_preference=kernel,
+            act_quant_kwargs=activation,
+        )
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+    return f"{recipe.quantization}, {len(linears)} Linears"
+
+
+OPTIMIZATION = Optimization(
+    field="quantization", needs=_needs, lossless=lambda recipe: False, apply=_apply, not_timed=_not_timed
+)

@@ -1,0 +1,186 @@
+"""The ablation ladder: one function a rung, each changing one field of its parent; and recipes by name."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import typing
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from recipes.recipe import FirstBlockCache, InductorFlags, Recipe, RecipeError
+
+
+def fp32(parent: Recipe) -> Recipe:
+    """Plain diffusers in float32, with the scheduler's device synchronisation that diffusers once had."""
+    return replace(parent, dtype="float32")
+
+
+def bf16(parent: Recipe) -> Recipe:
+    """Weights and activations in bfloat16."""
+    return replace(parent, dtype="bfloat16")
+
+
+def no_scheduler_sync(parent: Recipe) -> Recipe:
+    """The scheduler no longer waits for the device at the first step."""
+    return replace(parent, scheduler_sync_removal=True)
+
+
+def compiled(parent: Recipe) -> Recipe:
+    """torch.compile, fullgraph, of the transformer's blocks and the VAE's decoder."""
+    return replace(parent, execution="compile")
+
+
+def max_autotune(parent: Recipe) -> Recipe:
+    """Inductor's search over GEMM and convolution kernels."""
+    return replace(parent, max_autotune=True)
+
+
+def fused_qkv(parent: Recipe) -> Recipe:
+    """One GEMM for query, key and value."""
+    return replace(parent, fused_qkv=True)
+
+
+def channels_last(parent: Recipe) -> Recipe:
+    """channels_last memory format in the VAE."""
+    return replace(parent, channels_last=True)
+
+
+def fa3_fp8(parent: Recipe) -> Recipe:
+    """FlashAttention-3 in float8."""
+    return replace(parent, attention="fa3_fp8")
+
+
+def float8(parent: Recipe) -> Recipe:
+    """float8 weights and dynamic float8 activations, a scale per row, in the blocks' Linears."""
+    return replace(parent, quantization="float8_per_row")
+
+
+def inductor_flags(parent: Recipe) -> Recipe:
+    """1x1 convolutions as GEMMs, no epilogue fusion, coordinate descent in all directions."""
+    flags = InductorFlags(
+        conv_1x1_as_mm=True,
+        epilogue_fusion=False,
+        coordinate_descent_tuning=True,
+        coordinate_descent_check_all_directions=True,
+    )
+    return replace(parent, inductor_flags=flags)
+
+
+def aoti(parent: Recipe) -> Recipe:
+    """Ahead-of-time compiled packages instead of compiling at the first call."""
+    return replace(parent, execution="aoti")
+
+
+LADDER: tuple[Callable[[Recipe], Recipe], ...] = (
+    fp32,
+    bf16,
+    no_scheduler_sync,
+    compiled,
+    max_autotune,
+    fused_qkv,
+    channels_last,
+    fa3_fp8,
+    float8,
+    inductor_flags,
+    aoti,
+)
+
+# Rungs that the committed results show not to pay, by kind of device: not part of the default recipe there.
+NOT_PAYING = {"cpu": (), "cuda": ()}
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A rung as climbed: `skipped` is why its field isn't inherited by those after it."""
+
+    name: str
+    parent: str | None
+    recipe: Recipe
+    skipped: str | None = None
+
+
+def climb(skip: Callable[[Rung], str | None]) -> Iterator[Rung]:
+    """The ladder's rungs from the bottom, each on top of the last one that wasn't skipped.
+
+    skip(rung): why the rung is to be skipped, or None. A rung that its parent leaves without meaning (a compiler's
+    option where compiling was skipped) is skipped as well.
+    """
+    parent, below = None, Recipe()
+    for change in LADDER:
+        try:
+            rung = Rung(change.__name__, parent, change(below))
+            rung = replace(rung, skipped=skip(rung))
+        except RecipeError as error:
+            rung = Rung(change.__name__, parent, below, str(error))
+        yield rung
+        if rung.skipped is None:
+            parent, below = rung.name, rung.recipe
+
+
+def named() -> dict[str, Recipe]:
+    """The whole ladder's recipes by name, from the baseline to the fastest."""
+    return {rung.name: rung.recipe for rung in climb(lambda rung: None)}
+
+
+def description(name: str) -> str:
+    """What a rung does, in one sentence."""
+    (change,) = (change for change in LADDER if change.__name__ == name)
+    return (change.__doc__ or "").strip()
+
+
+def parse(text: str) -> Recipe:
+    """A recipe from the command line: a rung's name, fields after it as in "float8,attention=native".
+
+    A nested field is written as JSON: `inductor_flags={"epilogue_fusion":false}`, `cache={"threshold":0.1}`.
+
+    Raises:
+        RecipeError: unknown name, field or value.
+    """
+    name, *changes = _split(text)
+    recipes = named()
+    if name not in recipes:
+        close = difflib.get_close_matches(name, recipes, n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        raise RecipeError(f"unknown recipe {name!r}: {hint}There are {', '.join(recipes)}")
+    values = dict(_parse_change(change) for change in changes)
+    return replace(recipes[name], **values)
+
+
+def _split(text: str) -> list[str]:
+    """At commas outside braces."""
+    parts, depth = [""], 0
+    for character in text:
+        depth += (character == "{") - (character == "}")
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return parts
+
+
+def _parse_change(change: str) -> tuple[str, Any]:
+    name, equals, value = change.partition("=")
+    hints = typing.get_type_hints(Recipe)
+    if not equals or name not in hints:
+        raise RecipeError(f"{change!r} is not FIELD=VALUE with a FIELD among {', '.join(hints)}")
+    nested = {"inductor_flags": InductorFlags, "cache": FirstBlockCache}
+    if value in ("true", "false", "null"):
+        return name, json.loads(value)
+    if name in nested:
+        try:
+            return name, nested[name](**json.loads(value))
+        except (TypeError, ValueError) as error:
+            raise RecipeError(f"{name} takes a JSON object of its fields, not {value!r} ({error})") from None
+    return name, value
+
+
+def command_line_name(recipe: Recipe) -> str:
+    """The shortest text that `parse` turns into `recipe`."""
+    base, known = min(named().items(), key=lambda item: len(item[1].differences(recipe)))
+    changes = [base]
+    for name in known.differences(recipe):
+        value = asdict(recipe)[name]
+        changes.append(f"{name}={value if isinstance(value, str) else json.dumps(value, separators=(',', ':'))}")
+    return ",".join(changes)

@@ -1,0 +1,82 @@
+"""What every optimization says of itself, and what it needs."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import sysconfig
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+
+from recipes.recipe import Recipe, default
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What must be there: a kind of device, a CUDA compute capability at least, one of some packages, a compiler."""
+
+    device: str | None = None
+    capability: tuple[int, int] | None = None
+    packages: tuple[str, ...] = ()
+    compiler: bool = False
+
+    def missing(self, device: torch.device) -> str | None:
+        """What `device` and this Python lack, in words; None when nothing is missing."""
+        if self.device is not None and device.type != self.device:
+            return f"needs a {self.device} device, this is {device.type}"
+        if self.capability is not None and device.type == "cuda":
+            have = torch.cuda.get_device_capability(device)
+            if have < self.capability:
+                name = torch.cuda.get_device_name(device)
+                return f"needs compute capability {_dotted(self.capability)}, {name} has {_dotted(have)}"
+        if self.packages and not any(importlib.util.find_spec(package) for package in self.packages):
+            return f"needs the package {' or '.join(self.packages)}, not installed (see requirements-gpu.txt)"
+        return _missing_for_compiling(device) if self.compiler else None
+
+
+@dataclass(frozen=True)
+class Optimization:
+    """One field of the recipe and how it is put into effect.
+
+    needs(recipe): what this recipe's value of the field needs.
+    lossless(recipe): whether the result equals the plain one's up to rounding.
+    apply(pipe, recipe): changes the pipeline in place, returns what was really done in a few words (execution's takes
+        the store of packages too).
+    not_timed(device): why timing it on this device would mean nothing, if so.
+    always: applied for the default value too (a dtype has to be something).
+    """
+
+    field: str
+    needs: Callable[[Recipe], Needs]
+    lossless: Callable[[Recipe], bool]
+    apply: Callable[..., str]
+    not_timed: Callable[[torch.device], str | None] = lambda device: None
+    always: bool = False
+
+    def requested(self, recipe: Recipe) -> bool:
+        return self.always or getattr(recipe, self.field) != default(self.field)
+
+    def refusal(self, recipe: Recipe, device: torch.device) -> str | None:
+        """Why this recipe's value of the field can't be applied on `device`; None if it can."""
+        reason = self.needs(recipe).missing(device) if self.requested(recipe) else None
+        return f"{self.field}={getattr(recipe, self.field)} {reason}" if reason else None
+
+
+def _missing_for_compiling(device: torch.device) -> str | None:
+    """What Inductor lacks to build its kernels."""
+    if device.type == "cuda":
+        return None if importlib.util.find_spec("triton") else "needs the package triton, not installed"
+    if not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++")):
+        return "needs a C++ compiler: install g++"
+    if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
+        return "needs Python's C headers: install python3-dev"
+    return None
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return f"{capability[0]}.{capability[1]}"

@@ -1,0 +1,98 @@
+"""A recipe: everything that decides how a pipeline runs, as one frozen value."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import typing
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal
+
+from utils.errors import UsageError
+
+
+class RecipeError(UsageError):
+    """A recipe that contradicts itself or can't be applied here."""
+
+
+# These say how to compile, and mean nothing to an eager recipe.
+COMPILER_FIELDS = ("compile_scope", "max_autotune", "inductor_flags")
+
+
+@dataclass(frozen=True)
+class InductorFlags:
+    """torch._inductor.config entries for one compilation; None leaves PyTorch's default."""
+
+    conv_1x1_as_mm: bool | None = None
+    epilogue_fusion: bool | None = None
+    coordinate_descent_tuning: bool | None = None
+    coordinate_descent_check_all_directions: bool | None = None
+
+    def options(self) -> dict[str, bool]:
+        """Those that are set, as torch.compile's `options` takes them."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+@dataclass(frozen=True)
+class FirstBlockCache:
+    """Skip the other blocks while the first one's residual changes by less than `threshold` (diffusers' own cache)."""
+
+    threshold: float = 0.08
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The default is the plainest way to run: float32, eager, nothing fused.
+
+    Raises:
+        RecipeError: a value is not among a field's, or a field has no effect beside the others.
+    """
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    scheduler_sync_removal: bool = False
+    execution: Literal["eager", "compile", "aoti"] = "eager"
+    compile_scope: Literal["regional", "whole"] = "regional"
+    max_autotune: bool = False
+    fused_qkv: bool = False
+    channels_last: bool = False
+    attention: Literal["native", "cudnn", "fa3_fp8"] = "native"
+    quantization: Literal["none", "float8_per_row", "float8_per_tensor"] = "none"
+    inductor_flags: InductorFlags = InductorFlags()
+    cache: FirstBlockCache | None = None
+
+    def __post_init__(self) -> None:
+        for name, hint in typing.get_type_hints(Recipe).items():
+            value = getattr(self, name)
+            if typing.get_origin(hint) is Literal and value not in typing.get_args(hint):
+                raise RecipeError(f"{name} is one of {', '.join(typing.get_args(hint))}, not {value!r}")
+            if hint is bool and not isinstance(value, bool):
+                raise RecipeError(f"{name} is true or false, not {value!r}")
+        if self.execution == "eager":
+            idle = [name for name in COMPILER_FIELDS if getattr(self, name) != default(name)]
+            if idle:
+                raise RecipeError(f"{idle[0]} has no effect with execution=eager: use execution=compile or aoti")
+        if self.cache is not None and self.execution != "eager":
+            raise RecipeError("cache needs execution=eager: its decision at each step can't be compiled into one graph")
+
+    def differences(self, other: Recipe) -> list[str]:
+        """The names of the fields in which two recipes differ."""
+        return [f.name for f in fields(self) if getattr(self, f.name) != getattr(other, f.name)]
+
+    def without(self, name: str) -> Recipe:
+        """This recipe with field `name` at its default, and with it the fields that mean nothing then."""
+        names = (name, *COMPILER_FIELDS) if name == "execution" else (name,)
+        return replace(self, **{n: default(n) for n in names})
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @property
+    def hash(self) -> str:
+        """Twelve hex digits over the fields that differ from the default: a field added later changes no hash."""
+        values = {name: asdict(self)[name] for name in self.differences(Recipe())}
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def default(name: str) -> Any:
+    """The default of a recipe's field: what "off" means for it."""
+    return getattr(Recipe, name)

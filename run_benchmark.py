@@ -1,0 +1,74 @@
+#!/usr/bin/env python3
+"""Time recipes, one fresh process each: `python run_benchmark.py --checkpoint tiny --ladder` for all of them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from utils.quiet import quiet
+
+with quiet():
+    import recipes
+    from benchmark import report
+    from benchmark.job import Job
+    from benchmark.runner import Runner, command_text
+    from utils import command_line, environment, results
+    from utils.errors import UsageError, UserError, run_command
+    from utils.files import check_folder
+
+
+def parser() -> command_line.Parser:
+    parser = command_line.Parser(description=__doc__)
+    command_line.add_options(parser)
+    parser.add_argument("--ladder", action="store_true", help="every rung, resumably, and the table and chart of them")
+    parser.add_argument("--baseline", help="the ladder's baseline (default: the checkpoint's)")
+    parser.add_argument("--again", action="store_true", help="measure rungs that have a result anew")
+    parser.add_argument("--runs", type=int, default=10, help="timed calls of each recipe")
+    parser.add_argument("--trace-file", type=Path, help="write a profiler trace of one call after the timing")
+    parser.add_argument("--trace-stacks", action="store_true", help="with Python stacks in the trace")
+    parser.add_argument("--results", type=Path, default=results.RESULTS, help="folder of result files")
+    parser.add_argument("--output", type=Path, help="also save the image here (without --ladder)")
+    parser.add_argument("--commit", help="the commit to record where no git is at hand")
+    return parser
+
+
+def main() -> None:
+    arguments = parser().parse_args()
+
+    def benchmark() -> None:
+        device = command_line.device(arguments)
+        checkpoint = command_line.checkpoint(arguments, device)
+        request = command_line.request(arguments, checkpoint)
+        if arguments.runs < 1:
+            raise UsageError(f"--runs {arguments.runs}: give at least 1")
+        if arguments.ladder and (arguments.trace_file or arguments.output or arguments.recipe):
+            raise UsageError("--recipe, --trace-file and --output are for one recipe: leave --ladder out")
+        for path in (arguments.trace_file, arguments.output):
+            if path is not None:
+                check_folder(path)
+        recipe, chosen = command_line.recipe(arguments, device)
+        folder = results.folder(arguments.results, environment.capture(device), checkpoint)
+        job = Job(
+            checkpoint, device.type, recipe, "", None, request, arguments.runs, arguments.cache_dir,
+            not arguments.use_cached_model, Path(), Path(), trace=arguments.trace_file,
+            trace_stacks=arguments.trace_stacks, commit=arguments.commit,
+        )  # fmt: skip
+        runner = Runner(job, folder, command_text(), arguments.again, arguments.debug)
+        if arguments.ladder:
+            print(f"{checkpoint} on {device.type}: the ladder, into {folder}", flush=True)
+            failed = runner.ladder(arguments.baseline or command_line.baseline(checkpoint), lambda line: print(line, flush=True))
+            print(report.write_folder(folder))
+            if failed:
+                raise UserError(f"failed rungs: {', '.join(failed)}")
+        else:
+            print(f"{checkpoint} on {device.type}, recipe {chosen}", flush=True)
+            recipes.check(recipe, device)
+            result = runner.one(recipes.command_line_name(recipe), recipe, arguments.output)
+            print(report.one_line(result))
+
+    run_command(benchmark, arguments.debug)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

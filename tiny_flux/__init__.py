@@ -1,0 +1,1 @@
+"""The embedded model's world: scenes, captions, checker, training and scoring."""

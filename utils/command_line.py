@@ -1,0 +1,102 @@
+"""The options that both scripts take, and what they make of them."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+import recipes
+from export.package import PackageStore
+from recipes.flux_fast_flags import add_flags, recipe_from_flags
+from recipes.recipe import Recipe
+from utils import checkpoints
+from utils.errors import UsageError
+from utils.request import Request
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors in one line, exit code 2."""
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"error: {message} (--help shows the options)\n")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What to run, and on what; shared by gen_image.py and run_benchmark.py."""
+    parser.add_argument("--checkpoint", help="hub id, folder, tiny, or random/flux-...; default: FLUX.1-schnell, tiny on a CPU")
+    parser.add_argument("--prompt", help="what to draw")
+    parser.add_argument("--recipe", help="a rung's name, with changes: float8,attention=native; default: the fastest here")
+    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--steps", type=int, help="denoising steps (default: the checkpoint's)")
+    parser.add_argument("--guidance", type=float, help="distilled guidance (default: the checkpoint's)")
+    parser.add_argument("--height", type=int, help="pixels, a multiple of 16")
+    parser.add_argument("--width", type=int, help="pixels, a multiple of 16")
+    parser.add_argument("--batch", type=int, default=1, help="images a call")
+    parser.add_argument("--image", type=Path, help="the image that Kontext edits")
+    parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto", help="auto: cuda if there is one")
+    parser.add_argument("--cache-dir", type=Path, default=PackageStore().folder, help="folder of ahead-of-time packages")
+    parser.add_argument("--use-cached-model", action="store_true", help="use packages that are there, build none")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add_flags(parser)
+
+
+def device(arguments: argparse.Namespace) -> torch.device:
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: PyTorch sees no CUDA device here; use --device cpu or auto")
+    wanted = arguments.device
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(wanted)
+
+
+def checkpoint(arguments: argparse.Namespace, where: torch.device) -> str:
+    return arguments.checkpoint or ("black-forest-labs/FLUX.1-schnell" if where.type == "cuda" else "tiny")
+
+
+def recipe(arguments: argparse.Namespace, where: torch.device) -> tuple[Recipe, str]:
+    """The recipe and how it was chosen, for the first line printed."""
+    asked = recipe_from_flags(arguments)
+    if asked is not None and arguments.recipe:
+        raise UsageError("--recipe and flux-fast's flags both choose a recipe: give one of them")
+    if asked is not None:
+        return asked, f"{recipes.command_line_name(asked)} (from flux-fast's flags)"
+    if arguments.recipe:
+        return recipes.parse(arguments.recipe), arguments.recipe
+    fastest = recipes.fastest(where)
+    return fastest, f"{recipes.command_line_name(fastest)} (the fastest on this machine)"
+
+
+def request(arguments: argparse.Namespace, checkpoint: str) -> Request:
+    """Options not given are the checkpoint's defaults.
+
+    Raises:
+        UsageError: a value is out of range, or Kontext was given no image, or another checkpoint was given one.
+    """
+    known = checkpoints.defaults(checkpoint)
+    if known.takes_image and arguments.image is None:
+        raise UsageError(f"{checkpoint} edits an image: give one with --image")
+    if arguments.image is not None and not known.takes_image:
+        raise UsageError(f"{checkpoint} takes no image: leave --image out, or use FLUX.1-Kontext-dev")
+
+    def given(name: str) -> float:
+        value = getattr(arguments, name)
+        return getattr(known, name) if value is None else value
+
+    return Request(
+        prompt=known.prompt if arguments.prompt is None else arguments.prompt,
+        height=given("height"),
+        width=given("width"),
+        steps=given("steps"),
+        guidance=given("guidance"),
+        max_sequence_length=known.max_sequence_length,
+        batch=arguments.batch,
+        seed=arguments.seed,
+        image=arguments.image,
+    )
+
+
+
+def baseline(checkpoint: str) -> str:
+    return checkpoints.defaults(checkpoint).baseline

@@ -1,0 +1,66 @@
+"""Errors a user can act on, and how a command ends on them: one line, exit code 2 (usage) or 1 (failure)."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable
+
+import torch
+
+
+class UserError(Exception):
+    """Something failed; the message says what, and what to do about it."""
+
+    exit_code = 1
+
+
+class UsageError(UserError):
+    """What was asked for is wrong or can't be had here."""
+
+    exit_code = 2
+
+
+def one_line(error: BaseException) -> str:
+    """An exception's first line that says something."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def run_command(main: Callable[[], None], debug: bool) -> None:
+    """Run a command's body; print what it raises as one line on stderr, with its traceback if `debug`.
+
+    Raises:
+        SystemExit: with 2 after a UsageError, 130 after Ctrl-C, 1 after any other error.
+    """
+    try:
+        with warnings.catch_warnings():
+            if not debug:
+                warnings.simplefilter("ignore")  # libraries' own, which a user can do nothing about
+            main()
+    except KeyboardInterrupt:
+        _fail("interrupted; nothing half-written was left behind", 130)
+    except Exception as error:
+        if debug:
+            raise
+        if isinstance(error, UserError):
+            _fail(str(error), error.exit_code)
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+            _fail(out_of_memory(), 1)
+        _fail(f"{type(error).__name__}: {one_line(error)} (--debug shows the traceback)", 1)
+
+
+def out_of_memory() -> str:
+    """What to do when memory ran out, with the peak where the device knows it."""
+    peak = ""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        peak = f" (peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB on {torch.cuda.get_device_name()})"
+    return (
+        f"out of memory{peak}: use a smaller --batch, --height and --width, "
+        "or a recipe with dtype=bfloat16 or quantization=float8_per_row"
+    )
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(code) from None

@@ -1,0 +1,96 @@
+"""What a pipeline is asked for: one frozen value, checked before any weight is loaded."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+from utils.errors import UsageError
+
+MULTIPLE = 16  # pixels: 8 by the VAE, 2 by the packing of latents into tokens
+
+
+@dataclass(frozen=True)
+class Request:
+    """height and width in pixels; image i of a batch is drawn from seed + i.
+
+    Raises:
+        UsageError: a value is out of range, or `image` can't be read.
+    """
+
+    prompt: str
+    height: int
+    width: int
+    steps: int
+    guidance: float
+    max_sequence_length: int
+    batch: int = 1
+    seed: int = 42
+    image: Path | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("height", "width"):
+            value = getattr(self, name)
+            if value <= 0 or value % MULTIPLE:
+                below = max(MULTIPLE, value // MULTIPLE * MULTIPLE)
+                raise UsageError(f"--{name} {value} is not a positive multiple of {MULTIPLE}: try {below} or {below + MULTIPLE}")
+        for name in ("steps", "batch"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"--{name} {getattr(self, name)}: give at least 1")
+        if not 0 <= self.seed < 2**63 - self.batch:
+            raise UsageError(f"--seed {self.seed}: give a number from 0 to 2^63 - batch")
+        if not self.prompt.strip():
+            raise UsageError('the prompt is empty: say what to draw, as in --prompt "a red circle"')
+        if self.image is not None:
+            self.open_image()
+
+    def open_image(self) -> Image.Image:
+        assert self.image is not None
+        try:
+            with Image.open(self.image) as image:
+                return image.convert("RGB")
+        except FileNotFoundError:
+            raise UsageError(f"--image {self.image}: no such file") from None
+        except (OSError, ValueError, SyntaxError) as error:
+            raise UsageError(f"--image {self.image} can't be read as an image ({error})") from None
+
+    def arguments(self) -> dict[str, Any]:
+        """The pipeline call's keyword arguments. Noise is drawn on the CPU: the same image on every device."""
+        arguments: dict[str, Any] = {
+            "prompt": self.prompt,
+            "height": self.height,
+            "width": self.width,
+            "num_inference_steps": self.steps,
+            "guidance_scale": self.guidance,
+            "max_sequence_length": self.max_sequence_length,
+            "num_images_per_prompt": self.batch,
+            "generator": [torch.Generator("cpu").manual_seed(self.seed + i) for i in range(self.batch)],
+        }
+        if self.image is not None:
+            # Kontext would scale the output and the image to about a megapixel: take the sizes that were asked for.
+            arguments |= {"image": self.open_image(), "max_area": self.height * self.width, "_auto_resize": False}
+        return arguments
+
+    def run(self, pipe: DiffusionPipeline) -> list[Image.Image]:
+        return pipe(**self.arguments()).images
+
+    def with_steps(self, steps: int) -> Request:
+        return replace(self, steps=steps)
+
+
+def warn_of_cut_tokens(pipe: DiffusionPipeline, request: Request) -> None:
+    """Say on stderr how many of the prompt's tokens each text encoder won't see."""
+    limits = ((pipe.tokenizer_2, request.max_sequence_length, "T5"), (pipe.tokenizer, pipe.tokenizer_max_length, "CLIP"))
+    for tokenizer, limit, name in limits:
+        tokens = len(tokenizer(request.prompt, truncation=False, verbose=False).input_ids)
+        if tokens > limit:
+            print(
+                f"warning: the prompt has {tokens} {name} tokens, {limit} fit: the last {tokens - limit} were cut",
+                file=sys.stderr,
+            )

@@ -1,0 +1,46 @@
+"""Result files, schema 1: results/<machine>/<checkpoint>/<recipe>@<height>x<width>-b<batch>-s<steps>.json."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from utils.environment import machine_slug
+from utils.errors import UserError
+from utils.files import ROOT, write_text
+
+SCHEMA = 1
+RESULTS = ROOT / "results"
+
+
+def folder(root: Path, environment: dict[str, Any], checkpoint: str) -> Path:
+    """Where a checkpoint's results on a machine lie. A checkpoint's name keeps its last part: `flux-dev`, `tiny`."""
+    name = checkpoint.replace("black-forest-labs/", "").strip("/").replace("/", "-").lower()
+    return root / machine_slug(environment) / name
+
+
+def file_name(recipe: str, request: dict[str, Any]) -> str:
+    safe = recipe.replace("/", "-").replace('"', "")
+    return f"{safe}@{request['height']}x{request['width']}-b{request['batch']}-s{request['steps']}.json"
+
+
+def write(path: Path, result: dict[str, Any]) -> None:
+    """Whole or not at all; a result's keys keep their order."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps({"schema": SCHEMA, **result}, indent=1) + "\n")
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A result file.
+
+    Raises:
+        UserError: it isn't one of schema 1.
+    """
+    try:
+        result = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} can't be read as a result ({error}): delete it and run again") from None
+    if not isinstance(result, dict) or result.get("schema") != SCHEMA:
+        raise UserError(f"{path} is not a result of schema {SCHEMA}: move it out of the results folder")
+    return result
