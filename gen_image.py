@@ -16,21 +16,24 @@ with quiet():
     from utils import checkpoints, command_line
     from utils.compile_clock import CompileClock
     from utils.errors import run_command
-    from utils.files import check_folder, replacing
+    from utils.files import check_image_file, replacing
     from utils.request import warn_of_cut_tokens
 
 
 def parser() -> command_line.Parser:
     parser = command_line.Parser(description=__doc__)
     command_line.add_options(parser)
-    parser.add_argument("--output", default="output.png", help="the image's file; with --batch, numbered from the second on")
+    output = Path("output.png")
+    parser.add_argument(
+        "--output", type=Path, default=output, help="the image's file; with --batch, output-1.png, ... too"
+    )
+    parser.add_argument("--trace-file", type=Path, help="has no effect here: run_benchmark.py writes traces")
     return parser
 
 
-def output_paths(output: str, batch: int) -> list[Path]:
+def output_paths(output: Path, batch: int) -> list[Path]:
     """output.png, output-1.png, output-2.png, ..."""
-    first = Path(output)
-    return [first, *(first.with_name(f"{first.stem}-{i}{first.suffix}") for i in range(1, batch))]
+    return [output, *(output.with_name(f"{output.stem}-{i}{output.suffix}") for i in range(1, batch))]
 
 
 def main() -> None:
@@ -45,7 +48,9 @@ def main() -> None:
         request = command_line.request(arguments, checkpoint)
         paths = output_paths(arguments.output, request.batch)
         for path in paths:
-            check_folder(path)
+            check_image_file(path)
+        if arguments.trace_file is not None:
+            print("warning: --trace-file has no effect here: run_benchmark.py writes traces", file=sys.stderr)
         recipes.check(recipe, device)
         pipe = checkpoints.load(checkpoint, torch_dtype(recipe), device)
         recipes.apply(pipe, recipe, PackageStore(arguments.cache_dir, build=not arguments.use_cached_model))
@@ -58,11 +63,12 @@ def main() -> None:
             with replacing(path) as temporary:
                 image.save(temporary)
         drawing = ended - loaded - clock.seconds
-        print(f"{', '.join(map(str, paths))}: loading {loaded - started:.1f} s, compiling {clock.seconds:.1f} s, ", end="")
-        print(f"drawing {drawing:.2f} s ({request.steps} steps, {request.width}x{request.height})")
+        what = f"{request.steps} steps, {request.width}x{request.height}"
+        times = f"loading {loaded - started:.1f} s, compiling {clock.seconds:.1f} s, drawing {drawing:.2f} s"
+        print(f"{', '.join(map(str, paths))}: {times} ({what})")
 
     run_command(generate, arguments.debug)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

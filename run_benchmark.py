@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from utils.quiet import quiet
@@ -15,7 +14,7 @@ with quiet():
     from benchmark.runner import Runner, command_text
     from utils import command_line, environment, results
     from utils.errors import UsageError, UserError, run_command
-    from utils.files import check_folder
+    from utils.files import check_folder, check_image_file
 
 
 def parser() -> command_line.Parser:
@@ -44,21 +43,25 @@ def main() -> None:
             raise UsageError(f"--runs {arguments.runs}: give at least 1")
         if arguments.ladder and (arguments.trace_file or arguments.output or arguments.recipe):
             raise UsageError("--recipe, --trace-file and --output are for one recipe: leave --ladder out")
-        for path in (arguments.trace_file, arguments.output):
-            if path is not None:
-                check_folder(path)
+        if arguments.trace_file is not None:
+            check_folder(arguments.trace_file)
+        if arguments.output is not None:
+            check_image_file(arguments.output)
         recipe, chosen = command_line.recipe(arguments, device)
         folder = results.folder(arguments.results, environment.capture(device), checkpoint)
         job = Job(
             checkpoint, device.type, recipe, "", None, request, arguments.runs, arguments.cache_dir,
             not arguments.use_cached_model, Path(), Path(), trace=arguments.trace_file,
-            trace_stacks=arguments.trace_stacks, commit=arguments.commit,
+            trace_stacks=arguments.trace_stacks, commit=arguments.commit, command=command_text(),
         )  # fmt: skip
-        runner = Runner(job, folder, command_text(), arguments.again, arguments.debug)
+        runner = Runner(job, folder, arguments.again, arguments.debug)
         if arguments.ladder:
             print(f"{checkpoint} on {device.type}: the ladder, into {folder}", flush=True)
-            failed = runner.ladder(arguments.baseline or command_line.baseline(checkpoint), lambda line: print(line, flush=True))
-            print(report.write_folder(folder))
+            failed = runner.ladder(
+                arguments.baseline or command_line.baseline(checkpoint), lambda line: print(line, flush=True)
+            )
+            report.write_folder(folder)
+            print(report.table(report.load(folder, vars(request))))
             if failed:
                 raise UserError(f"failed rungs: {', '.join(failed)}")
         else:
@@ -71,4 +74,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

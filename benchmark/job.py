@@ -13,7 +13,10 @@ from utils.request import Request
 
 @dataclass(frozen=True)
 class Job:
-    """`name` and `parent` are the rung's; `image` gets the request's image, `reference` is the baseline's image."""
+    """`name` and `parent` are the rung's; `image` gets the request's image, `reference` is the baseline's image.
+
+    command: what the user typed, for the record.
+    """
 
     checkpoint: str
     device: str
@@ -30,6 +33,7 @@ class Job:
     trace: Path | None = None
     trace_stacks: bool = False
     commit: str | None = None
+    command: str = ""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), default=str)

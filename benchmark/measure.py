@@ -9,9 +9,11 @@ from __future__ import annotations
 import gzip
 import shutil
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -20,19 +22,22 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-import recipes
-from benchmark import prompts
-from benchmark.job import Job
-from benchmark.memory import peak_bytes, reset_peak
-from export.package import PackageStore
-from recipes.dtype import torch_dtype
-from utils import checkpoints, environment, ranges, results
-from utils.compile_clock import CompileClock
-from utils.errors import run_command
-from utils.files import replacing
-from utils.image_metrics import difference
-from utils.request import Request
-from utils.timing import StageTimer, summary, synchronize, timed, warm_up
+from utils.quiet import quiet
+
+with quiet():
+    import recipes
+    from benchmark import prompts
+    from benchmark.job import Job
+    from benchmark.memory import peak_bytes, reset_peak
+    from export.package import PackageStore
+    from recipes.dtype import torch_dtype
+    from utils import checkpoints, environment, ranges, results
+    from utils.compile_clock import CompileClock
+    from utils.errors import run_command
+    from utils.files import replacing
+    from utils.image_metrics import difference
+    from utils.request import Request
+    from utils.timing import StageTimer, summary, synchronize, timed, warm_up
 
 _INSTRUMENTED_CALLS = 3
 _STAGE_NAMES = {"prompt_encoding": "text_encode", "decoding": "vae_decode", "postprocessing": "postprocess"}
@@ -71,7 +76,7 @@ def measure(job: Job) -> dict[str, Any]:
         warm = warm_up(warming, device)
     reset_peak(device)
     bar = tqdm(range(job.runs), desc=job.name, unit=" runs")
-    latencies = [timed(lambda n=number: call(fresh(n)), device) for number in bar]
+    latencies = [timed(partial(call, fresh(number)), device) for number in bar]
     run_peak = peak_bytes(device)
 
     timer = StageTimer(device)
@@ -103,6 +108,7 @@ def measure(job: Job) -> dict[str, Any]:
         "peak_memory_bytes": {"load": load_peak, "run": run_peak},
         "image_difference": difference(image, Image.open(job.reference or job.image)),
         "environment": {**machine, "before": before, "after": environment.device_state(device)},
+        "command": job.command,
         "started_at": started_at,
     }
 
@@ -115,13 +121,11 @@ def trace(call: Any, path: Path, stacks: bool, device: torch.device) -> None:
     with torch.profiler.profile(activities=activities, record_shapes=True, with_stack=stacks) as profile:
         call()
         synchronize(device)
-    with replacing(path) as temporary:
-        plain = temporary.with_suffix(".tmp")
-        profile.export_chrome_trace(str(plain))
-        opened = gzip.open if path.suffix == ".gz" else open
-        with plain.open("rb") as source, opened(temporary, "wb") as target:
+    opened = gzip.open if path.suffix == ".gz" else open
+    with tempfile.NamedTemporaryFile(suffix=".json") as plain, replacing(path) as temporary:
+        profile.export_chrome_trace(plain.name)
+        with open(plain.name, "rb") as source, opened(temporary, "wb") as target:
             shutil.copyfileobj(source, target)
-        plain.unlink()
 
 
 def main() -> None:

@@ -23,7 +23,9 @@ def waterfall(rungs: list[dict[str, Any]], path: Path) -> None:
     for row, rung in enumerate(rungs):
         name, parent = rung["recipe"]["name"], rung["recipe"]["parent"]
         if name not in medians:
-            axes.text(_FROM_FIRST * longest, row, f"skipped: {rung['skipped']}", va="center", fontsize=8, color=_SKIPPED)
+            axes.text(
+                _FROM_FIRST * longest, row, f"skipped: {rung['skipped']}", va="center", fontsize=8, color=_SKIPPED
+            )
             continue
         now, before = medians[name], medians.get(parent, medians[name])
         axes.barh(row, min(now, before), color=_KEPT, height=0.7)

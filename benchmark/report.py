@@ -15,6 +15,7 @@ from typing import Any
 from recipes import LADDER
 from recipes.ladder import description
 from utils import results
+from utils.errors import UserError, run_command
 from utils.files import ROOT, replacing, write_text
 
 README = ROOT / "README.md"
@@ -22,18 +23,24 @@ _BLOCK = re.compile(r"(<!-- results: (\S+) -->\n).*?(<!-- end of results -->)", 
 _RUNGS = [change.__name__ for change in LADDER]
 
 
-def load(folder: Path) -> list[dict[str, Any]]:
-    """A folder's ladder: the results of its rungs at the request that most of them have, in order."""
-    found = [results.read(path) for path in sorted(folder.glob("*.json"))]
+def load(folder: Path, request: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+    """A folder's ladder: the results of its rungs at `request`'s size, or at the size that most of them have."""
+    found = [results.read(path) for path in results.files(folder)]
     rungs = [r for r in found if r["recipe"]["name"] in _RUNGS]
-    requests = [_size(r) for r in rungs]
-    most = max(requests, key=requests.count, default=None)
-    return sorted((r for r in rungs if _size(r) == most), key=lambda r: _RUNGS.index(r["recipe"]["name"]))
+    sizes = [_size(r["request"]) for r in rungs]
+    size = _size(request) if request is not None else max(sizes, key=sizes.count, default=None)
+    return sorted((r for r in rungs if _size(r["request"]) == size), key=lambda r: _RUNGS.index(r["recipe"]["name"]))
 
 
 def table(rungs: list[dict[str, Any]]) -> str:
-    """The ablation table in Markdown."""
-    first = next(r for r in rungs if "skipped" not in r)
+    """The ablation table in Markdown.
+
+    Raises:
+        UserError: none of the rungs was measured.
+    """
+    first = next((r for r in rungs if "skipped" not in r), None)
+    if first is None:
+        raise UserError("no rung was measured: run `python run_benchmark.py --ladder` first")
     lines = [
         caption(first),
         "",
@@ -43,7 +50,8 @@ def table(rungs: list[dict[str, Any]]) -> str:
     for rung in rungs:
         name, what = rung["recipe"]["name"], description(rung["recipe"]["name"])
         if "skipped" in rung:
-            lines.append(f"| {name} | {what} | | | | | | | | skipped: {rung['skipped']} |")
+            reason = rung["skipped"].replace("|", r"\|")
+            lines.append(f"| {name} | {what} | | | | | | | | skipped: {reason} |")
         else:
             lines.append(f"| {name} | {what} | " + " | ".join(cell(rung) for cell in _CELLS) + " |")
     return "\n".join(lines) + "\n"
@@ -119,16 +127,17 @@ def with_tables(readme: str) -> str:
     return _BLOCK.sub(block, readme)
 
 
-def _size(result: dict[str, Any]) -> tuple:
-    return tuple(result["request"][name] for name in ("height", "width", "batch", "steps"))
+def _size(request: dict[str, Any]) -> tuple:
+    return tuple(request[name] for name in ("height", "width", "batch", "steps"))
 
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    for folder in sorted({path.parent for path in results.RESULTS.glob("*/*/*@*.json")}):
-        print(f"{folder.relative_to(ROOT)}\n{write_folder(folder)}")
+    for folder in sorted(path for path in results.RESULTS.glob("*/*") if path.is_dir()):
+        if any("skipped" not in rung for rung in load(folder)):
+            print(f"{folder.relative_to(ROOT)}\n{write_folder(folder)}")
     write_text(README, with_tables(README.read_text()))
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, debug=False)

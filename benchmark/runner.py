@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import os
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -20,11 +22,12 @@ from benchmark.job import Job
 from recipes.ladder import description
 from recipes.recipe import Recipe
 from utils import environment, results
-from utils.errors import UserError
+from utils.errors import UsageError, UserError
 from utils.files import ROOT, replacing
 from utils.timing import bootstrap_ratio
 
 THUMBNAIL = 256  # pixels, the longer side of the image kept beside a result
+_ERROR = "error: "  # how a command's last line begins when it fails
 
 
 @dataclass
@@ -36,7 +39,6 @@ class Runner:
 
     template: Job
     folder: Path
-    command: str
     again: bool = False
     debug: bool = False
 
@@ -55,18 +57,25 @@ class Runner:
         The baseline is measured at the beginning and at the end, and every ratio is formed with both.
 
         Raises:
-            UserError: the baseline itself failed.
+            UserError: the baseline is unknown, can't run here, or failed.
         """
-        rungs = recipes.named()
+        rungs = {rung.name: rung for rung in recipes.climb(self._refusal)}
         if baseline not in rungs:
-            raise UserError(f"unknown baseline {baseline!r}: it is one of {', '.join(rungs)}")
+            raise UsageError(f"unknown baseline {baseline!r}: it is one of {', '.join(rungs)}")
+        bottom = rungs[baseline]
+        if bottom.skipped is not None:
+            raise UsageError(f"the baseline {baseline} can't run here: {bottom.skipped}")
+        below = list(rungs)[: list(rungs).index(baseline)]
         with tempfile.TemporaryDirectory(prefix="flux-fast-") as scratch:
-            return self._climb(baseline, Path(scratch), report)
+            return self._climb(bottom, below, Path(scratch), report)
 
-    def _climb(self, baseline: str, scratch: Path, report: Callable[[str], None]) -> list[str]:
+    def _refusal(self, rung: recipes.Rung) -> str | None:
         device = torch.device(self.template.device)
-        order = list(recipes.named())
-        bottom = recipes.Rung(baseline, None, recipes.named()[baseline])
+        return recipes.refusal(rung.recipe, device) or recipes.not_timed(rung.recipe, device)
+
+    def _climb(self, bottom: recipes.Rung, below: list[str], scratch: Path, report: Callable[[str], None]) -> list[str]:
+        """`bottom` is the baseline; the rungs `below` it are climbed without being measured."""
+        baseline = bottom.name
         measured: dict[str, dict[str, Any]] = {}
         failed: list[str] = []
 
@@ -80,10 +89,10 @@ class Runner:
 
         def skip(rung: recipes.Rung) -> str | None:
             """Measure the rung, unless its result is kept; why it is skipped, if it is."""
-            if order.index(rung.name) < order.index(baseline):
-                return f"below this ladder's baseline, {baseline}"
-            reason = recipes.refusal(rung.recipe, device) or recipes.not_timed(rung.recipe, device)
-            if reason is not None or self._is_kept(rung):
+            reason = self._refusal(rung)
+            if reason is None and rung.name in below:
+                self._keep_skipped(replace(rung, skipped=f"below this ladder's baseline, {baseline}"))
+            if reason is not None or rung.name in below or self._is_kept(rung, baseline):
                 return reason
             if rung.name == baseline:
                 keep(rung, *first())
@@ -110,9 +119,7 @@ class Runner:
             results.write(self._path(name), with_ratio(result, baseline, first()[0], last))
         return failed
 
-    def _measure(
-        self, rung: recipes.Rung, scratch: Path, reference: Path | None
-    ) -> tuple[dict[str, Any], Path]:
+    def _measure(self, rung: recipes.Rung, scratch: Path, reference: Path | None) -> tuple[dict[str, Any], Path]:
         """Result and image of one fresh process.
 
         Raises:
@@ -128,24 +135,30 @@ class Runner:
             image=scratch / "image.png",
             reference=reference,
         )
-        command = [sys.executable, "-m", "benchmark.measure", job.to_json(), *(["--debug"] if self.debug else [])]
-        with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, errors="replace") as process:
+        # -P: modules come from this repository, not from the working directory, to which the job's paths are relative.
+        command = [sys.executable, "-P", "-m", "benchmark.measure", job.to_json(), *(["--debug"] if self.debug else [])]
+        environ = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
+        with subprocess.Popen(command, env=environ, stderr=subprocess.PIPE, text=True, errors="replace") as process:
             last = _relay(process)
+        if process.returncode < 0:
+            ended_by = signal.Signals(-process.returncode)
+            hint = " (the system's memory may have run out)" if ended_by == signal.SIGKILL else ""
+            raise UserError(f"{rung.name}: its process was ended by {ended_by.name}{hint}")
         if process.returncode != 0:
-            raise UserError(last.removeprefix("error: ") or f"the process ended with code {process.returncode}")
-        result = results.read(job.result)
-        result["command"] = self.command
-        return result, job.image
+            raise UserError(last.removeprefix(_ERROR) or f"the process ended with code {process.returncode}")
+        return results.read(job.result), job.image
 
     def _path(self, name: str) -> Path:
         return self.folder / results.file_name(name, vars(self.template.request))
 
     def _keep(self, name: str, result: dict[str, Any], image: Path) -> dict[str, Any]:
         path = self._path(name)
-        results.write(path, result)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # The image first: a result that is there is complete.
         with Image.open(image) as full, replacing(path.with_suffix(".png")) as temporary:
             full.thumbnail((THUMBNAIL, THUMBNAIL))
             full.save(temporary)
+        results.write(path, result)
         return result
 
     def _keep_skipped(self, rung: recipes.Rung) -> None:
@@ -156,16 +169,17 @@ class Runner:
         where = environment.capture(torch.device(self.template.device), self.template.commit)
         request = {**vars(self.template.request), "image": None}
         about = {"recipe": recipe, "checkpoint": self.template.checkpoint, "request": request, "environment": where}
-        results.write(path, {**about, "skipped": rung.skipped, "command": self.command})
+        results.write(path, {**about, "skipped": rung.skipped, "command": self.template.command})
 
-    def _is_kept(self, rung: recipes.Rung) -> bool:
-        """Whether the rung was measured already, with this recipe on this parent, and isn't to be measured again."""
+    def _is_kept(self, rung: recipes.Rung, baseline: str) -> bool:
+        """Whether the rung was measured already, with this recipe, parent and baseline, and isn't to be again."""
         path = self._path(rung.name)
         if self.again or not path.exists():
             return False
         result = results.read(path)
         same = (result["recipe"]["hash"], result["recipe"]["parent"]) == (rung.recipe.hash, rung.parent)
-        return same and "skipped" not in result and result["ratio_to_baseline"] is not None
+        ratio = result.get("ratio_to_baseline")
+        return same and ratio is not None and ratio["baseline"] == baseline
 
 
 def with_ratio(result: dict[str, Any], baseline: str, *measurements: dict[str, Any]) -> dict[str, Any]:
@@ -176,16 +190,20 @@ def with_ratio(result: dict[str, Any], baseline: str, *measurements: dict[str, A
 
 
 def _relay(process: subprocess.Popen) -> str:
-    """Pass a process's stderr on as it comes, progress bars included; its last line."""
+    """Pass a process's stderr on as it comes, progress bars included, but for its error's line; its last line."""
     assert process.stderr is not None
-    text = ""
-    while chunk := process.stderr.read(1):
-        sys.stderr.write(chunk)
-        text = (text + chunk)[-4000:]
-        if chunk in "\r\n":
+    line = shown = last = ""
+    while character := process.stderr.read(1):
+        line += character
+        if not line.startswith(_ERROR[: len(line)]):
+            sys.stderr.write(line[len(shown) :])
+            shown = line
+        if character in "\r\n":
             sys.stderr.flush()
-    lines = [line.strip() for line in text.replace("\r", "\n").splitlines() if line.strip()]
-    return lines[-1] if lines else ""
+            last = line.strip() or last
+            line = shown = ""
+    sys.stderr.write("\n" if shown else "")
+    return line.strip() or last
 
 
 def command_text() -> str:

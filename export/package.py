@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from recipes.recipe import Recipe
 from utils.compile_clock import compilation
@@ -39,7 +40,9 @@ class PackageStore:
     def path(self, part: str, module: nn.Module, recipe: Recipe, inputs: str) -> Path:
         state = {name: (list(t.shape), str(t.dtype)) for name, t in module.state_dict().items()}
         device = next(module.parameters()).device
-        machine = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+        machine = (
+            torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+        )
         key = json.dumps([part, state, recipe.to_dict(), inputs, torch.__version__, machine], sort_keys=True)
         return self.folder / f"{part}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt2"
 
@@ -52,18 +55,38 @@ class PackageStore:
         path = self.path(part, module, recipe, signature(args, kwargs))
         if not path.exists():
             if not self.build:
-                raise UserError(f"no package {path.name} in {self.folder}: run once without --use-cached-model to build it")
+                raise UserError(
+                    f"no package {path.name} in {self.folder}: run once without --use-cached-model to build it"
+                )
             self.folder.mkdir(parents=True, exist_ok=True)
             with compilation(path.name):
                 _build(path, module, options, args, kwargs)
         package = torch._inductor.aoti_load_package(str(path), run_single_threaded=True)
-        weights = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        weights = exported_tensors(module)
         names = set(package.get_constant_fqns())
         missing = sorted(names - set(weights))
         if missing:
             raise UserError(f"{path.name} wants weights that the model lacks: {missing[0]} and {len(missing) - 1} more")
         package.load_constants({n: weights[n].detach() for n in names}, check_full_update=True, user_managed=True)
         return package
+
+
+def exported_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    """A module's parameters and buffers by the names that torch.export gives them.
+
+    A tensor subclass, such as float8's weight with its scale, counts as its inner tensors, which export names as those
+    of a parametrization.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if is_traceable_wrapper_subclass(tensor):
+            owner, _, leaf = name.rpartition(".")
+            inner, _ = tensor.__tensor_flatten__()
+            parts = {f"{owner}.parametrizations.{leaf}.original{i}": getattr(tensor, n) for i, n in enumerate(inner)}
+            tensors |= parts
+        else:
+            tensors[name] = tensor
+    return tensors
 
 
 def _build(path: Path, module: nn.Module, options: dict, args: tuple, kwargs: dict) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, FluxTransformer2DModel
 
 from export.package import PackageStore
 from recipes import attention, channels_last, dtype, execution, float8, fused_qkv, scheduler_sync, step_cache
@@ -35,8 +35,10 @@ def apply(pipe: DiffusionPipeline, recipe: Recipe, packages: PackageStore | None
 
     Raises:
         RecipeError: the recipe can't be applied on the pipeline's device (the message names the reason and the
-            nearest recipe that can), or one was applied to this pipeline before.
+            nearest recipe that can), one was applied to this pipeline before, or it isn't a Flux pipeline.
     """
+    if not isinstance(getattr(pipe, "transformer", None), FluxTransformer2DModel):
+        raise RecipeError(f"recipes are for Flux pipelines: {type(pipe).__name__} has no FluxTransformer2DModel")
     if hasattr(pipe, _MARK):
         raise RecipeError("a recipe was applied to this pipeline already: load the pipeline again")
     check(recipe, pipe.device)
@@ -79,8 +81,10 @@ def is_lossless(recipe: Recipe) -> bool:
 
 
 def fastest(device: torch.device) -> Recipe:
-    """The ladder's top on `device`: every rung that it supports and that pays there."""
+    """The ladder's top on `device`: every rung that it supports (not merely emulates) and that pays there."""
+
     def skip(rung: Rung) -> str | None:
-        return "does not pay" if rung.name in NOT_PAYING[device.type] else refusal(rung.recipe, device)
+        pays_not = "does not pay" if rung.name in NOT_PAYING[device.type] else None
+        return pays_not or refusal(rung.recipe, device) or not_timed(rung.recipe, device)
 
     return [rung.recipe for rung in climb(skip) if rung.skipped is None][-1]

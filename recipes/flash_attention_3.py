@@ -1,8 +1,8 @@
 """FlashAttention-3 in float8 (e4m3), as a custom op that torch.compile and torch.export take whole.
 
-Source: Shah et al., arXiv 2407.08608; `flash_attn_func` of the `flash_attn_interface` module, Dao-AILab/flash-attention,
-folder `hopper`. Unlike huggingface/flux-fast, which casts unscaled, each (batch, head) gets its own scale, and its
-inverse goes to the kernel as descale.
+Source: Shah et al., arXiv 2407.08608; `flash_attn_func` of the module `flash_attn_interface`, folder `hopper` of
+Dao-AILab/flash-attention. Unlike huggingface/flux-fast, which casts unscaled, each (batch, head) gets its own scale,
+and its inverse goes to the kernel as descale.
 """
 
 from __future__ import annotations

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 from recipes.ladder import named
 from recipes.recipe import Recipe, default
 
-# Flag of flux-fast -> our option's destination, for those that take a value.
-_RENAMED = {"--ckpt": "checkpoint", "--num_inference_steps": "steps", "--output-file": "output"}
+# Flag of flux-fast -> our option's destination and type, for those that take a value.
+_RENAMED = {"--ckpt": ("checkpoint", str), "--num_inference_steps": ("steps", int), "--output-file": ("output", Path)}
 # Flag -> the recipe's field that it puts back to its default.
 _DISABLE = {
     "--disable_bf16": "dtype",
@@ -29,9 +31,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "flags of huggingface/flux-fast",
         "Any of --compile_export_mode and --disable_* starts from flux-fast's own recipe, which has everything on.",
     )
-    for flag, destination in _RENAMED.items():
-        kind = int if destination == "steps" else str
-        group.add_argument(flag, dest=destination, type=kind, default=argparse.SUPPRESS, help=f"same as --{destination}")
+    for flag, (destination, kind) in _RENAMED.items():
+        group.add_argument(
+            flag, dest=destination, type=kind, default=argparse.SUPPRESS, help=f"same as --{destination}"
+        )
     group.add_argument("--compile_export_mode", choices=_MODES, help="execution: compile, aoti or eager")
     for flag, field in _DISABLE.items():
         group.add_argument(flag, action="store_true", help=f"recipe: {field}={_text(default(field))}")
@@ -46,9 +49,11 @@ def recipe_from_flags(arguments: argparse.Namespace) -> Recipe | None:
     recipe = replace(named()["aoti"], compile_scope="whole")
     for field in off:
         recipe = recipe.without(field)
-    execution = _MODES[mode or "export_aoti"]
+    execution: Any = _MODES[mode or "export_aoti"]
     return recipe.without("execution") if execution == "eager" else replace(recipe, execution=execution)
 
 
 def _text(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else "torch's defaults" if not isinstance(value, str) else value
+    return (
+        str(value).lower() if isinstance(value, bool) else "torch's defaults" if not isinstance(value, str) else value
+    )

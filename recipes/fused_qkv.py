@@ -30,6 +30,4 @@ def _apply(pipe: DiffusionPipeline, recipe: Recipe) -> str:
     return f"{fused} projections fused, {freed} parameters freed"
 
 
-OPTIMIZATION = Optimization(
-    field="fused_qkv", needs=lambda recipe: Needs(), lossless=lambda recipe: True, apply=_apply
-)
+OPTIMIZATION = Optimization(field="fused_qkv", needs=lambda recipe: Needs(), lossless=lambda recipe: True, apply=_apply)

@@ -138,7 +138,7 @@ def parse(text: str) -> Recipe:
     Raises:
         RecipeError: unknown name, field or value.
     """
-    name, *changes = _split(text)
+    name, *changes = (part.strip() for part in _split(text))
     recipes = named()
     if name not in recipes:
         close = difflib.get_close_matches(name, recipes, n=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import typing
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
@@ -28,6 +29,11 @@ class InductorFlags:
     coordinate_descent_tuning: bool | None = None
     coordinate_descent_check_all_directions: bool | None = None
 
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if value is not None and not isinstance(value, bool):
+                raise RecipeError(f"inductor_flags: {name} is true, false or null, not {value!r}")
+
     def options(self) -> dict[str, bool]:
         """Those that are set, as torch.compile's `options` takes them."""
         return {name: value for name, value in asdict(self).items() if value is not None}
@@ -38,6 +44,13 @@ class FirstBlockCache:
     """Skip the other blocks while the first one's residual changes by less than `threshold` (diffusers' own cache)."""
 
     threshold: float = 0.08
+
+    def __post_init__(self) -> None:
+        if isinstance(self.threshold, bool) or not isinstance(self.threshold, (int, float)):
+            raise RecipeError(f"cache: threshold is a number, not {self.threshold!r}")
+        if not (math.isfinite(self.threshold) and self.threshold >= 0):
+            raise RecipeError(f"cache: threshold is 0 or more, not {self.threshold}")
+        object.__setattr__(self, "threshold", float(self.threshold))  # 0 and 0.0 are one recipe, with one hash
 
 
 @dataclass(frozen=True)
@@ -67,6 +80,10 @@ class Recipe:
                 raise RecipeError(f"{name} is one of {', '.join(typing.get_args(hint))}, not {value!r}")
             if hint is bool and not isinstance(value, bool):
                 raise RecipeError(f"{name} is true or false, not {value!r}")
+        if not isinstance(self.inductor_flags, InductorFlags):
+            raise RecipeError(f"inductor_flags takes a JSON object of its fields, not {self.inductor_flags!r}")
+        if not (self.cache is None or isinstance(self.cache, FirstBlockCache)):
+            raise RecipeError(f"cache is null or a JSON object of its fields, not {self.cache!r}")
         if self.execution == "eager":
             idle = [name for name in COMPILER_FIELDS if getattr(self, name) != default(name)]
             if idle:
@@ -89,7 +106,7 @@ class Recipe:
     @property
     def hash(self) -> str:
         """Twelve hex digits over the fields that differ from the default: a field added later changes no hash."""
-        values = {name: asdict(self)[name] for name in self.differences(Recipe())}
+        values = {name: asdict(self)[name] for name in self.differences(type(self)())}
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
 

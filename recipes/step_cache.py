@@ -17,6 +17,4 @@ def _apply(pipe: DiffusionPipeline, recipe: Recipe) -> str:
     return f"first-block cache, threshold {recipe.cache.threshold}"
 
 
-OPTIMIZATION = Optimization(
-    field="cache", needs=lambda recipe: Needs(), lossless=lambda recipe: False, apply=_apply
-)
+OPTIMIZATION = Optimization(field="cache", needs=lambda recipe: Needs(), lossless=lambda recipe: False, apply=_apply)

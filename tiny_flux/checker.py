@@ -18,6 +18,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -184,9 +185,9 @@ def _split_by_color(lab: np.ndarray, component: np.ndarray) -> Iterator[np.ndarr
         yield component
         return
     assigned = _nearest(pixels, np.stack(colors))
-    for index in range(len(colors)):
+    for color_index in range(len(colors)):
         part = np.zeros_like(component)
-        part[component] = assigned == index
+        part[component] = assigned == color_index
         yield from _components(part)
 
 
@@ -202,8 +203,8 @@ def _templates() -> dict[str, Template]:
     templates = {}
     for shape, mask in zip(scenes.SHAPES, images[:, 0].numpy() > 0.5, strict=True):
         rows, columns = np.nonzero(mask)
-        offset = tuple((float(v.mean()) + 0.5 - centre) / _TEMPLATE_RADIUS for v in (columns, rows))
-        templates[shape] = Template(mask, mask.sum() / _TEMPLATE_RADIUS**2, offset)
+        x, y = ((float(v.mean()) + 0.5 - centre) / _TEMPLATE_RADIUS for v in (columns, rows))
+        templates[shape] = Template(mask, mask.sum() / _TEMPLATE_RADIUS**2, (x, y))
     return templates
 
 
@@ -370,7 +371,7 @@ def _relations_clash(a: Description, b: Description, pairs: list[tuple[int, int]
 def _alterations(description: Description) -> Iterator[tuple[str, Description]]:
     """Every change of one claim; among like objects some are no contradiction."""
 
-    def with_object(index: int, **changes: object) -> Description:
+    def with_object(index: int, **changes: Any) -> Description:
         objects = list(description.objects)
         objects[index] = replace(objects[index], **changes)
         return replace(description, objects=tuple(objects))

@@ -58,7 +58,7 @@ class Pool:
     """`n` scenes with `k` captions each.
 
     background [n, 3], geometry [n, 4, 3], shape [n, 4] and color [n, 4, 3] as `scenes.draw` takes them;
-    t5_ids [n, k, 64] and clip_ids [n, k, 77] int16.
+    t5_ids [n, k, 64] and clip_ids [n, k, 77] int16; empty_t5 [64] and empty_clip [77] int16: the empty caption.
     """
 
     background: torch.Tensor
@@ -67,6 +67,8 @@ class Pool:
     color: torch.Tensor
     t5_ids: torch.Tensor
     clip_ids: torch.Tensor
+    empty_t5: torch.Tensor
+    empty_clip: torch.Tensor
 
     def __len__(self) -> int:
         return len(self.background)
@@ -79,10 +81,22 @@ class Pool:
         image = draw(self.background[index], self.geometry[index], self.shape[index].long(), self.color[index])
         return image * 2 - 1
 
-    def tokens(self, index: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        """One caption each, drawn at random: T5 ids [len(index), 64] and CLIP ids [len(index), 77], int64."""
+    def tokens(
+        self, index: torch.Tensor, generator: torch.Generator, empty: float = 0.0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One caption each, drawn at random, or with probability `empty` the empty one.
+
+        T5 ids [len(index), 64] and CLIP ids [len(index), 77], int64.
+        """
         which = torch.randint(self.t5_ids.shape[1], index.shape, generator=generator, device=index.device)
-        return self.t5_ids[index, which].long(), self.clip_ids[index, which].long()
+        t5_ids, clip_ids = self.t5_ids[index, which].long(), self.clip_ids[index, which].long()
+        drop = torch.rand(len(index), 1, generator=generator, device=index.device) < empty
+        empty_t5, empty_clip = self.empty(len(index))
+        return torch.where(drop, empty_t5, t5_ids), torch.where(drop, empty_clip, clip_ids)
+
+    def empty(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The empty caption's ids, `count` times."""
+        return self.empty_t5.long().expand(count, -1), self.empty_clip.long().expand(count, -1)
 
 
 def tokenize(tokenizer: T5Tokenizer | CLIPTokenizer, sentences: list[str], length: int) -> torch.Tensor:
@@ -121,4 +135,5 @@ def make_pool(size: int, captions: int, seed: int, clip: CLIPTokenizer, t5: T5To
 
     t5_ids = tokenize(t5, sentences, T5_LENGTH).view(size, captions, T5_LENGTH)
     clip_ids = tokenize(clip, sentences, CLIP_LENGTH).view(size, captions, CLIP_LENGTH)
-    return Pool(background, geometry, shape, color, t5_ids, clip_ids)
+    empty_t5, empty_clip = tokenize(t5, [""], T5_LENGTH)[0], tokenize(clip, [""], CLIP_LENGTH)[0]
+    return Pool(background, geometry, shape, color, t5_ids, clip_ids, empty_t5, empty_clip)

@@ -98,14 +98,14 @@ def combination(description: Description) -> tuple[tuple[int, str, str], ...]:
 
 
 def is_held_out(description: Description) -> bool:
-    """Whether this combination of objects is kept out of training: a fixed fifth, and every count of a held-out pair.
+    """Whether this combination of objects is kept out of training: a fixed fifth, whatever the counts.
 
     A single shape without a colour can't be held out: there are only six.
     """
     parts = combination(description)
     if len(parts) == 1 and parts[0][1] == "any":
         return False
-    key = "+".join(f"{color}-{shape}" for _, color, shape in parts)
+    key = "+".join(sorted(f"{color}-{shape}" for _, color, shape in parts))
     return random.Random(f"held out: {key}").random() < 0.2
 
 
@@ -178,7 +178,7 @@ def _place_things(description: Description, rng: random.Random) -> tuple[Thing, 
     for described in description.objects:
         # Like objects share colour and size, as "three red circles" suggests.
         color = described.color or rng.choice(list(COLORS))
-        size = described.size or rng.choice(sizes)
+        size: str = described.size or rng.choice(sizes)
         for _ in range(described.count):
             radius = rng.uniform(*SIZES[size])
             for _ in range(20):
@@ -214,7 +214,12 @@ def relation_of(first: Thing, second: Thing) -> Relation | None:
 
 def place_of(x: float, y: float) -> str:
     """The nearest of the nine places."""
-    return min(PLACES, key=lambda name: math.hypot(*(IMAGE_SIZE * f - v for f, v in zip(PLACES[name], (x, y)))))
+
+    def distance(name: str) -> float:
+        column, row = PLACES[name]
+        return math.hypot(IMAGE_SIZE * column - x, IMAGE_SIZE * row - y)
+
+    return min(PLACES, key=distance)
 
 
 def render(scenes: list[Scene], device: torch.device | str = "cpu") -> torch.Tensor:

@@ -91,7 +91,13 @@ def score(prompts: list[Prompt], images: list[Image.Image]) -> dict[str, Any]:
     for name in (*CATEGORIES, "all"):
         low, high = wilson(sum(right[name]), len(right[name]))
         accuracy = sum(right[name]) / len(right[name])
-        categories[name] = {"right": sum(right[name]), "of": len(right[name]), "accuracy": accuracy, "low": low, "high": high}
+        categories[name] = {
+            "right": sum(right[name]),
+            "of": len(right[name]),
+            "accuracy": accuracy,
+            "low": low,
+            "high": high,
+        }
     return {"categories": categories, "wrong": wrong}
 
 
@@ -132,7 +138,8 @@ def main() -> None:
         images = draw(pipe, prompts, steps, SEED, arguments.batch)
         result["steps"][str(steps)] = scored = score(prompts, images)
         for name, figures in scored["categories"].items():
-            print(f"{steps:3d} steps  {name:18s} {figures['accuracy']:6.1%}  ({figures['low']:.1%} to {figures['high']:.1%})")
+            interval = f"({figures['low']:.1%} to {figures['high']:.1%})"
+            print(f"{steps:3d} steps  {name:18s} {figures['accuracy']:6.1%}  {interval}")
         save_grid(prompts[:_GRID], images[:_GRID], arguments.output / f"first-16-at-{steps}-steps.png")
     write_text(arguments.output / "scores.json", json.dumps(result, indent=1) + "\n")
 

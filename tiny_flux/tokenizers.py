@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Iterable
@@ -11,6 +12,8 @@ from transformers import CLIPTokenizer, T5Tokenizer
 T5_LENGTH = 64  # tokens of a prompt, padding and end token included
 CLIP_LENGTH = 77
 
+_CLIP_VOCABULARY = 1024
+_END = "</w>"  # what CLIP writes behind the last piece of a word
 _PRINTABLE = [chr(code) for code in range(33, 127)]
 
 
@@ -30,7 +33,17 @@ def t5_tokenizer(corpus: Iterable[str]) -> T5Tokenizer:
 
 
 def clip_tokenizer(corpus: Iterable[str]) -> CLIPTokenizer:
-    """A byte-level BPE tokenizer as CLIP's, its merges learned from the corpus; unknown words fall to bytes."""
+    """A byte-level BPE tokenizer as CLIP's, its merges learned from the corpus; unknown words fall to bytes.
+
+    The same one for the same corpus in every process, without which a training run could not be resumed.
+    """
     # One-letter words of one and two bytes put every byte, also as the end of a word, into the alphabet.
-    letters = [chr(code) for code in range(33, 0x800)]
-    return CLIPTokenizer(model_max_length=CLIP_LENGTH).train_new_from_iterator([*corpus, *letters], vocab_size=1024)
+    sentences = [*corpus, *(chr(code) for code in range(33, 0x800))]
+    first = CLIPTokenizer().train_new_from_iterator(sentences, vocab_size=_CLIP_VOCABULARY)
+    # The trainer numbers the ends of words in the order of a hash table that differs from process to process, and lets
+    # these numbers decide between merges of the same frequency. As special tokens they get fixed ones.
+    ends = sorted(token for token in first.get_vocab() if token.endswith(_END) and len(token) == 1 + len(_END))
+    second = first.train_new_from_iterator(sentences, vocab_size=_CLIP_VOCABULARY, new_special_tokens=ends)
+    model = json.loads(second.backend_tokenizer.to_str())["model"]
+    merges = [tuple(pair) for pair in model["merges"]]
+    return CLIPTokenizer(vocab=model["vocab"], merges=merges, model_max_length=CLIP_LENGTH)

@@ -9,16 +9,20 @@ import difflib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, FluxKontextPipeline, FluxPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline, FluxKontextPipeline, FluxPipeline, FluxTransformer2DModel
 from diffusers.utils import logging as diffusers_logging
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
+from tqdm import tqdm
+from transformers import CLIPTextModel, T5EncoderModel
 from transformers.utils import logging as transformers_logging
 
 from utils import random_weights
-from utils.errors import UsageError, UserError, one_line
+from utils.errors import UsageError, UserError, is_out_of_memory, one_line
 from utils.files import ROOT
+from utils.quiet import quiet
 
 TINY_FOLDER = ROOT / "assets" / "tiny-flux"
 
@@ -70,6 +74,12 @@ CHECKPOINTS: dict[str, Defaults] = {
     "random/flux-kontext-dev": KONTEXT,
 }
 _RANDOM_SEED = 0
+_PARTS: dict[str, Any] = {
+    "transformer": FluxTransformer2DModel,
+    "text_encoder_2": T5EncoderModel,
+    "text_encoder": CLIPTextModel,
+    "vae": AutoencoderKL,
+}
 
 
 def defaults(checkpoint: str) -> Defaults:
@@ -102,33 +112,61 @@ def load(checkpoint: str, dtype: torch.dtype, device: torch.device, progress: bo
 
     Raises:
         UsageError: unknown checkpoint, or a gated one without a token.
-        UserError: weights missing or damaged.
+        UserError: it could not be downloaded, or weights are missing or damaged.
     """
     known = defaults(checkpoint)
     kind = FluxKontextPipeline if known.takes_image else FluxPipeline
-    transformers_logging.disable_progress_bar()  # it would break up diffusers' bar
-    diffusers_logging.enable_progress_bar() if progress else diffusers_logging.disable_progress_bar()
     if checkpoint.startswith("random/"):
-        return random_weights.build(kind, known.guidance > 0, dtype, device, _RANDOM_SEED, TINY_FOLDER)
-    source = str(TINY_FOLDER) if checkpoint == "tiny" else checkpoint
+        pipe = random_weights.build(kind, known.guidance > 0, dtype, device, _RANDOM_SEED, TINY_FOLDER)
+    else:
+        pipe = _from_pretrained(kind, checkpoint, dtype, progress).to(device)
+    pipe.set_progress_bar_config(disable=not progress, desc="denoising")
+    return pipe
+
+
+def _download(kind: type[DiffusionPipeline], checkpoint: str) -> str:
+    """The local folder of a hub id's files, downloaded where they aren't in the cache."""
     try:
-        pipe = kind.from_pretrained(source, torch_dtype=dtype)
+        with quiet():
+            return kind.download(checkpoint)
     except GatedRepoError:
         raise UsageError(
             f"{checkpoint} is gated: accept its licence on its Hugging Face page, then `hf auth login` or set HF_TOKEN"
         ) from None
-    except (RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, ConnectionError) as error:
-        raise UserError(f"could not download {checkpoint}: {one_line(error)}") from error
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, HfHubHTTPError) as error:
+        cause = one_line(error.__cause__ or error).rstrip(".")
+        raise UserError(f"{checkpoint} is not in the cache and could not be downloaded: {cause}") from error
+
+
+def _from_pretrained(
+    kind: type[DiffusionPipeline], checkpoint: str, dtype: torch.dtype, progress: bool
+) -> DiffusionPipeline:
+    """diffusers' own loading, part by part: only so does it tell of weights it didn't find and made up at random."""
+    folder = TINY_FOLDER if checkpoint == "tiny" else Path(checkpoint)
+    source = str(folder) if folder.exists() else _download(kind, checkpoint)
+    for library in (diffusers_logging, transformers_logging):
+        library.disable_progress_bar()  # theirs would break up ours
+    parts: dict[str, torch.nn.Module] = {}
+    try:
+        with quiet():
+            for name, part in tqdm(_PARTS.items(), desc="loading", unit=" models", disable=not progress):
+                parts[name], report = part.from_pretrained(
+                    source, subfolder=name, dtype=dtype, output_loading_info=True
+                )
+                missing = [*report["missing_keys"], *(n for n, p in parts[name].named_parameters() if p.is_meta)]
+                if missing:
+                    raise ValueError(f"{name} lacks {missing[0]}")
+            return kind.from_pretrained(source, **parts)
+    except Exception as error:  # damaged files end in whatever the library met first: KeyError, SafetensorError, ...
+        if is_out_of_memory(error):
+            raise
         raise UserError(f"could not load {checkpoint}: {one_line(error)}; are its files whole?") from error
-    pipe.set_progress_bar_config(disable=not progress, desc="denoising")
-    return pipe.to(device)
 
 
 def _read_json(folder: Path, name: str) -> dict:
     try:
-        return json.loads((folder / name).read_text())
-    except (OSError, ValueError):
+        return dict(json.loads((folder / name).read_text()))
+    except (OSError, ValueError, TypeError):
         raise UsageError(f"{folder} isn't a diffusers pipeline: {name} is missing or damaged") from None
 
 

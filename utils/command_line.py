@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 
@@ -19,15 +20,19 @@ from utils.request import Request
 class Parser(argparse.ArgumentParser):
     """Errors in one line, exit code 2."""
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message} (--help shows the options)\n")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """What to run, and on what; shared by gen_image.py and run_benchmark.py."""
-    parser.add_argument("--checkpoint", help="hub id, folder, tiny, or random/flux-...; default: FLUX.1-schnell, tiny on a CPU")
+    parser.add_argument(
+        "--checkpoint", help="hub id, folder, tiny, or random/flux-...; default: FLUX.1-schnell, tiny on a CPU"
+    )
     parser.add_argument("--prompt", help="what to draw")
-    parser.add_argument("--recipe", help="a rung's name, with changes: float8,attention=native; default: the fastest here")
+    parser.add_argument(
+        "--recipe", help="a rung's name, with changes: float8,attention=native; default: the fastest here"
+    )
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--steps", type=int, help="denoising steps (default: the checkpoint's)")
     parser.add_argument("--guidance", type=float, help="distilled guidance (default: the checkpoint's)")
@@ -36,7 +41,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=1, help="images a call")
     parser.add_argument("--image", type=Path, help="the image that Kontext edits")
     parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto", help="auto: cuda if there is one")
-    parser.add_argument("--cache-dir", type=Path, default=PackageStore().folder, help="folder of ahead-of-time packages")
+    parser.add_argument(
+        "--cache-dir", type=Path, default=PackageStore().folder, help="folder of ahead-of-time packages"
+    )
     parser.add_argument("--use-cached-model", action="store_true", help="use packages that are there, build none")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     add_flags(parser)
@@ -80,7 +87,7 @@ def request(arguments: argparse.Namespace, checkpoint: str) -> Request:
     if arguments.image is not None and not known.takes_image:
         raise UsageError(f"{checkpoint} takes no image: leave --image out, or use FLUX.1-Kontext-dev")
 
-    def given(name: str) -> float:
+    def given(name: str) -> Any:
         value = getattr(arguments, name)
         return getattr(known, name) if value is None else value
 
@@ -95,7 +102,6 @@ def request(arguments: argparse.Namespace, checkpoint: str) -> Request:
         seed=arguments.seed,
         image=arguments.image,
     )
-
 
 
 def baseline(checkpoint: str) -> str:

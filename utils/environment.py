@@ -28,10 +28,11 @@ def capture(device: torch.device, commit: str | None = None) -> dict[str, Any]:
     cuda = device.type == "cuda"
     versions = {name: _version(name) for name in _PACKAGES}
     return {
+        "device_type": device.type,
         "device": torch.cuda.get_device_name(device) if cuda else cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
-        "power_limit_w": _query_gpu("power.limit") if cuda else None,
-        "driver": _query_gpu("driver_version") if cuda else None,
+        "power_limit_w": _query_gpu("power.limit", device) if cuda else None,
+        "driver": _query_gpu("driver_version", device) if cuda else None,
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version() if cuda else None,
         **versions,
@@ -44,18 +45,19 @@ def capture(device: torch.device, commit: str | None = None) -> dict[str, Any]:
 def device_state(device: torch.device) -> dict[str, Any]:
     """Clocks, temperature, power and throttle reasons of the GPU now; the load average of a CPU."""
     if device.type == "cuda":
-        return {name: _query_gpu(query) for name, query in _GPU_STATE.items()}
+        return {name: _query_gpu(query, device) for name, query in _GPU_STATE.items()}
     return {"load_average": os.getloadavg()[0]}
 
 
 def machine_slug(environment: dict[str, Any]) -> str:
     """`h100-sxm-700w-torch2.11`, `cpu-2c-torch2.13`: the folder of a machine's results."""
     torch_version = ".".join(environment["torch"].split(".")[:2])
-    if environment["power_limit_w"] is None:
+    if environment["device_type"] == "cpu":
         return f"cpu-{environment['cores']}c-torch{torch_version}"
     name = environment["device"].removeprefix("NVIDIA ").lower()
     model = re.sub(r"[^a-z0-9]+", "-", name.replace("80gb hbm3", "sxm")).strip("-")
-    return f"{model}-{float(environment['power_limit_w']):.0f}w-torch{torch_version}"
+    watts = "" if environment["power_limit_w"] is None else f"-{environment['power_limit_w']:.0f}w"
+    return f"{model}{watts}-torch{torch_version}"
 
 
 def cpu_name() -> str:
@@ -88,11 +90,16 @@ def _git(commit: str | None) -> dict[str, Any]:
     return {"commit": found, "clean": changes == ""}
 
 
-def _query_gpu(field: str) -> str | None:
-    """One value from nvidia-smi for the current device; None where it can't be had."""
-    command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader,nounits"]
+def _query_gpu(field: str, device: torch.device) -> float | str | None:
+    """One value from nvidia-smi, a number where it is one; None where it can't be had."""
+    # By UUID: nvidia-smi's indices know nothing of CUDA_VISIBLE_DEVICES.
+    which = f"--id=GPU-{torch.cuda.get_device_properties(device).uuid}"
+    command = ["nvidia-smi", which, f"--query-gpu={field}", "--format=csv,noheader,nounits"]
     try:
-        lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-        return lines[torch.cuda.current_device()].strip()
-    except (OSError, subprocess.CalledProcessError, IndexError):
+        value = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
         return None
+    if value.startswith("["):  # [N/A], [Not Supported]
+        return None
+    is_number = re.fullmatch(r"\d+(\.\d+)?", value)
+    return float(value) if is_number else value

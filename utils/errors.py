@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable
 
 import torch
+from tqdm import tqdm
 
 
 class UserError(Exception):
@@ -45,9 +46,14 @@ def run_command(main: Callable[[], None], debug: bool) -> None:
             raise
         if isinstance(error, UserError):
             _fail(str(error), error.exit_code)
-        if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        if is_out_of_memory(error):
             _fail(out_of_memory(), 1)
         _fail(f"{type(error).__name__}: {one_line(error)} (--debug shows the traceback)", 1)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """PyTorch has no class of its own for a CPU allocation that fails."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
 
 
 def out_of_memory() -> str:
@@ -62,5 +68,5 @@ def out_of_memory() -> str:
 
 
 def _fail(message: str, code: int) -> None:
-    print(f"error: {message}", file=sys.stderr)
+    tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own below an unfinished bar
     raise SystemExit(code) from None

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from PIL import Image
+
 from utils.errors import UsageError
 
 ROOT = Path(__file__).resolve().parent.parent  # the repository
@@ -17,7 +19,9 @@ ROOT = Path(__file__).resolve().parent.parent  # the repository
 def replacing(path: Path) -> Iterator[Path]:
     """A path beside `path` (same suffixes) to write to; it becomes `path` when the body ends, else it is removed."""
     check_folder(path)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name.split('.')[0]}-", suffix="".join(path.suffixes), dir=path.parent)
+    handle, name = tempfile.mkstemp(
+        prefix=f".{path.name.split('.')[0]}-", suffix="".join(path.suffixes), dir=path.parent
+    )
     os.close(handle)
     temporary = Path(name)
     try:
@@ -46,5 +50,18 @@ def check_folder(path: Path) -> None:
         raise UsageError(f"{path} is a folder: give the name of a file")
     if not folder.is_dir():
         raise UsageError(f"the folder {folder} does not exist: create it with `mkdir -p {folder}`")
-    if not os.access(folder, os.W_OK):
-        raise UsageError(f"the folder {folder} is not writable: choose another one")
+    try:
+        tempfile.TemporaryFile(dir=folder).close()  # permissions alone don't tell of a read-only file system
+    except OSError:
+        raise UsageError(f"the folder {folder} is not writable: choose another one") from None
+
+
+def check_image_file(path: Path) -> None:
+    """`check_folder`, and that the file's suffix is an image format's, which else shows only when it is written.
+
+    Raises:
+        UsageError: as for `check_folder`, or an unknown suffix.
+    """
+    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
+        raise UsageError(f"{path}: no image format is called {path.suffix!r}, take .png, .jpg or .webp")
+    check_folder(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from utils.errors import UsageError
+from utils.quiet import quiet
 
 MULTIPLE = 16  # pixels: 8 by the VAE, 2 by the packing of latents into tokens
 
@@ -39,10 +41,14 @@ class Request:
             value = getattr(self, name)
             if value <= 0 or value % MULTIPLE:
                 below = max(MULTIPLE, value // MULTIPLE * MULTIPLE)
-                raise UsageError(f"--{name} {value} is not a positive multiple of {MULTIPLE}: try {below} or {below + MULTIPLE}")
+                raise UsageError(
+                    f"--{name} {value} is not a positive multiple of {MULTIPLE}: try {below} or {below + MULTIPLE}"
+                )
         for name in ("steps", "batch"):
             if getattr(self, name) < 1:
                 raise UsageError(f"--{name} {getattr(self, name)}: give at least 1")
+        if not math.isfinite(self.guidance):
+            raise UsageError(f"--guidance {self.guidance}: give a finite number")
         if not 0 <= self.seed < 2**63 - self.batch:
             raise UsageError(f"--seed {self.seed}: give a number from 0 to 2^63 - batch")
         if not self.prompt.strip():
@@ -54,10 +60,12 @@ class Request:
         assert self.image is not None
         try:
             with Image.open(self.image) as image:
-                return image.convert("RGB")
+                # The VAE needs a token's worth of pixels each way; anything larger keeps its size.
+                width, height = (max(MULTIPLE, side) for side in image.size)
+                return image.convert("RGB").resize((width, height))
         except FileNotFoundError:
             raise UsageError(f"--image {self.image}: no such file") from None
-        except (OSError, ValueError, SyntaxError) as error:
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise UsageError(f"--image {self.image} can't be read as an image ({error})") from None
 
     def arguments(self) -> dict[str, Any]:
@@ -78,7 +86,8 @@ class Request:
         return arguments
 
     def run(self, pipe: DiffusionPipeline) -> list[Image.Image]:
-        return pipe(**self.arguments()).images
+        with quiet():  # of tokens that were cut, `warn_of_cut_tokens` tells in a line
+            return pipe(**self.arguments()).images
 
     def with_steps(self, steps: int) -> Request:
         return replace(self, steps=steps)
@@ -86,7 +95,10 @@ class Request:
 
 def warn_of_cut_tokens(pipe: DiffusionPipeline, request: Request) -> None:
     """Say on stderr how many of the prompt's tokens each text encoder won't see."""
-    limits = ((pipe.tokenizer_2, request.max_sequence_length, "T5"), (pipe.tokenizer, pipe.tokenizer_max_length, "CLIP"))
+    limits = (
+        (pipe.tokenizer_2, request.max_sequence_length, "T5"),
+        (pipe.tokenizer, pipe.tokenizer_max_length, "CLIP"),
+    )
     for tokenizer, limit, name in limits:
         tokens = len(tokenizer(request.prompt, truncation=False, verbose=False).input_ids)
         if tokens > limit:

@@ -12,12 +12,27 @@ from utils.files import ROOT, write_text
 
 SCHEMA = 1
 RESULTS = ROOT / "results"
+_ALWAYS = ("recipe", "checkpoint", "request", "environment", "command")
+_MEASURED = (
+    "applied",
+    "latency_s",
+    "stages_ms",
+    "denoise_step_ms",
+    "ratio_to_baseline",
+    "compile_s",
+    "start_s",
+    "warmup_calls",
+    "peak_memory_bytes",
+    "image_difference",
+    "started_at",
+)
 
 
 def folder(root: Path, environment: dict[str, Any], checkpoint: str) -> Path:
-    """Where a checkpoint's results on a machine lie. A checkpoint's name keeps its last part: `flux-dev`, `tiny`."""
-    name = checkpoint.replace("black-forest-labs/", "").strip("/").replace("/", "-").lower()
-    return root / machine_slug(environment) / name
+    """Where a checkpoint's results on a machine lie: `tiny`, `random-flux-dev`, `flux.1-dev`; of a folder, its name."""
+    path = Path(checkpoint)
+    name = path.resolve().name if path.is_dir() else checkpoint.removeprefix("black-forest-labs/")
+    return root / machine_slug(environment) / name.replace("/", "-").lower()
 
 
 def file_name(recipe: str, request: dict[str, Any]) -> str:
@@ -43,4 +58,12 @@ def read(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} can't be read as a result ({error}): delete it and run again") from None
     if not isinstance(result, dict) or result.get("schema") != SCHEMA:
         raise UserError(f"{path} is not a result of schema {SCHEMA}: move it out of the results folder")
+    missing = [key for key in (*_ALWAYS, *(() if "skipped" in result else _MEASURED)) if key not in result]
+    if missing:
+        raise UserError(f"{path} lacks {', '.join(missing)}: delete it and run again")
     return result
+
+
+def files(folder: Path) -> list[Path]:
+    """A folder's result files in order; not what a killed run left beside them."""
+    return sorted(path for path in folder.glob("*.json") if not path.name.startswith("."))

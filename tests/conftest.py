@@ -1,0 +1,160 @@
+"""What tests share: the embedded model, small calls of it, and the two scripts run in this process or a fresh one."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+from utils import checkpoints
+from utils.files import ROOT
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Callable[..., DiffusionPipeline]:
+    """tiny(dtype=torch.float32): the embedded model, loaded anew."""
+
+    def load(dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
+        pipe = checkpoints.load("tiny", dtype, CPU, progress=False)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def draw() -> Callable[..., np.ndarray]:
+    """draw(pipe, ...): images [batch, height, width, 3] in 0..1 of one small call."""
+
+    def call(
+        pipe: DiffusionPipeline,
+        prompt: str = "a red circle",
+        seed: int = 0,
+        steps: int = 1,
+        batch: int = 1,
+        **more: Any,
+    ) -> np.ndarray:
+        generators = [torch.Generator().manual_seed(seed + i) for i in range(batch)]
+        size = {"height": 64, "width": 64, "num_inference_steps": steps, "num_images_per_prompt": batch}
+        options = {"guidance_scale": 0.0, "max_sequence_length": 64, "generator": generators, "output_type": "np"}
+        return pipe(prompt=prompt, **{**size, **options, **more}).images
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def predict() -> Callable[..., torch.Tensor]:
+    """predict(pipe, batch): one call of the transformer on fixed random inputs; [batch, 16 tokens, 64] float32."""
+
+    def call(pipe: DiffusionPipeline, batch: int = 1) -> torch.Tensor:
+        random = torch.Generator().manual_seed(0)
+        transformer = pipe.transformer
+
+        def normal(*shape: int) -> torch.Tensor:
+            return torch.randn(*shape, generator=random).to(transformer.dtype)
+
+        text_tokens, side = 8, 4
+        ids = torch.zeros(side * side, 3)
+        ids[:, 1], ids[:, 2] = torch.arange(side * side) // side, torch.arange(side * side) % side
+        with torch.no_grad():
+            return transformer(
+                hidden_states=normal(batch, side * side, transformer.config.in_channels),
+                encoder_hidden_states=normal(batch, text_tokens, transformer.config.joint_attention_dim),
+                pooled_projections=normal(batch, transformer.config.pooled_projection_dim),
+                timestep=torch.full((batch,), 0.5, dtype=transformer.dtype),
+                img_ids=ids,
+                txt_ids=torch.zeros(text_tokens, 3),
+                return_dict=False,
+            )[0].float()
+
+    return call
+
+
+def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
+    return float((value - reference).norm() / reference.norm())
+
+
+@pytest.fixture(scope="session")
+def error_of() -> Callable[[torch.Tensor, torch.Tensor], float]:
+    """error_of(value, reference): ||value - reference|| / ||reference||."""
+    return relative_error
+
+
+@pytest.fixture
+def tiny_copy(tmp_path: Path) -> Path:
+    """A copy of the embedded model in a folder of its own, to damage."""
+    return Path(shutil.copytree(checkpoints.TINY_FOLDER, tmp_path / "copy"))
+
+
+@pytest.fixture
+def kontext(tiny_copy: Path) -> Path:
+    """A copy of the embedded model that calls itself a FluxKontextPipeline."""
+    index = json.loads((tiny_copy / "model_index.json").read_text())
+    index["_class_name"] = "FluxKontextPipeline"
+    (tiny_copy / "model_index.json").write_text(json.dumps(index))
+    return tiny_copy
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended. `lines`: of stderr, progress bars split up as a terminal shows them."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def lines(self) -> list[str]:
+        return [line.strip() for line in re.split(r"[\r\n]+", self.err) if line.strip()]
+
+    def error(self) -> str:
+        """The one line that says what went wrong, after checking that it is one and the last, and no traceback."""
+        assert "Traceback" not in self.err, self.err
+        errors = [line for line in self.lines if line.startswith("error: ")]
+        assert len(errors) == 1, self.err
+        assert self.lines[-1] == errors[0], self.err
+        return errors[0]
+
+
+@pytest.fixture
+def main(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
+    """main("gen_image", *arguments): a script's own main, in this process."""
+
+    def call(script: str, *arguments: object) -> Ended:
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, arguments)])
+        capfd.readouterr()
+        code = 0
+        try:
+            importlib.import_module(script).main()
+        except SystemExit as ended:
+            code = ended.code or 0
+        return Ended(code, *capfd.readouterr())
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def script() -> Callable[..., Ended]:
+    """script("gen_image.py", *arguments): the script in a fresh process, from a working directory of its own."""
+
+    def call(name: str, *arguments: object, cwd: Path = ROOT, **environment: str) -> Ended:
+        command = [sys.executable, str(ROOT / name), *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env={**os.environ, **environment})
+        return Ended(done.returncode, done.stdout, done.stderr)
+
+    return call

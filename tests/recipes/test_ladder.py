@@ -1,0 +1,139 @@
+"""The ladder, climbing it, and recipes by name."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import fields, replace
+
+import pytest
+
+from recipes import (
+    LADDER,
+    FirstBlockCache,
+    InductorFlags,
+    Recipe,
+    RecipeError,
+    Rung,
+    climb,
+    command_line_name,
+    named,
+    parse,
+)
+from recipes.ladder import description
+
+NAMES = [change.__name__ for change in LADDER]
+
+
+def climbed(*skipped: str) -> dict[str, Rung]:
+    return {rung.name: rung for rung in climb(lambda rung: "not here" if rung.name in skipped else None)}
+
+
+def test_each_rung_changes_one_field_of_its_parent() -> None:
+    rungs = climbed()
+    assert list(rungs) == NAMES
+    for name, rung in rungs.items():
+        parent = Recipe() if rung.parent is None else rungs[rung.parent].recipe
+        differences = rung.recipe.differences(parent)
+        # The first is the plain recipe itself.
+        assert len(differences) == (0 if name == NAMES[0] else 1), f"{name} changes {differences}"
+        assert rung.parent == (None if name == NAMES[0] else NAMES[NAMES.index(name) - 1])
+        assert description(name).endswith(".")
+
+
+@pytest.mark.parametrize("name", NAMES[1:])
+def test_skipped_rung_is_not_inherited(name: str) -> None:
+    full, rungs = climbed(), climbed(name)
+    (field,) = full[name].recipe.differences(full[full[name].parent].recipe)
+    before = getattr(full[full[name].parent].recipe, field)
+    assert rungs[name].skipped == "not here"
+    assert getattr(rungs[name].recipe, field) != before, "the skipped rung still says what it would have been"
+    for after in NAMES[NAMES.index(name) + 1 :]:
+        if field != "execution" or rungs[after].skipped is not None:
+            assert getattr(rungs[after].recipe, field) == before
+        assert rungs[after].parent != name
+    following = NAMES[NAMES.index(name) + 1 :]
+    if following and rungs[following[0]].skipped is None:
+        assert rungs[following[0]].parent == full[name].parent
+
+
+def test_compiler_options_are_skipped_where_compiling_was() -> None:
+    rungs = climbed("compiled")
+    skipped = {name: rung.skipped for name, rung in rungs.items() if rung.skipped}
+    assert set(skipped) == {"compiled", "max_autotune", "inductor_flags"}
+    assert "no effect with execution=eager" in skipped["max_autotune"]
+    assert rungs["fused_qkv"].parent == "no_scheduler_sync"
+    assert rungs["fused_qkv"].recipe.execution == "eager"
+    assert rungs["aoti"].recipe.execution == "aoti"
+
+
+def many_recipes() -> list[Recipe]:
+    """Every valid combination of some values of every field."""
+    values = {
+        "dtype": ("float32", "bfloat16"),
+        "scheduler_sync_removal": (False, True),
+        "execution": ("eager", "compile", "aoti"),
+        "compile_scope": ("regional", "whole"),
+        "max_autotune": (False, True),
+        "fused_qkv": (False, True),
+        "channels_last": (False, True),
+        "attention": ("native", "cudnn", "fa3_fp8"),
+        "quantization": ("none", "float8_per_tensor"),
+        "inductor_flags": (InductorFlags(), InductorFlags(epilogue_fusion=True, conv_1x1_as_mm=False)),
+        "cache": (None, FirstBlockCache(0.125)),
+    }
+    assert set(values) == {field.name for field in fields(Recipe)}
+    recipes = []
+    for combination in itertools.product(*values.values()):
+        try:
+            recipes.append(Recipe(**dict(zip(values, combination, strict=True))))
+        except RecipeError:
+            continue
+    return recipes
+
+
+def test_every_recipe_has_a_name_that_parses_back() -> None:
+    assert all(command_line_name(recipe) == name and parse(name) == recipe for name, recipe in named().items())
+    recipes = many_recipes()
+    assert len(recipes) > 1000
+    texts = {command_line_name(recipe) for recipe in recipes[::7]}
+    assert len(texts) == len(recipes[::7])
+    assert [parse(command_line_name(recipe)) for recipe in recipes[::7]] == recipes[::7]
+
+
+def test_parse_reads_every_kind_of_value() -> None:
+    text = 'max_autotune, fused_qkv=true,attention=cudnn,inductor_flags={"epilogue_fusion":false,"conv_1x1_as_mm":null}'
+    expected = replace(
+        named()["max_autotune"],
+        fused_qkv=True,
+        attention="cudnn",
+        inductor_flags=InductorFlags(epilogue_fusion=False),
+    )
+    assert parse(text) == expected
+    assert parse('bf16,cache={"threshold":0.25}').cache == FirstBlockCache(0.25)
+    assert parse('bf16,cache={"threshold":0.25},cache=null').cache is None
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("fp8", "unknown recipe 'fp8'"),
+        ("chanels_last", "did you mean channels_last?"),
+        ("", "unknown recipe ''"),
+        ("bf16,colour=red", "'colour=red' is not FIELD=VALUE"),
+        ("bf16,fused_qkv", "'fused_qkv' is not FIELD=VALUE"),
+        ("bf16,fused_qkv=yes", "fused_qkv is true or false"),
+        ("bf16,max_autotune=true", "no effect with execution=eager"),
+        ('bf16,cache={"limit":1}', "cache takes a JSON object"),
+        ("bf16,cache=0.1", "cache takes a JSON object"),
+        ("bf16,cache={", "cache takes a JSON object"),
+        ('bf16,cache={"threshold":"much"}', "threshold is a number"),
+        ("bf16,cache=true", "cache is null or a JSON object"),
+        ("compiled,inductor_flags=null", "inductor_flags takes a JSON object"),
+        ('compiled,inductor_flags={"epilogue_fusion":2}', "true, false or null, not 2"),
+    ],
+)
+def test_parse_refuses(text: str, words: str) -> None:
+    with pytest.raises(RecipeError) as raised:
+        parse(text)
+    assert words in str(raised.value)
+    assert "\n" not in str(raised.value)

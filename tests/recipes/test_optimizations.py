@@ -1,0 +1,120 @@
+"""Each optimization on the real pipeline, eagerly: that it takes hold, and that it keeps the result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torchao.quantization import Float8Tensor
+
+import recipes
+from recipes import FirstBlockCache, Recipe
+
+_QKV = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
+
+
+def parameters(pipe: object) -> int:
+    return sum(p.numel() for part in (pipe.transformer, pipe.vae) for p in part.parameters())
+
+
+@pytest.fixture(scope="module")
+def reference(tiny: Callable, draw: Callable) -> np.ndarray:
+    """Two images of plain diffusers in float32."""
+    return draw(tiny(), batch=2, steps=2)
+
+
+def test_bf16_converts_every_module(tiny: Callable, draw: Callable, reference: np.ndarray) -> None:
+    pipe = tiny()
+    recipes.apply(pipe, Recipe(dtype="bfloat16"))
+    modules = {name: m for name, m in pipe.components.items() if isinstance(m, torch.nn.Module)}
+    assert set(modules) == {"transformer", "vae", "text_encoder", "text_encoder_2"}
+    for name, module in modules.items():
+        assert {p.dtype for p in module.parameters()} == {torch.bfloat16}, name
+    images = draw(pipe, batch=2, steps=2)
+    assert 0 < np.abs(images - reference).max() < 0.25
+
+
+def test_fused_qkv_keeps_output_and_parameters(tiny: Callable, draw: Callable, reference: np.ndarray) -> None:
+    pipe = tiny()
+    before = parameters(pipe)
+    recipes.apply(pipe, Recipe(fused_qkv=True))
+    modules = [*pipe.transformer.named_modules(), *pipe.vae.named_modules()]
+    left = [name for name, _ in modules if name.split(".")[-1] in _QKV]
+    assert not left
+    owners = {name.rpartition(".")[0] for name, _ in modules if name.endswith(("to_qkv", "to_added_qkv"))}
+    double = {f"transformer_blocks.{i}.attn" for i in range(2)}
+    single = {f"single_transformer_blocks.{i}.attn" for i in range(4)}
+    assert owners == {*double, *single, "encoder.mid_block.attentions.0", "decoder.mid_block.attentions.0"}
+    assert parameters(pipe) == before
+    np.testing.assert_allclose(draw(pipe, batch=2, steps=2), reference, atol=1e-4)
+
+
+def test_channels_last_keeps_output(tiny: Callable, draw: Callable, reference: np.ndarray) -> None:
+    pipe = tiny()
+    recipes.apply(pipe, Recipe(channels_last=True))
+    weights = [m.weight for m in pipe.vae.modules() if isinstance(m, torch.nn.Conv2d) and m.kernel_size == (3, 3)]
+    assert weights
+    assert all(w.is_contiguous(memory_format=torch.channels_last) and not w.is_contiguous() for w in weights)
+    layouts = []
+    hook = pipe.vae.decoder.conv_out.register_forward_hook(
+        lambda module, inputs, _: layouts.append(inputs[0].stride(1))
+    )
+    np.testing.assert_allclose(draw(pipe, batch=2, steps=2), reference, atol=1e-4)
+    hook.remove()
+    assert layouts == [1], "activations inside the decoder have channels innermost"
+
+
+def quantized_names(fused: bool) -> set[str]:
+    attention = {"to_qkv"} if fused else {"to_q", "to_k", "to_v"}
+    added = {"to_added_qkv"} if fused else {"add_q_proj", "add_k_proj", "add_v_proj"}
+    double = {*(f"attn.{n}" for n in attention | added | {"to_out.0", "to_add_out"})}
+    double |= {f"{stream}.net.{layer}" for stream in ("ff", "ff_context") for layer in ("0.proj", "2")}
+    single = {*(f"attn.{n}" for n in attention), "proj_mlp", "proj_out"}
+    return {
+        *(f"transformer_blocks.{i}.{n}" for i in range(2) for n in double),
+        *(f"single_transformer_blocks.{i}.{n}" for i in range(4) for n in single),
+    }
+
+
+# The CPU's matrix product with one scale a tensor is a plain loop, 15 s for these few tokens: once is enough.
+@pytest.mark.parametrize(
+    ("quantization", "fused"),
+    [
+        ("float8_per_row", False),
+        ("float8_per_row", True),
+        pytest.param("float8_per_tensor", True, marks=pytest.mark.slow),
+    ],
+)
+def test_float8_quantizes_the_blocks_and_stays_close(
+    tiny: Callable, predict: Callable, error_of: Callable, quantization: str, fused: bool
+) -> None:
+    plain, pipe = tiny(torch.bfloat16), tiny(torch.bfloat16)
+    applied = recipes.apply(pipe, Recipe(dtype="bfloat16", fused_qkv=fused, quantization=quantization))
+    weights = {n: m.weight for n, m in pipe.transformer.named_modules() if isinstance(m, torch.nn.Linear)}
+    assert {n for n, w in weights.items() if isinstance(w, Float8Tensor)} == quantized_names(fused)
+    assert applied["quantization"] == f"{quantization}, {len(quantized_names(fused))} Linears"
+    one = weights["single_transformer_blocks.0.proj_mlp"]
+    assert one.qdata.dtype == torch.float8_e4m3fn
+    assert one.scale.shape == ((one.shape[0], 1) if quantization == "float8_per_row" else (1, 1))
+    # Quantizing to 3 mantissa bits is 2.6 % of rounding a weight and an activation; the residual stream carries less.
+    assert 1e-4 < error_of(predict(pipe), predict(plain)) < 0.1
+
+
+def test_first_block_cache_at_threshold_zero_computes_everything(tiny: Callable, draw: Callable) -> None:
+    pipe = tiny()
+    recipes.apply(pipe, Recipe(cache=FirstBlockCache(0.0)))
+    np.testing.assert_allclose(draw(pipe, steps=4), draw(tiny(), steps=4), atol=1e-5)
+
+
+def test_first_block_cache_skips_and_forgets_between_calls(tiny: Callable, draw: Callable) -> None:
+    pipe = tiny()
+    recipes.apply(pipe, Recipe(cache=FirstBlockCache(1e6)))
+    calls = []
+    pipe.transformer.single_transformer_blocks[-1].attn.register_forward_hook(lambda *_: calls.append(1))
+    first = draw(pipe, steps=4)
+    assert len(calls) == 1, "the blocks after the first run in the first step alone"
+    assert np.array_equal(draw(pipe, steps=4), first), "a second call starts with an empty cache"
+    assert len(calls) == 2
+    assert np.abs(first - draw(tiny(), steps=4)).max() > 1e-4

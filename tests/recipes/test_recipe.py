@@ -1,0 +1,103 @@
+"""The recipe as a value: what it accepts, and its hash."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, replace
+
+import pytest
+
+from recipes import FirstBlockCache, InductorFlags, Recipe, RecipeError
+from recipes.recipe import default
+
+
+def test_frozen_and_usable_as_key() -> None:
+    recipe = Recipe()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        recipe.dtype = "bfloat16"  # type: ignore[misc]
+    assert {recipe: 1}[Recipe()] == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"dtype": "float16"}, "dtype is one of float32, bfloat16, not 'float16'"),
+        ({"execution": "jit"}, "execution is one of eager, compile, aoti"),
+        ({"attention": True}, "attention is one of native, cudnn, fa3_fp8, not True"),
+        ({"quantization": "int8"}, "quantization is one of"),
+        ({"fused_qkv": "yes"}, "fused_qkv is true or false, not 'yes'"),
+        ({"fused_qkv": 1}, "fused_qkv is true or false, not 1"),
+        ({"channels_last": None}, "channels_last is true or false"),
+        ({"execution": "compile", "inductor_flags": None}, "inductor_flags takes a JSON object"),
+        ({"cache": True}, "cache is null or a JSON object"),
+        ({"max_autotune": True}, "max_autotune has no effect with execution=eager"),
+        ({"compile_scope": "whole"}, "compile_scope has no effect with execution=eager"),
+        ({"inductor_flags": InductorFlags(epilogue_fusion=False)}, "inductor_flags has no effect"),
+        ({"execution": "compile", "cache": FirstBlockCache()}, "cache needs execution=eager"),
+        ({"execution": "aoti", "cache": FirstBlockCache()}, "cache needs execution=eager"),
+    ],
+)
+def test_refuses(changes: dict, words: str) -> None:
+    with pytest.raises(RecipeError, match=words) as raised:
+        Recipe(**changes)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("threshold", [-0.1, float("nan"), float("inf"), "0.1", True, None])
+def test_refuses_cache_thresholds(threshold: object) -> None:
+    with pytest.raises(RecipeError, match="threshold"):
+        FirstBlockCache(threshold)  # type: ignore[arg-type]
+
+
+def test_refuses_inductor_flags_that_are_not_boolean() -> None:
+    with pytest.raises(RecipeError, match="epilogue_fusion is true, false or null, not 1"):
+        InductorFlags(epilogue_fusion=1)  # type: ignore[arg-type]
+
+
+def test_hash_differs_for_every_field() -> None:
+    compiled = Recipe(execution="compile")
+    variants = [
+        Recipe(),
+        Recipe(dtype="bfloat16"),
+        Recipe(scheduler_sync_removal=True),
+        compiled,
+        Recipe(execution="aoti"),
+        replace(compiled, compile_scope="whole"),
+        replace(compiled, max_autotune=True),
+        replace(compiled, inductor_flags=InductorFlags(epilogue_fusion=False)),
+        replace(compiled, inductor_flags=InductorFlags(epilogue_fusion=True)),
+        Recipe(fused_qkv=True),
+        Recipe(channels_last=True),
+        Recipe(attention="cudnn"),
+        Recipe(attention="fa3_fp8"),
+        Recipe(quantization="float8_per_row"),
+        Recipe(quantization="float8_per_tensor"),
+        Recipe(cache=FirstBlockCache()),
+        Recipe(cache=FirstBlockCache(0.2)),
+    ]
+    changed = {name for recipe in variants for name in recipe.differences(Recipe())}
+    assert changed == {field.name for field in dataclasses.fields(Recipe)}, "a field is missing from this test"
+    assert len({recipe.hash for recipe in variants}) == len(variants)
+
+
+def test_equal_recipes_have_equal_hashes() -> None:
+    assert Recipe(cache=FirstBlockCache(0)).hash == Recipe(cache=FirstBlockCache(0.0)).hash
+    assert Recipe(fused_qkv=True, dtype="bfloat16").hash == Recipe(dtype="bfloat16", fused_qkv=True).hash
+
+
+def test_hash_survives_a_new_field() -> None:
+    """Result files of before a field was added still belong to their recipes: the hash is written out here."""
+
+    @dataclass(frozen=True)
+    class Later(Recipe):
+        some_new_option: bool = False
+
+    recipe = replace(Recipe(), dtype="bfloat16", fused_qkv=True)
+    assert Later(dtype="bfloat16", fused_qkv=True).hash == recipe.hash
+    assert recipe.hash == "dca9444af650"
+
+
+def test_without_puts_back_the_default_and_what_depends_on_it() -> None:
+    recipe = Recipe(dtype="bfloat16", execution="compile", max_autotune=True, compile_scope="whole", fused_qkv=True)
+    assert recipe.without("fused_qkv") == replace(recipe, fused_qkv=default("fused_qkv"))
+    assert recipe.without("execution") == Recipe(dtype="bfloat16", fused_qkv=True)

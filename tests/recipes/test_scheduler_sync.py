@@ -1,0 +1,78 @@
+"""The scheduler's device synchronisation: there once a call with the removal off, never with it on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+import recipes
+from recipes import Recipe
+from utils import checkpoints
+from utils.ranges import annotate
+
+
+def ancestors(event: Any) -> set[str]:
+    names = set()
+    while event is not None:
+        names.add(event.name)
+        event = event.cpu_parent
+    return names
+
+
+def items_per_call(pipe: Any, call: Callable[[], object]) -> tuple[int, int]:
+    """How often `aten::item` was called in one pipeline call: by the scheduler's step, and in the denoising loop."""
+    step = pipe.scheduler.step
+
+    def named_step(*args: Any, **kwargs: Any) -> Any:
+        with record_function("scheduler_step"):
+            return step(*args, **kwargs)
+
+    pipe.scheduler.step = named_step
+    with annotate(pipe), profile(activities=[ProfilerActivity.CPU]) as recorded:
+        call()
+    del pipe.scheduler.step
+    items = [ancestors(event) for event in recorded.events() if event.name == "aten::item"]
+    return sum("scheduler_step" in names for names in items), sum("denoising_step" in names for names in items)
+
+
+def test_one_item_with_the_sync_and_none_without(tiny: Callable, draw: Callable) -> None:
+    with_sync, without = tiny(), tiny()
+    assert recipes.apply(with_sync, Recipe())["scheduler_sync_removal"] == "one sync at the first step"
+    assert recipes.apply(without, Recipe(scheduler_sync_removal=True))["scheduler_sync_removal"] == "no sync"
+    assert items_per_call(with_sync, lambda: draw(with_sync, steps=3)) == (1, 1)
+    assert items_per_call(with_sync, lambda: draw(with_sync, steps=3)) == (1, 1), "at each call"
+    assert items_per_call(without, lambda: draw(without, steps=3)) == (0, 0)
+    assert np.array_equal(draw(with_sync, steps=3), draw(without, steps=3))
+
+
+def test_scheduler_stays_itself(tiny: Callable) -> None:
+    pipe = tiny()
+    before = pipe.scheduler
+    recipes.apply(pipe, Recipe())
+    assert isinstance(pipe.scheduler, type(before))
+    assert type(pipe.scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
+    assert dict(pipe.scheduler.config) == dict(before.config)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_copies_to_the_host_in_the_loop() -> None:
+    """On a GPU the item is a copy to the host, for which the host waits."""
+
+    def waits(removal: bool) -> int:
+        pipe = checkpoints.load("tiny", torch.bfloat16, torch.device("cuda"), progress=False)
+        recipes.apply(pipe, Recipe(dtype="bfloat16", scheduler_sync_removal=removal))
+        options = {"height": 64, "width": 64, "num_inference_steps": 3, "max_sequence_length": 64}
+        call = lambda: pipe("a red circle", guidance_scale=0.0, output_type="latent", **options)  # noqa: E731
+        call()
+        with annotate(pipe), profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
+            call()
+        events = recorded.events()
+        return sum("denoising_step" in ancestors(e) and e.name == "cudaStreamSynchronize" for e in events)
+
+    assert (waits(removal=False), waits(removal=True)) == (1, 0)
