@@ -1,7 +1,8 @@
 """torch.compile, whole graphs only, of the transformer and of the VAE's decoder.
 
-Regional by default: the double and the single block are compiled once each and used for all of them, so that compile
-time doesn't grow with depth. Inductor's flags are passed per compilation and set nothing in the process.
+Regional by default: the double and the single block are compiled once and used for all of them, so that compile time
+doesn't grow with depth (the double block twice: the first one's input has other strides than the others'). Inductor's
+flags are passed per compilation and set nothing in the process.
 """
 
 from __future__ import annotations

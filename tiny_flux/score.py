@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import textwrap
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,7 +107,7 @@ def save_grid(prompts: list[Prompt], images: list[Image.Image], path: Path) -> N
     figure = Figure(figsize=(10, 11), layout="constrained")
     for panel, prompt, image in zip(figure.subplots(4, 4).flat, prompts, images, strict=False):
         panel.imshow(image)
-        panel.set_title(prompt.text, fontsize=7, wrap=True)
+        panel.set_title(textwrap.fill(prompt.text, 38), fontsize=8)
         panel.axis("off")
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=100)

@@ -29,9 +29,14 @@ def test_replaces_when_the_body_ends(tmp_path: Path) -> None:
 def test_an_exception_leaves_the_target(tmp_path: Path) -> None:
     target = tmp_path / "a.png"
     target.write_text("old")
-    with pytest.raises(RuntimeError), replacing(target) as temporary:
-        temporary.write_text("half")
-        raise RuntimeError
+
+    def write_half() -> None:
+        with replacing(target) as temporary:
+            temporary.write_text("half")
+            raise RuntimeError("the disk is full")
+
+    with pytest.raises(RuntimeError, match="the disk is full"):
+        write_half()
     assert target.read_text() == "old"
     assert os.listdir(tmp_path) == ["a.png"]
 

@@ -115,7 +115,7 @@ def test_pipeline_that_does_not_call_set_begin_index(tiny: Callable) -> None:
             cross_attention_dim=32,
             norm_num_groups=8,
         ),
-        scheduler=DDIMScheduler(),
+        scheduler=DDIMScheduler(steps_offset=1, clip_sample=False),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

@@ -1,0 +1,177 @@
+"""Tables and pictures from result files alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from benchmark import report
+from recipes import named
+from utils import results
+from utils.errors import UserError
+
+CPU = {"device_type": "cpu", "device": "A Processor (AVX2)", "cores": 2, "torch": "2.13.0+cpu", "power_limit_w": None}
+REQUEST = {"height": 64, "width": 128, "batch": 1, "steps": 4, "prompt": "a red circle", "seed": 42, "guidance": 0.0}
+
+
+def result(name: str, parent: str | None, seconds: float, checkpoint: str = "tiny", **more: Any) -> dict[str, Any]:
+    """A result file as the runner writes it."""
+    recipe = named().get(name, named()["bf16"])
+    return {
+        "recipe": {"name": name, "hash": recipe.hash, "parent": parent, **recipe.to_dict()},
+        "applied": {},
+        "lossless": name != "float8",
+        "checkpoint": checkpoint,
+        "request": REQUEST,
+        "latency_s": {"runs": [seconds] * 3, "median": seconds, "p10": seconds, "p90": seconds},
+        "stages_ms": {"text_encode": 1.0, "denoise": 4.0, "vae_decode": 20.5, "postprocess": 0.1},
+        "denoise_step_ms": {"median": 12.25, "p10": 12.0, "p90": 13.0},
+        "ratio_to_baseline": {"value": 2.0 / seconds, "low": 1.9 / seconds, "high": 2.1 / seconds, "baseline": "fp32"},
+        "compile_s": 30.4 if name == "compiled" else 0.0,
+        "start_s": 1.0,
+        "warmup_calls": 2,
+        "peak_memory_bytes": {"load": 2**29, "run": 3 * 2**29},
+        "image_difference": {
+            "max_abs": 0 if name == "fp32" else 9,
+            "psnr_db": None if name == "fp32" else 31.25,
+            "ssim": 1,
+        },
+        "environment": CPU,
+        "command": "python run_benchmark.py --ladder",
+        "started_at": "2026-01-01T00:00:00+00:00",
+        **more,
+    }
+
+
+def skipped(name: str, parent: str, reason: str) -> dict[str, Any]:
+    recipe = {"name": name, "hash": named()[name].hash, "parent": parent, **named()[name].to_dict()}
+    about = {"recipe": recipe, "checkpoint": "tiny", "request": REQUEST, "environment": CPU, "command": "python"}
+    return {**about, "skipped": reason}
+
+
+LADDER = [
+    result("fp32", None, 2.0),
+    result("bf16", "fp32", 1.0),
+    result("compiled", "bf16", 1.25),
+    skipped("fa3_fp8", "compiled", "needs a cuda device | this is cpu"),
+    result("float8", "compiled", 0.8),
+]
+
+
+def write(folder: Path, *found: dict[str, Any]) -> Path:
+    for one in found:
+        path = folder / results.file_name(one["recipe"]["name"], one["request"])
+        results.write(path, one)
+        Image.new("RGB", (32, 64), "red").save(path.with_suffix(".png"))
+    return folder
+
+
+def rows(table: str) -> dict[str, list[str]]:
+    """The table's cells by rung."""
+    lines = [line.replace(r"\|", "!") for line in table.splitlines() if line.startswith("| ")]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert len({len(row) for row in cells}) == 1, "every row has as many cells as the head"
+    return {row[0]: row[1:] for row in cells[1:]}
+
+
+def test_table(tmp_path: Path) -> None:
+    text = report.table(report.load(write(tmp_path, *reversed(LADDER))))
+    assert text.splitlines()[0] == (
+        "`tiny`, 128x64, 4 steps, batch 1, on A Processor (AVX2), 2 cores, torch 2.13.0+cpu, median of 3 runs."
+    )
+    table = rows(text)
+    assert list(table) == ["fp32", "bf16", "compiled", "fa3_fp8", "float8"]
+    assert table["fp32"][1:] == ["2.000", "1.00 (0.95 to 1.05)", "12.2", "20.5", "", "1.50", "equal", ""]
+    assert table["compiled"][1:] == ["1.250", "1.60 (1.52 to 1.68)", "12.2", "20.5", "30", "1.50", "31.2", ""]
+    assert table["float8"][-1] == "lossy"
+    assert table["fa3_fp8"][1:] == [""] * 7 + ["skipped: needs a cuda device ! this is cpu"]
+
+
+def test_random_weights_are_labelled(tmp_path: Path) -> None:
+    rung = result("bf16", None, 1.0, checkpoint="random/flux-dev")
+    assert "`random/flux-dev` (random weights: times only" in report.table([rung])
+    assert "random weights" not in report.table(LADDER)
+    from benchmark import plots
+
+    plots.waterfall([rung], tmp_path / "ladder.svg")
+    assert "random weights" in plots._title([rung])
+    assert "random weights" not in plots._title(LADDER)
+
+
+def test_other_sizes_and_single_recipes_stay_out(tmp_path: Path) -> None:
+    small = {**REQUEST, "height": 32}
+    write(tmp_path, *LADDER, result("max_autotune", "bf16", 0.1, request=small), result("bf16,cache=1", None, 0.1))
+    (tmp_path / ".fp32@64x128-b1-s4-killed.json").write_text('{"schema":')
+    assert [r["recipe"]["name"] for r in report.load(tmp_path)] == ["fp32", "bf16", "compiled", "fa3_fp8", "float8"]
+    assert [r["recipe"]["name"] for r in report.load(tmp_path, small)] == ["max_autotune"]
+
+
+def test_pictures(tmp_path: Path) -> None:
+    write(tmp_path, *LADDER)
+    report.write_folder(tmp_path)
+    names = ("ladder.md", "ladder.svg", "ladder.png", "images.png")
+    first = {name: (tmp_path / name).read_bytes() for name in names}
+    report.write_folder(tmp_path)
+    assert {name: (tmp_path / name).read_bytes() for name in names} == first, "the same files from the same results"
+    assert first["ladder.md"].decode() == report.table(report.load(tmp_path))
+    assert b"<svg" in first["ladder.svg"]
+    for name in ("ladder.png", "images.png"):
+        with Image.open(tmp_path / name) as image:
+            assert min(image.size) > 100
+
+
+def test_waterfall_draws_gains_losses_and_skips(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    from benchmark import plots
+
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: figures.append(self))
+    plots.waterfall(LADDER, tmp_path / "a.svg")
+    (axes,) = figures[0].axes
+    texts = [text.get_text() for text in axes.texts]
+    assert texts == [
+        "2.000 s   1.00x",
+        "1.000 s   2.00x",
+        "1.250 s   1.60x",
+        "skipped: needs a cuda device | this is cpu",
+        "0.800 s   2.50x",
+    ]
+    bars = [(round(bar.get_x(), 3), round(bar.get_width(), 3), bar.get_facecolor()) for bar in axes.patches]
+    moved = [(x, width, color) for x, width, color in bars if x > 0 and width > 0]
+    assert [(x, width) for x, width, _ in moved] == [(1.0, 1.0), (1.0, 0.25), (0.8, 0.45)]
+    assert moved[0][2] == moved[2][2] != moved[1][2], "gained, lost, gained"
+
+
+def test_nothing_measured_is_said(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no rung was measured"):
+        report.table(report.load(tmp_path))
+    write(tmp_path, skipped("fa3_fp8", "bf16", "not here"))
+    with pytest.raises(UserError, match="no rung was measured"):
+        report.table(report.load(tmp_path))
+
+
+def test_only_what_is_between_the_markers_is_replaced(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    write(tmp_path / "cpu-2c" / "tiny", *LADDER)
+    write(tmp_path / "h100" / "flux", result("bf16", None, 1.0))
+    one, two = "<!-- results: cpu-2c/tiny -->", "<!-- results: h100/flux -->"
+    end = "<!-- end of results -->"
+    text = f"before\n{one}\nold | figures\n{end}\nbetween\n{two}\n{end}\nafter {end}\n"
+    new = report.with_tables(text)
+    tables = [report.table(report.load(tmp_path / name)) for name in ("cpu-2c/tiny", "h100/flux")]
+    assert new == f"before\n{one}\n\n{tables[0]}\n{end}\nbetween\n{two}\n\n{tables[1]}\n{end}\nafter {end}\n"
+    assert report.with_tables(new) == new
+    assert report.with_tables("no markers") == "no markers"
+
+
+def test_readme_and_ladder_files_are_what_the_results_give() -> None:
+    """Fails when README's tables or a folder's ladder.md have drifted from the committed results."""
+    readme = report.README.read_text()
+    assert "<!-- results: " in readme
+    assert report.with_tables(readme) == readme, "run `python -m benchmark.report`"
+    for path in results.RESULTS.glob("*/*/ladder.md"):
+        assert path.read_text() == report.table(report.load(path.parent)), f"{path}: run `python -m benchmark.report`"
