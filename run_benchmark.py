@@ -54,7 +54,8 @@ def main() -> None:
             not arguments.use_cached_model, Path(), Path(), trace=arguments.trace_file,
             trace_stacks=arguments.trace_stacks, commit=arguments.commit, command=command_text(),
         )  # fmt: skip
-        runner = Runner(job, folder, arguments.again, arguments.debug)
+        # A recipe measured alone must not replace a rung, whose ratio was formed within its ladder.
+        runner = Runner(job, folder if arguments.ladder else folder / "alone", arguments.again, arguments.debug)
         if arguments.ladder:
             print(f"{checkpoint} on {device.type}: the ladder, into {folder}", flush=True)
             failed = runner.ladder(

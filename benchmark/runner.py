@@ -172,12 +172,17 @@ class Runner:
         results.write(path, {**about, "skipped": rung.skipped, "command": self.template.command})
 
     def _is_kept(self, rung: recipes.Rung, baseline: str) -> bool:
-        """Whether the rung was measured already, with this recipe, parent and baseline, and isn't to be again."""
+        """Whether the rung was measured on this machine, with this recipe, parent and baseline, and isn't to be again.
+
+        A folder of results is named after a kind of machine: another processor of as many cores measures for itself.
+        """
         path = self._path(rung.name)
         if self.again or not path.exists():
             return False
         result = results.read(path)
         same = (result["recipe"]["hash"], result["recipe"]["parent"]) == (rung.recipe.hash, rung.parent)
+        here, there = environment.capture(torch.device(self.template.device)), result["environment"]
+        same = same and all(here[name] == there[name] for name in ("device", "torch"))
         ratio = result.get("ratio_to_baseline")
         return same and ratio is not None and ratio["baseline"] == baseline
 

@@ -25,6 +25,13 @@ from utils.files import ROOT
 CPU = torch.device("cpu")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
 @pytest.fixture(scope="session")
 def tiny() -> Callable[..., DiffusionPipeline]:
     """tiny(dtype=torch.float32): the embedded model, loaded anew."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -59,20 +61,34 @@ def test_scheduler_stays_itself(tiny: Callable) -> None:
     assert dict(pipe.scheduler.config) == dict(before.config)
 
 
+def copies_to_the_host_in_the_loop(trace: list[dict[str, Any]]) -> int:
+    """Device-to-host copies launched inside the denoising steps of a Chrome trace."""
+    steps = [e for e in trace if e.get("cat") == "user_annotation" and e["name"] == "denoising_step"]
+    launched = {
+        e["args"]["correlation"]
+        for e in trace
+        if e.get("cat") == "cuda_runtime"
+        and any(s["tid"] == e["tid"] and s["ts"] <= e["ts"] < s["ts"] + s["dur"] for s in steps)
+    }
+    copies = [e for e in trace if e.get("cat") == "gpu_memcpy" and "DtoH" in e["name"]]
+    return sum(e["args"]["correlation"] in launched for e in copies)
+
+
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_copies_to_the_host_in_the_loop() -> None:
+@pytest.mark.parametrize(("removal", "copies"), [(False, 1), (True, 0)])
+def test_copies_to_the_host_in_the_loop(removal: bool, copies: int, tmp_path: Path) -> None:
     """On a GPU the item is a copy to the host, for which the host waits."""
+    pipe = checkpoints.load("tiny", torch.bfloat16, torch.device("cuda"), progress=False)
+    recipes.apply(pipe, Recipe(dtype="bfloat16", scheduler_sync_removal=removal))
+    options = {"height": 64, "width": 64, "num_inference_steps": 3, "max_sequence_length": 64}
 
-    def waits(removal: bool) -> int:
-        pipe = checkpoints.load("tiny", torch.bfloat16, torch.device("cuda"), progress=False)
-        recipes.apply(pipe, Recipe(dtype="bfloat16", scheduler_sync_removal=removal))
-        options = {"height": 64, "width": 64, "num_inference_steps": 3, "max_sequence_length": 64}
-        call = lambda: pipe("a red circle", guidance_scale=0.0, output_type="latent", **options)  # noqa: E731
+    def call() -> None:
+        pipe("a red circle", guidance_scale=0.0, output_type="latent", **options)
+
+    call()
+    with annotate(pipe), profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
         call()
-        with annotate(pipe), profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
-            call()
-        events = recorded.events()
-        return sum("denoising_step" in ancestors(e) and e.name == "cudaStreamSynchronize" for e in events)
-
-    assert (waits(removal=False), waits(removal=True)) == (1, 0)
+        torch.cuda.synchronize()
+    recorded.export_chrome_trace(str(tmp_path / "trace.json"))
+    trace = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert copies_to_the_host_in_the_loop(trace) == copies
