@@ -11,7 +11,6 @@ from utils.quiet import quiet
 
 with quiet():
     import recipes
-    from export.package import PackageStore
     from recipes.dtype import torch_dtype
     from utils import checkpoints, command_line
     from utils.compile_clock import CompileClock
@@ -53,7 +52,7 @@ def main() -> None:
             print("warning: --trace-file has no effect here: run_benchmark.py writes traces", file=sys.stderr)
         recipes.check(recipe, device)
         pipe = checkpoints.load(checkpoint, torch_dtype(recipe), device)
-        recipes.apply(pipe, recipe, PackageStore(arguments.cache_dir, build=not arguments.use_cached_model))
+        recipes.apply(pipe, recipe, command_line.packages(arguments))
         warn_of_cut_tokens(pipe, request)
         loaded = time.perf_counter()
         with CompileClock(progress=True) as clock:

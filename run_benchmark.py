@@ -12,6 +12,7 @@ with quiet():
     from benchmark import report
     from benchmark.job import Job
     from benchmark.runner import Runner, command_text
+    from recipes.flux_fast_flags import recipe_from_flags
     from utils import command_line, environment, results
     from utils.errors import UsageError, UserError, run_command
     from utils.files import check_folder, check_image_file
@@ -41,8 +42,14 @@ def main() -> None:
         request = command_line.request(arguments, checkpoint)
         if arguments.runs < 1:
             raise UsageError(f"--runs {arguments.runs}: give at least 1")
-        if arguments.ladder and (arguments.trace_file or arguments.output or arguments.recipe):
-            raise UsageError("--recipe, --trace-file and --output are for one recipe: leave --ladder out")
+        one = arguments.trace_file or arguments.output or arguments.recipe or recipe_from_flags(arguments)
+        if arguments.ladder and one:
+            raise UsageError("recipes, --trace-file and --output are for one recipe: leave --ladder out")
+        if not arguments.ladder and (arguments.again or arguments.baseline):
+            raise UsageError("--again and --baseline are for --ladder")
+        if arguments.trace_stacks and not arguments.trace_file:
+            raise UsageError("--trace-stacks needs --trace-file")
+        results.check_writable(arguments.results)
         if arguments.trace_file is not None:
             check_folder(arguments.trace_file)
         if arguments.output is not None:

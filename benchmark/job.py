@@ -25,7 +25,7 @@ class Job:
     parent: str | None
     request: Request
     runs: int
-    cache_dir: Path
+    cache_dir: Path | None
     build_packages: bool
     result: Path
     image: Path

@@ -29,7 +29,7 @@ with quiet():
     from benchmark import prompts
     from benchmark.job import Job
     from benchmark.memory import peak_bytes, reset_peak
-    from export.package import PackageStore
+    from export.package import PackageStore, default_folder
     from recipes.dtype import torch_dtype
     from utils import checkpoints, environment, ranges, results
     from utils.compile_clock import CompileClock
@@ -48,8 +48,6 @@ def measure(job: Job) -> dict[str, Any]:
     device = torch.device(job.device)
     started_at = datetime.now(UTC).isoformat(timespec="seconds")
     machine = environment.capture(device, job.commit)
-    before = environment.device_state(device)
-
     reset_peak(device)
     pipe = checkpoints.load(job.checkpoint, torch_dtype(job.recipe), device, progress=False)
     pipe.set_progress_bar_config(disable=True)
@@ -63,20 +61,22 @@ def measure(job: Job) -> dict[str, Any]:
         return replace(job.request, prompt=prompt, seed=job.request.seed + 1000 + number * job.request.batch)
 
     loaded = time.perf_counter()
-    applied = recipes.apply(pipe, job.recipe, PackageStore(job.cache_dir, job.build_packages))
+    applied = recipes.apply(pipe, job.recipe, PackageStore(job.cache_dir or default_folder(), job.build_packages))
     start_s = 0.0
 
     def warming(number: int) -> None:
         nonlocal start_s
-        call(fresh(100 + number))
+        call(fresh(prompts.WARM_UP + number))
         synchronize(device)
         start_s = start_s or time.perf_counter() - loaded
 
     with CompileClock(progress=True) as clock:
         warm = warm_up(warming, device)
     reset_peak(device)
+    before = environment.device_state(device)
     bar = tqdm(range(job.runs), desc=job.name, unit=" runs")
     latencies = [timed(partial(call, fresh(number)), device) for number in bar]
+    after = environment.device_state(device)
     run_peak = peak_bytes(device)
 
     timer = StageTimer(device)
@@ -91,13 +91,14 @@ def measure(job: Job) -> dict[str, Any]:
 
     steps = [1000 * seconds for seconds in timer.seconds["denoising_step"]]
     stages = {name: round(1000 * median(timer.seconds[stage]), 3) for stage, name in _STAGE_NAMES.items()}
-    stages["denoise"] = round(sum(steps) / _INSTRUMENTED_CALLS, 3)
+    calls = [sum(steps[i : i + job.request.steps]) for i in range(0, len(steps), job.request.steps)]
+    stages["denoise"] = round(median(calls), 3)
     return {
         "recipe": {"name": job.name, "hash": job.recipe.hash, "parent": job.parent, **job.recipe.to_dict()},
         "applied": applied,
         "lossless": recipes.is_lossless(job.recipe),
         "checkpoint": job.checkpoint,
-        "request": {**vars(job.request), "image": None if job.request.image is None else job.request.image.name},
+        "request": job.request.to_dict(),
         "latency_s": {"runs": latencies, **summary(latencies)},
         "stages_ms": stages,
         "denoise_step_ms": summary(steps),
@@ -106,8 +107,8 @@ def measure(job: Job) -> dict[str, Any]:
         "start_s": round(start_s, 3),
         "warmup_calls": len(warm),
         "peak_memory_bytes": {"load": load_peak, "run": run_peak},
-        "image_difference": difference(image, Image.open(job.reference or job.image)),
-        "environment": {**machine, "before": before, "after": environment.device_state(device)},
+        "image_difference": difference(image, Image.open(job.reference)) if job.reference else None,
+        "environment": {**machine, "before": before, "after": after},
         "command": job.command,
         "started_at": started_at,
     }

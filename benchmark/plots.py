@@ -15,7 +15,7 @@ _FROM_FIRST = 0.02  # of the axis, between a bar and its figures
 
 
 def waterfall(rungs: list[dict[str, Any]], path: Path) -> None:
-    """Seconds an image by rung: a bar each, what it gained (green) or lost (red) against its parent beside it."""
+    """Seconds a call by rung: a bar each, what it gained (green) or lost (red) against its parent beside it."""
     figure = Figure(figsize=(9, 0.42 * len(rungs) + 1.5), layout="constrained")
     axes = figure.subplots()
     medians = {r["recipe"]["name"]: r["latency_s"]["median"] for r in rungs if "skipped" not in r}
@@ -37,7 +37,7 @@ def waterfall(rungs: list[dict[str, Any]], path: Path) -> None:
     axes.set_xlim(0, 1.25 * longest)
     axes.invert_yaxis()
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set_xlabel("seconds an image (median); green: gained on the rung before, red: lost")
+    axes.set_xlabel("seconds a call (median); green: gained on the rung before, red: lost")
     axes.set_title(_title(rungs), fontsize=10)
     # A fixed date and salt: the same results give the same file.
     metadata = {"Date": None} if path.suffix == ".svg" else None

@@ -44,7 +44,7 @@ def table(rungs: list[dict[str, Any]]) -> str:
     lines = [
         caption(first),
         "",
-        "| rung | what it changes | s / image | speed-up, 95 % | step ms | VAE ms | compile s | peak GiB | PSNR dB | |",
+        "| rung | what it changes | s / call | speed-up, 95 % | step ms | VAE ms | compile s | peak GiB | PSNR dB | |",
         "|---|---|--:|--:|--:|--:|--:|--:|--:|---|",
     ]
     for rung in rungs:
@@ -98,7 +98,7 @@ def one_line(result: dict[str, Any]) -> str:
     """A single measurement for the terminal."""
     latency, step = result["latency_s"], result["denoise_step_ms"]
     return (
-        f"{result['recipe']['name']}: {latency['median']:.3f} s an image (p10 {latency['p10']:.3f}, "
+        f"{result['recipe']['name']}: {latency['median']:.3f} s a call (p10 {latency['p10']:.3f}, "
         f"p90 {latency['p90']:.3f}), {step['median']:.1f} ms a step, compiled in {result['compile_s']:.0f} s"
     )
 
@@ -115,6 +115,8 @@ def write_folder(folder: Path) -> str:
             plots.waterfall(rungs, temporary)
     with replacing(folder / "images.png") as temporary:
         plots.image_strip(rungs, folder, temporary)
+    if folder.is_relative_to(results.RESULTS):
+        write_text(README, with_tables(README.read_text()))
     return text
 
 
@@ -136,7 +138,6 @@ def main() -> None:
     for folder in sorted(path for path in results.RESULTS.glob("*/*") if path.is_dir()):
         if any("skipped" not in rung for rung in load(folder)):
             print(f"{folder.relative_to(ROOT)}\n{write_folder(folder)}")
-    write_text(README, with_tables(README.read_text()))
 
 
 if __name__ == "__main__":

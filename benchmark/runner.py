@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import os
 import shlex
 import signal
@@ -24,6 +25,7 @@ from recipes.recipe import Recipe
 from utils import environment, results
 from utils.errors import UsageError, UserError
 from utils.files import ROOT, replacing
+from utils.image_metrics import SAME
 from utils.timing import bootstrap_ratio
 
 THUMBNAIL = 256  # pixels, the longer side of the image kept beside a result
@@ -85,13 +87,13 @@ class Runner:
             return self._measure(bottom, scratch / "first", None)
 
         def keep(rung: recipes.Rung, result: dict[str, Any], image: Path) -> None:
+            if rung.name == baseline:
+                result["image_difference"] = SAME
             measured[rung.name] = self._keep(rung.name, with_ratio(result, baseline, first()[0]), image)
 
         def skip(rung: recipes.Rung) -> str | None:
             """Measure the rung, unless its result is kept; why it is skipped, if it is."""
             reason = self._refusal(rung)
-            if reason is None and rung.name in below:
-                self._keep_skipped(replace(rung, skipped=f"below this ladder's baseline, {baseline}"))
             if reason is not None or rung.name in below or self._is_kept(rung, baseline):
                 return reason
             if rung.name == baseline:
@@ -134,19 +136,30 @@ class Runner:
             result=scratch / "result.json",
             image=scratch / "image.png",
             reference=reference,
+            cache_dir=self.template.cache_dir or scratch / "packages",
         )
         # -P: modules come from this repository, not from the working directory, to which the job's paths are relative.
         command = [sys.executable, "-P", "-m", "benchmark.measure", job.to_json(), *(["--debug"] if self.debug else [])]
-        environ = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
-        with subprocess.Popen(command, env=environ, stderr=subprocess.PIPE, text=True, errors="replace") as process:
+        environ = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+            # Empty caches of compiled code: what a recipe's first user waits for.
+            "TORCHINDUCTOR_CACHE_DIR": str(scratch / "inductor"),
+            "TRITON_CACHE_DIR": str(scratch / "triton"),
+        }
+        with subprocess.Popen(command, env=environ, stderr=subprocess.PIPE) as process:
             last = _relay(process)
         if process.returncode < 0:
             ended_by = signal.Signals(-process.returncode)
             hint = " (the system's memory may have run out)" if ended_by == signal.SIGKILL else ""
             raise UserError(f"{rung.name}: its process was ended by {ended_by.name}{hint}")
         if process.returncode != 0:
-            raise UserError(last.removeprefix(_ERROR) or f"the process ended with code {process.returncode}")
+            kind = UsageError if process.returncode == UsageError.exit_code else UserError
+            raise kind(last.removeprefix(_ERROR) or f"the process ended with code {process.returncode}")
         return results.read(job.result), job.image
+
+    def _request(self) -> dict[str, Any]:
+        return self.template.request.to_dict()
 
     def _path(self, name: str) -> Path:
         return self.folder / results.file_name(name, vars(self.template.request))
@@ -167,8 +180,8 @@ class Runner:
             return
         recipe = {"name": rung.name, "hash": rung.recipe.hash, "parent": rung.parent, **rung.recipe.to_dict()}
         where = environment.capture(torch.device(self.template.device), self.template.commit)
-        request = {**vars(self.template.request), "image": None}
-        about = {"recipe": recipe, "checkpoint": self.template.checkpoint, "request": request, "environment": where}
+        about = {"recipe": recipe, "checkpoint": self.template.checkpoint, "request": self._request()}
+        about["environment"] = where
         results.write(path, {**about, "skipped": rung.skipped, "command": self.template.command})
 
     def _is_kept(self, rung: recipes.Rung, baseline: str) -> bool:
@@ -182,23 +195,32 @@ class Runner:
         result = results.read(path)
         same = (result["recipe"]["hash"], result["recipe"]["parent"]) == (rung.recipe.hash, rung.parent)
         here, there = environment.capture(torch.device(self.template.device)), result["environment"]
-        same = same and all(here[name] == there[name] for name in ("device", "torch"))
+        same = same and all(here[name] == there[name] for name in ("device", "torch", "diffusers", "torchao"))
+        same = same and result["checkpoint"] == self.template.checkpoint and result["request"] == self._request()
         ratio = result.get("ratio_to_baseline")
         return same and ratio is not None and ratio["baseline"] == baseline
 
 
 def with_ratio(result: dict[str, Any], baseline: str, *measurements: dict[str, Any]) -> dict[str, Any]:
-    """`result` with its speed relative to the baseline's measurements of the same invocation, pooled."""
+    """`result` with its speed relative to the baseline's measurements of the same invocation, pooled.
+
+    The baseline itself is 1 by definition; how its two measurements differ stands in `baseline_medians`.
+    """
     runs = [seconds for measurement in measurements for seconds in measurement["latency_s"]["runs"]]
-    ratio = bootstrap_ratio(runs, result["latency_s"]["runs"])
+    ratio: dict[str, Any] = bootstrap_ratio(runs, result["latency_s"]["runs"])
+    if result["recipe"]["name"] == baseline:
+        ratio = {"value": 1.0, "low": 1.0, "high": 1.0}
+    ratio["baseline_medians"] = [measurement["latency_s"]["median"] for measurement in measurements]
     return {**result, "ratio_to_baseline": {**ratio, "baseline": baseline, "baseline_runs": runs}}
 
 
-def _relay(process: subprocess.Popen) -> str:
+def _relay(process: subprocess.Popen[bytes]) -> str:
     """Pass a process's stderr on as it comes, progress bars included, but for its error's line; its last line."""
     assert process.stderr is not None
+    # newline="": a progress bar's carriage returns stay what they are.
+    stream = io.TextIOWrapper(process.stderr, errors="replace", newline="")
     line = shown = last = ""
-    while character := process.stderr.read(1):
+    while character := stream.read(1):
         line += character
         if not line.startswith(_ERROR[: len(line)]):
             sys.stderr.write(line[len(shown) :])

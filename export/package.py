@@ -10,31 +10,41 @@ import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import diffusers
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from recipes.recipe import Recipe
 from utils.compile_clock import compilation
 from utils.errors import UserError
 from utils.files import replacing
 
+if TYPE_CHECKING:  # recipes import export, to execute what it builds
+    from recipes.recipe import Recipe
+
 
 def signature(args: tuple, kwargs: dict[str, Any]) -> str:
-    """What a package is specialised to: every tensor's shape, dtype and device, and every other argument."""
+    """What a package is specialised to: every tensor's shape, strides, dtype and device, and every other argument."""
     leaves, spec = pytree.tree_flatten((args, kwargs))
-    words = [f"{x.dtype}{list(x.shape)}@{x.device.type}" if isinstance(x, torch.Tensor) else repr(x) for x in leaves]
+    words = [
+        f"{x.dtype}{list(x.shape)}{x.stride()}@{x.device.type}" if isinstance(x, torch.Tensor) else repr(x)
+        for x in leaves
+    ]
     return f"{spec}{words}"
+
+
+def default_folder() -> Path:
+    return Path.home() / ".cache" / "flux-fast"
 
 
 @dataclass
 class PackageStore:
     """A folder of packages, named by what they are specialised to; `build`: whether to build what is missing."""
 
-    folder: Path = field(default_factory=lambda: Path.home() / ".cache" / "flux-fast")
+    folder: Path = field(default_factory=default_folder)
     build: bool = True
 
     def path(self, part: str, module: nn.Module, recipe: Recipe, inputs: str) -> Path:
@@ -43,7 +53,8 @@ class PackageStore:
         machine = (
             torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
         )
-        key = json.dumps([part, state, recipe.to_dict(), inputs, torch.__version__, machine], sort_keys=True)
+        versions = (torch.__version__, diffusers.__version__)
+        key = json.dumps([part, state, recipe.to_dict(), inputs, versions, machine], sort_keys=True)
         return self.folder / f"{part}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt2"
 
     def get(self, part: str, module: nn.Module, recipe: Recipe, options: dict, args: tuple, kwargs: dict) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from diffusers import DiffusionPipeline
+from diffusers.models.attention import AttentionModuleMixin
 
 from recipes import flash_attention_3
 from recipes.optimization import Needs, Optimization
@@ -13,13 +14,16 @@ _DIFFUSERS_BACKENDS = {"native": "native", "cudnn": "_native_cudnn"}
 _NEEDS = {
     "native": Needs(),
     "cudnn": Needs(device="cuda", capability=(8, 0)),
-    "fa3_fp8": Needs(device="cuda", capability=(9, 0), packages=("flash_attn_interface",)),
+    "fa3_fp8": Needs(device="cuda", capability=(9, 0), capability_below=(10, 0), packages=("flash_attn_interface",)),
 }
 
 
 def _apply(pipe: DiffusionPipeline, recipe: Recipe) -> str:
     if recipe.attention in _DIFFUSERS_BACKENDS:
-        pipe.transformer.set_attention_backend(_DIFFUSERS_BACKENDS[recipe.attention])
+        # Attention by attention: the model's own method sets a default for the whole process besides.
+        for module in pipe.transformer.modules():
+            if isinstance(module, AttentionModuleMixin):
+                module.set_attention_backend(_DIFFUSERS_BACKENDS[recipe.attention])
     else:
         pipe.transformer.set_attn_processor(flash_attention_3.Processor())
     return recipe.attention

@@ -16,9 +16,12 @@ def _needs(recipe: Recipe) -> Needs:
 
 
 def _apply(pipe: DiffusionPipeline, recipe: Recipe, packages: PackageStore) -> str:
-    done = compile.apply(pipe, recipe) if recipe.execution == "compile" else runtime.attach(pipe, recipe, packages)
-    options = ", ".join(f"{name}={value}" for name, value in compile.inductor_options(recipe).items())
-    return f"{done}; {options}" if options else done
+    options = compile.inductor_options(recipe)
+    if recipe.execution == "compile":
+        done = compile.apply(pipe, recipe)
+    else:
+        done = runtime.attach(pipe, recipe, options, packages)
+    return "; ".join([done, *(f"{name}={value}" for name, value in options.items())])
 
 
 OPTIMIZATION = Optimization(field="execution", needs=_needs, lossless=lambda recipe: True, apply=_apply)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,6 @@ def recipe_from_flags(arguments: argparse.Namespace) -> Recipe | None:
 
 
 def _text(value: object) -> str:
-    return (
-        str(value).lower() if isinstance(value, bool) else "torch's defaults" if not isinstance(value, str) else value
-    )
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    return value if isinstance(value, str) else "torch's defaults"

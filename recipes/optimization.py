@@ -17,10 +17,14 @@ from recipes.recipe import Recipe, default
 
 @dataclass(frozen=True)
 class Needs:
-    """What must be there: a kind of device, a CUDA compute capability at least, one of some packages, a compiler."""
+    """What must be there: a kind of device, a CUDA compute capability (at least, and below), packages, a compiler.
+
+    One of `packages` is enough.
+    """
 
     device: str | None = None
     capability: tuple[int, int] | None = None
+    capability_below: tuple[int, int] | None = None
     packages: tuple[str, ...] = ()
     compiler: bool = False
 
@@ -30,8 +34,11 @@ class Needs:
             return f"needs a {self.device} device, this is {device.type}"
         if self.capability is not None and device.type == "cuda":
             have = torch.cuda.get_device_capability(device)
-            if have < self.capability:
+            if have < self.capability or (self.capability_below and have >= self.capability_below):
                 name = torch.cuda.get_device_name(device)
+                if self.capability_below:
+                    below = _dotted(self.capability_below)
+                    return f"needs compute capability {_dotted(self.capability)} to below {below}, {name} has {_dotted(have)}"
                 return f"needs compute capability {_dotted(self.capability)}, {name} has {_dotted(have)}"
         if self.packages and not any(importlib.util.find_spec(package) for package in self.packages):
             return f"needs the package {' or '.join(self.packages)}, not installed (see requirements-gpu.txt)"

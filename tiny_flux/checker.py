@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from tiny_flux import scenes
 from tiny_flux.scenes import Described, Description, Scene, Thing
+from utils.errors import run_command
 
 UNKNOWN_SHAPE = "unknown"
 
@@ -453,4 +454,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, debug=False)

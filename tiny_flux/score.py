@@ -26,6 +26,7 @@ from tiny_flux.captions import held_out_caption
 from tiny_flux.checker import check, wilson
 from tiny_flux.scenes import CATEGORIES, Description, is_held_out, sample_description
 from utils import checkpoints, environment
+from utils.errors import run_command
 from utils.files import replacing, write_text
 
 PROMPTS = 500
@@ -146,4 +147,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, debug=False)

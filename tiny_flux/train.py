@@ -41,6 +41,7 @@ from tqdm import tqdm
 from tiny_flux.data import Pool, corpus, make_pool
 from tiny_flux.model import new_pipeline
 from tiny_flux.tokenizers import clip_tokenizer, t5_tokenizer
+from utils.errors import run_command
 
 
 @dataclass(frozen=True)
@@ -416,4 +417,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, debug=False)

@@ -9,7 +9,7 @@ import difflib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, FluxKontextPipeline, FluxPipeline, FluxTransformer2DModel
@@ -32,6 +32,7 @@ class Defaults:
     """What a checkpoint is called with unless told otherwise, and the rung its results are compared with.
 
     guidance is the distilled guidance of FLUX.1-dev, ignored by a transformer without a guidance embedding.
+    vocabulary: what it can be asked for: anything, or the scenes of tiny_flux.
     """
 
     steps: int
@@ -42,6 +43,7 @@ class Defaults:
     baseline: str = "bf16"
     takes_image: bool = False
     prompt: str = "A cat playing with a ball of yarn"
+    vocabulary: Literal["any", "scenes"] = "any"
 
 
 SCHNELL = Defaults(steps=4, guidance=0.0, max_sequence_length=256, height=1024, width=1024, baseline="fp32")
@@ -63,6 +65,7 @@ TINY = Defaults(
     width=256,
     baseline="fp32",
     prompt="a red circle left of a blue square",
+    vocabulary="scenes",
 )
 CHECKPOINTS: dict[str, Defaults] = {
     "tiny": TINY,

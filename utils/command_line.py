@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import torch
 
 import recipes
-from export.package import PackageStore
+from export.package import PackageStore, default_folder
 from recipes.flux_fast_flags import add_flags, recipe_from_flags
 from recipes.recipe import Recipe
 from utils import checkpoints
@@ -42,7 +42,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image", type=Path, help="the image that Kontext edits")
     parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto", help="auto: cuda if there is one")
     parser.add_argument(
-        "--cache-dir", type=Path, default=PackageStore().folder, help="folder of ahead-of-time packages"
+        "--cache-dir", type=Path, help=f"ahead-of-time packages (default: {default_folder()}; benchmarks: a fresh one)"
     )
     parser.add_argument("--use-cached-model", action="store_true", help="use packages that are there, build none")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -73,6 +73,10 @@ def recipe(arguments: argparse.Namespace, where: torch.device) -> tuple[Recipe, 
         return recipes.parse(arguments.recipe), arguments.recipe
     fastest = recipes.fastest(where)
     return fastest, f"{recipes.command_line_name(fastest)} (the fastest on this machine)"
+
+
+def packages(arguments: argparse.Namespace) -> PackageStore:
+    return PackageStore(arguments.cache_dir or default_folder(), build=not arguments.use_cached_model)
 
 
 def request(arguments: argparse.Namespace, checkpoint: str) -> Request:

@@ -9,6 +9,9 @@ import numpy as np
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
+# What `difference` gives for equal images.
+SAME: dict[str, Any] = {"max_abs": 0, "psnr_db": None, "ssim": 1.0}
+
 
 def difference(image: Image.Image, reference: Image.Image) -> dict[str, Any]:
     """max_abs in 0..255, PSNR in dB (null for equal images), SSIM (Wang et al. 2004; 1 for equal images)."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from PIL import Image
+from PIL import Image, ImageOps
 
 from utils.errors import UsageError
 from utils.quiet import quiet
@@ -56,13 +56,18 @@ class Request:
         if self.image is not None:
             self.open_image()
 
+    def to_dict(self) -> dict[str, Any]:
+        """For a result file: an image by its name, without the machine's folders."""
+        return {**vars(self), "image": None if self.image is None else self.image.name}
+
     def open_image(self) -> Image.Image:
         assert self.image is not None
         try:
-            with Image.open(self.image) as image:
-                # The VAE needs a token's worth of pixels each way; anything larger keeps its size.
-                width, height = (max(MULTIPLE, side) for side in image.size)
-                return image.convert("RGB").resize((width, height))
+            with Image.open(self.image) as file:
+                image = ImageOps.exif_transpose(file).convert("RGB")
+            # The VAE needs a token's worth of pixels each way; anything larger keeps its size.
+            width, height = (max(MULTIPLE, side) for side in image.size)
+            return image.resize((width, height))
         except FileNotFoundError:
             raise UsageError(f"--image {self.image}: no such file") from None
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
@@ -88,9 +93,6 @@ class Request:
     def run(self, pipe: DiffusionPipeline) -> list[Image.Image]:
         with quiet():  # of tokens that were cut, `warn_of_cut_tokens` tells in a line
             return pipe(**self.arguments()).images
-
-    def with_steps(self, steps: int) -> Request:
-        return replace(self, steps=steps)
 
 
 def warn_of_cut_tokens(pipe: DiffusionPipeline, request: Request) -> None:
