@@ -35,11 +35,10 @@ class Needs:
         if self.capability is not None and device.type == "cuda":
             have = torch.cuda.get_device_capability(device)
             if have < self.capability or (self.capability_below and have >= self.capability_below):
+                wanted = _dotted(self.capability)
+                wanted += f" to below {_dotted(self.capability_below)}" if self.capability_below else ""
                 name = torch.cuda.get_device_name(device)
-                if self.capability_below:
-                    below = _dotted(self.capability_below)
-                    return f"needs compute capability {_dotted(self.capability)} to below {below}, {name} has {_dotted(have)}"
-                return f"needs compute capability {_dotted(self.capability)}, {name} has {_dotted(have)}"
+                return f"needs compute capability {wanted}, {name} has {_dotted(have)}"
         if self.packages and not any(importlib.util.find_spec(package) for package in self.packages):
             return f"needs the package {' or '.join(self.packages)}, not installed (see requirements-gpu.txt)"
         return _missing_for_compiling(device) if self.compiler else None

@@ -23,6 +23,7 @@ import argparse
 import copy
 import csv
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -39,7 +40,7 @@ from torch import nn
 from tqdm import tqdm
 
 from tiny_flux.data import Pool, corpus, make_pool
-from tiny_flux.model import new_pipeline
+from tiny_flux.model import SHIFT, new_pipeline, new_scheduler
 from tiny_flux.tokenizers import clip_tokenizer, t5_tokenizer
 from utils.errors import run_command
 
@@ -252,10 +253,15 @@ class Velocity(nn.Module):
 
 
 def sample_time(count: int, random: torch.Generator, device: torch.device) -> torch.Tensor:
-    """Noise levels in 0..1: logit-normal as in Stable Diffusion 3, one in five uniform so that the ends are seen."""
-    normal = torch.sigmoid(torch.randn(count, generator=random, device=device) + 0.4)
+    """Noise levels in 0..1: logit-normal, one in five uniform so that the ends are seen, shifted as for sampling."""
+    normal = torch.sigmoid(torch.randn(count, generator=random, device=device))
     uniform = torch.rand(count, generator=random, device=device)
-    return torch.where(torch.rand(count, generator=random, device=device) < 0.2, uniform, normal)
+    return shifted(torch.where(torch.rand(count, generator=random, device=device) < 0.2, uniform, normal))
+
+
+def shifted(time: torch.Tensor) -> torch.Tensor:
+    """FlowMatchEulerDiscreteScheduler's static shift (Stable Diffusion 3, arXiv 2403.03206, section 5.3.2)."""
+    return SHIFT * time / (1 + (SHIFT - 1) * time)
 
 
 def train_flow(
@@ -311,11 +317,10 @@ def make_pairs(velocity: Velocity, pool: Pool, settings: Settings, work: Path, d
         noise[rows], which[rows] = x.to(noise.dtype), index
         # Conditional and unconditional together, as one batch.
         both = tuple(torch.cat(pair) for pair in zip(pool.tokens(index, random), pool.empty(len(rows)), strict=True))
-        for step in range(steps):
-            time = torch.full((2 * len(rows),), 1 - step / steps, device=device)
+        for now, then in itertools.pairwise(shifted(torch.linspace(1, 0, steps + 1, device=device))):
             with autocast(device):
-                wanted, free = forward(torch.cat([x, x]), time, *both).float().chunk(2)
-            x = x - (free + settings.guidance * (wanted - free)) / steps
+                wanted, free = forward(torch.cat([x, x]), now.expand(2 * len(rows)), *both).float().chunk(2)
+            x = x - (free + settings.guidance * (wanted - free)) * (now - then)
         image[rows] = x.to(image.dtype)
     pairs = {"noise": noise, "image": image, "index": which}
     save_atomically(pairs, path)
@@ -329,7 +334,7 @@ def train_reflow(velocity: Velocity, pool: Pool, settings: Settings, work: Path,
 
     def loss(random: torch.Generator) -> dict[str, torch.Tensor]:
         rows = torch.randint(settings.reflow_pairs, (settings.flow_batch,), generator=random, device=device)
-        time = torch.rand(len(rows), generator=random, device=device)
+        time = shifted(torch.rand(len(rows), generator=random, device=device))
         tokens = pool.tokens(pairs["index"][rows], random)
         clean, noise = pairs["image"][rows].float(), pairs["noise"][rows].float()
         return {"loss": flow_loss(forward, clean, noise, time, tokens, device)}
@@ -377,6 +382,7 @@ def train(
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.backends.cuda.enable_cudnn_sdp(False)  # FlashAttention's backward: cuDNN's is a suspect in a crash seen
     pipe = FluxPipeline.from_pretrained(init, dtype=torch.float32) if init else fresh_pipeline(settings.seed)
+    pipe.scheduler = new_scheduler()
     pipe.to(device)
     pool = make_pool(settings.pool, settings.captions, settings.seed, pipe.tokenizer, pipe.tokenizer_2).to(device)
     if settings.vae_steps:
