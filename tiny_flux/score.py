@@ -103,6 +103,24 @@ def score(prompts: list[Prompt], images: list[Image.Image]) -> dict[str, Any]:
     return {"categories": categories, "wrong": wrong}
 
 
+def table(result: dict[str, Any]) -> str:
+    """The scores in Markdown, a row a category, a column for each number of steps."""
+    steps = result["steps"]
+    lines = [
+        f"`{result['checkpoint']}` on {result['prompts']} held-out prompts (seed {result['seed']}), "
+        f"{result['held_out_combinations']:.0%} of them with combinations of objects never trained on; one image a "
+        "prompt; share of prompts with every claim right, with its Wilson 95 % interval.",
+        "",
+        "| category | " + " | ".join(f"{count} steps" for count in steps) + " |",
+        "|---" * (1 + len(steps)) + "|",
+    ]
+    for name in (*CATEGORIES, "all"):
+        rows = [scored["categories"][name] for scored in steps.values()]
+        cells = [f"{row['accuracy']:.1%} ({row['low']:.1%} to {row['high']:.1%})" for row in rows]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def save_grid(prompts: list[Prompt], images: list[Image.Image], path: Path) -> None:
     """The first 16 images under their prompts."""
     figure = Figure(figsize=(10, 11), layout="constrained")
@@ -144,6 +162,7 @@ def main() -> None:
             print(f"{steps:3d} steps  {name:18s} {figures['accuracy']:6.1%}  {interval}")
         save_grid(prompts[:_GRID], images[:_GRID], arguments.output / f"first-16-at-{steps}-steps.png")
     write_text(arguments.output / "scores.json", json.dumps(result, indent=1) + "\n")
+    write_text(arguments.output / "scores.md", table(result))
 
 
 if __name__ == "__main__":

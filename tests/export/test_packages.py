@@ -15,8 +15,11 @@ from diffusers import DiffusionPipeline
 import recipes
 from export.package import PackageStore, signature
 from recipes import Recipe
+from utils import checkpoints
 from utils.compile_clock import CompileClock
 from utils.errors import UserError
+from utils.image_metrics import difference
+from utils.request import Request
 
 AOTI = Recipe(execution="aoti")
 
@@ -121,6 +124,18 @@ def test_close_to_eager(tiny: Callable, draw: Callable, built: tuple, store: Pat
         assert path.stat().st_size < 8e6, "a package holds no weights: those have 30 MB"
     for seed in range(2):
         np.testing.assert_allclose(draw(pipe, seed=seed, steps=2), draw(tiny(), seed=seed, steps=2), atol=1e-3)
+
+
+@pytest.mark.slow
+def test_bfloat16_draws_the_image_that_eager_draws(tiny: Callable, tmp_path: Path) -> None:
+    """Over all steps: a timestep embedding rounded otherwise than eager's turned this image into another one."""
+    known = checkpoints.TINY
+    request = Request(known.prompt, known.height, known.width, known.steps, known.guidance, known.max_sequence_length)
+    eager, packaged = tiny(torch.bfloat16), tiny(torch.bfloat16)
+    recipes.apply(eager, Recipe(dtype="bfloat16"))
+    recipes.apply(packaged, Recipe(dtype="bfloat16", execution="aoti"), PackageStore(tmp_path))
+    (reference,), (image,) = request.run(eager), request.run(packaged)
+    assert difference(image, reference)["psnr_db"] > 35
 
 
 @pytest.mark.slow
