@@ -87,8 +87,9 @@ LADDER: tuple[Callable[[Recipe], Recipe], ...] = (
     aoti,
 )
 
-# Rungs that the committed results show not to pay, by kind of device: not part of the default recipe there.
-NOT_PAYING = {"cpu": (), "cuda": ()}
+# Rungs that don't pay, by kind of device: not part of the default recipe there. A test derives the CPU's from the
+# committed results; those of a GPU are still to be measured.
+NOT_PAYING: dict[str, tuple[str, ...]] = {"cpu": ("max_autotune",), "cuda": ()}
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from benchmark import report
-from recipes import named
+from recipes import NOT_PAYING, named
 from utils import results
 from utils.errors import UserError
 
@@ -175,3 +175,10 @@ def test_readme_and_ladder_files_are_what_the_results_give() -> None:
     assert report.with_tables(readme) == readme, "run `python -m benchmark.report`"
     for path in results.RESULTS.glob("*/*/ladder.md"):
         assert path.read_text() == report.table(report.load(path.parent)), f"{path}: run `python -m benchmark.report`"
+
+
+def test_default_recipe_leaves_out_what_the_results_show_not_to_pay() -> None:
+    measured = [r for r in report.load(results.RESULTS / "cpu-2c-torch2.13" / "tiny") if "skipped" not in r]
+    medians = {r["recipe"]["name"]: r["latency_s"]["median"] for r in measured}
+    slower = [r["recipe"]["name"] for r in measured[1:] if r["latency_s"]["median"] >= medians[r["recipe"]["parent"]]]
+    assert tuple(slower) == NOT_PAYING["cpu"]
