@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from tqdm import tqdm
 from transformers import CLIPTokenizer, T5Tokenizer
 
 from tiny_flux.captions import caption
+from tiny_flux.layout import layout
 from tiny_flux.scenes import (
     BACKGROUNDS,
     CATEGORIES,
@@ -57,7 +58,8 @@ def corpus(seed: int, sentences: int = 50_000) -> list[str]:
 class Pool:
     """`n` scenes with `k` captions each.
 
-    background [n, 3], geometry [n, 4, 3], shape [n, 4] and color [n, 4, 3] as `scenes.draw` takes them;
+    background [n], shape and color [n, 4] int8 indices into BACKGROUNDS, SHAPES and COLORS; geometry [n, 4, 3] as
+    (x, y, radius) in pixels, radius 0 where there is no object; descriptions: what the captions claim;
     t5_ids [n, k, 64] and clip_ids [n, k, 77] int16; empty_t5 [64] and empty_clip [77] int16: the empty caption.
     """
 
@@ -69,17 +71,26 @@ class Pool:
     clip_ids: torch.Tensor
     empty_t5: torch.Tensor
     empty_clip: torch.Tensor
+    descriptions: list[Description]
 
     def __len__(self) -> int:
         return len(self.background)
 
     def to(self, device: torch.device | str) -> Pool:
-        return Pool(**{name: tensor.to(device) for name, tensor in vars(self).items()})
+        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return replace(self, **moved)
 
     def images(self, index: torch.Tensor) -> torch.Tensor:
         """float32 [len(index), 3, 256, 256] in [-1, 1]."""
-        image = draw(self.background[index], self.geometry[index], self.shape[index].long(), self.color[index])
-        return image * 2 - 1
+        background, color = (
+            torch.tensor(list(palette.values()), dtype=torch.float32, device=index.device)[of[index].long()]
+            for palette, of in ((BACKGROUNDS, self.background), (COLORS, self.color))
+        )
+        return draw(background, self.geometry[index], self.shape[index].long(), color) * 2 - 1
+
+    def layout(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What each image token shows: `tiny_flux.layout.layout`."""
+        return layout(self.background[index], self.geometry[index], self.shape[index], self.color[index])
 
     def tokens(
         self, index: torch.Tensor, generator: torch.Generator, empty: float = 0.0
@@ -116,24 +127,25 @@ def tokenize(tokenizer: T5Tokenizer | CLIPTokenizer, sentences: list[str], lengt
 def make_pool(size: int, captions: int, seed: int, clip: CLIPTokenizer, t5: T5Tokenizer) -> Pool:
     """The same pool for the same arguments, on every machine."""
     rng = random.Random(f"pool {seed}")
-    colors = {name: torch.tensor(rgb, dtype=torch.float32) for name, rgb in COLORS.items()}
-    backgrounds = {name: torch.tensor(rgb, dtype=torch.float32) for name, rgb in BACKGROUNDS.items()}
-    background = torch.zeros(size, 3)
+    backgrounds, colors = list(BACKGROUNDS), list(COLORS)
+    background = torch.zeros(size, dtype=torch.int8)
     geometry = torch.zeros(size, MOST_THINGS, 3)
     shape = torch.zeros(size, MOST_THINGS, dtype=torch.int8)
-    color = torch.zeros(size, MOST_THINGS, 3)
+    color = torch.zeros(size, MOST_THINGS, dtype=torch.int8)
+    descriptions: list[Description] = []
     sentences: list[str] = []
     for i in tqdm(range(size), desc="scenes and captions", mininterval=2):
         description = training_description(rng)
         scene = realize(description, rng)
-        background[i] = backgrounds[scene.background]
+        descriptions.append(description)
+        background[i] = backgrounds.index(scene.background)
         for j, thing in enumerate(scene.things):
             geometry[i, j] = torch.tensor((thing.x, thing.y, thing.radius))
             shape[i, j] = SHAPES.index(thing.shape)
-            color[i, j] = colors[thing.color]
+            color[i, j] = colors.index(thing.color)
         sentences += [caption(description, rng) for _ in range(captions)]
 
     t5_ids = tokenize(t5, sentences, T5_LENGTH).view(size, captions, T5_LENGTH)
     clip_ids = tokenize(clip, sentences, CLIP_LENGTH).view(size, captions, CLIP_LENGTH)
     empty_t5, empty_clip = tokenize(t5, [""], T5_LENGTH)[0], tokenize(clip, [""], CLIP_LENGTH)[0]
-    return Pool(background, geometry, shape, color, t5_ids, clip_ids, empty_t5, empty_clip)
+    return Pool(background, geometry, shape, color, t5_ids, clip_ids, empty_t5, empty_clip, descriptions)

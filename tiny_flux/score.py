@@ -137,25 +137,26 @@ def main() -> None:
     parser.add_argument("--checkpoint", default="tiny")
     parser.add_argument("--steps", type=int, nargs="+", default=[28, 4])
     parser.add_argument("--prompts", type=int, default=PROMPTS)
+    parser.add_argument("--seed", type=int, default=SEED, help="of prompts and noise")
     parser.add_argument("--batch", type=int, default=10)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, required=True, help="folder for scores.json and a grid for each --steps")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     pipe = checkpoints.load(arguments.checkpoint, torch.float32, device)
-    prompts = held_out_prompts(arguments.prompts)
+    prompts = held_out_prompts(arguments.prompts, arguments.seed)
     arguments.output.mkdir(parents=True, exist_ok=True)
     unseen = sum(is_held_out(prompt.description) for prompt in prompts) / len(prompts)
     result: dict[str, Any] = {
         "checkpoint": arguments.checkpoint,
         "prompts": len(prompts),
-        "seed": SEED,
+        "seed": arguments.seed,
         "held_out_combinations": unseen,
         "environment": environment.capture(device),
         "steps": {},
     }
     for steps in arguments.steps:
-        images = draw(pipe, prompts, steps, SEED, arguments.batch)
+        images = draw(pipe, prompts, steps, arguments.seed, arguments.batch)
         result["steps"][str(steps)] = scored = score(prompts, images)
         for name, figures in scored["categories"].items():
             interval = f"({figures['low']:.1%} to {figures['high']:.1%})"

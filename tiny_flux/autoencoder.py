@@ -1,0 +1,63 @@
+"""The autoencoder's training, and the pool's latents."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from diffusers import FluxPipeline
+from tqdm import tqdm
+
+from tiny_flux.data import Pool
+from tiny_flux.settings import Settings
+from tiny_flux.stage import Stage, autocast, save_atomically
+
+
+def train_autoencoder(pipe: FluxPipeline, pool: Pool, settings: Settings, work: Path, device: torch.device) -> None:
+    vae = pipe.vae
+    stage = Stage("autoencoder", vae, settings.vae_steps, settings.vae_lr, settings, work, device)
+    vae.to(memory_format=torch.channels_last)
+
+    def reconstruct(images: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        mean, logvar = vae.encoder(images).chunk(2, dim=1)
+        logvar = logvar.float().clamp(-20, 10)
+        mean = mean.float()
+        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+        return vae.decoder(mean + (0.5 * logvar).exp() * noise), kl
+
+    step = torch.compile(reconstruct) if settings.compile else reconstruct
+
+    def loss(random: torch.Generator) -> dict[str, torch.Tensor]:
+        index = torch.randint(len(pool), (settings.vae_batch,), generator=random, device=device)
+        images = pool.images(index).contiguous(memory_format=torch.channels_last)
+        noise = torch.randn(settings.vae_batch, 16, 32, 32, generator=random, device=device)
+        with autocast(device):
+            output, kl = step(images, noise)
+        error = (output.float() - images).abs().mean()
+        return {"loss": error + settings.kl_weight * kl, "l1": error, "kl": kl}
+
+    stage.run(loss)
+
+
+@torch.no_grad()
+def encode_pool(pipe: FluxPipeline, pool: Pool, work: Path, device: torch.device) -> torch.Tensor:
+    """Packed latents of the whole pool, bfloat16 [n, 256, 64], scaled to mean 0 and deviation 1."""
+    path = work / "latents.pt"
+    if path.exists():
+        state = torch.load(path, map_location=device, weights_only=True)
+    else:
+        batches = torch.arange(len(pool), device=device).split(256)
+        latents = torch.empty(len(pool), 16, 32, 32, dtype=torch.bfloat16, device=device)
+        for index in tqdm(batches, desc="encode", mininterval=2):
+            images = pool.images(index).contiguous(memory_format=torch.channels_last)
+            with autocast(device):
+                latents[index] = pipe.vae.encode(images).latent_dist.mean.to(latents.dtype)
+        sample = latents[: 2**14].float()
+        state = {"latents": latents, "shift": sample.mean().item(), "scale": 1 / sample.std().item()}
+        save_atomically(state, path)
+    pipe.vae.register_to_config(scaling_factor=state["scale"], shift_factor=state["shift"])
+    latents = state["latents"]
+    for start in range(0, len(latents), 2**14):  # in pieces: float32 of all of it would not fit
+        piece = latents[start : start + 2**14]
+        piece.copy_((piece.float() - state["shift"]) * state["scale"])
+    return torch.cat([FluxPipeline._pack_latents(p, len(p), 16, 32, 32) for p in latents.split(2**14)])

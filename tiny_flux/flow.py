@@ -1,0 +1,109 @@
+"""Rectified flow (arXiv 2209.03003, 2403.03206) of transformer and text encoders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import FluxPipeline
+from torch import nn
+
+from tiny_flux.data import Pool
+from tiny_flux.layout import LayoutHead
+from tiny_flux.model import SHIFT
+from tiny_flux.settings import Settings
+from tiny_flux.stage import Stage, autocast
+
+
+class Velocity(nn.Module):
+    """Text encoders and transformer as one function: (latents, t, token ids) -> predicted noise - x_0.
+
+    Beside the velocity come the image tokens' hidden states in the middle of the transformer, for the layout's head.
+    """
+
+    def __init__(self, pipe: FluxPipeline):
+        super().__init__()
+        self.transformer, self.clip, self.t5 = pipe.transformer, pipe.text_encoder, pipe.text_encoder_2
+        self.layout_head = LayoutHead(pipe.transformer.inner_dim)
+        self.register_buffer("image_ids", pipe._prepare_latent_image_ids(1, 16, 16, "cpu", torch.float32), False)
+        self._hidden: list[torch.Tensor] = []
+        singles = pipe.transformer.single_transformer_blocks
+        singles[len(singles) // 2 - 1].register_forward_hook(lambda block, given, out: self._hidden.append(out[1]))
+
+    def forward(
+        self, latents: torch.Tensor, time: torch.Tensor, t5_ids: torch.Tensor, clip_ids: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """latents [b, 256, 64], time [b] in 0..1, token ids [b, 64] and [b, 77].
+
+        Returns the velocity [b, 256, 64] and hidden states [b, 256, features].
+        """
+        states, pooled = self.t5(t5_ids)[0], self.clip(clip_ids).pooler_output
+        velocity = self.transformer(
+            hidden_states=latents,
+            timestep=time,
+            pooled_projections=pooled,
+            encoder_hidden_states=states,
+            txt_ids=states.new_zeros(states.shape[1], 3),
+            img_ids=self.image_ids,
+            return_dict=False,
+        )[0]
+        return velocity, self._hidden.pop()
+
+    def matrices(self) -> list[nn.Parameter]:
+        """The projections of the transformer's blocks, without their modulation."""
+        transformer = self.transformer
+        blocks = (*transformer.transformer_blocks, *transformer.single_transformer_blocks)
+        named = (item for block in blocks for item in block.named_parameters())
+        return [p for name, p in named if p.ndim == 2 and "norm" not in name]
+
+
+def sample_time(count: int, random: torch.Generator, device: torch.device) -> torch.Tensor:
+    """Noise levels in 0..1: logit-normal, one in five uniform so that the ends are seen, shifted as for sampling."""
+    normal = torch.sigmoid(torch.randn(count, generator=random, device=device))
+    uniform = torch.rand(count, generator=random, device=device)
+    return shifted(torch.where(torch.rand(count, generator=random, device=device) < 0.2, uniform, normal))
+
+
+def shifted(time: torch.Tensor) -> torch.Tensor:
+    """FlowMatchEulerDiscreteScheduler's static shift (Stable Diffusion 3, arXiv 2403.03206, section 5.3.2)."""
+    return SHIFT * time / (1 + (SHIFT - 1) * time)
+
+
+def train_flow(
+    pipe: FluxPipeline, pool: Pool, latents: torch.Tensor, settings: Settings, work: Path, device: torch.device
+) -> Velocity:
+    velocity = Velocity(pipe).to(device)
+    matrices = velocity.matrices() if settings.muon else []
+    stage = Stage("flow", velocity, settings.flow_steps, settings.flow_lr, settings, work, device, matrices)
+    forward = torch.compile(velocity) if settings.compile else velocity
+
+    def loss(random: torch.Generator) -> dict[str, torch.Tensor]:
+        index = torch.randint(len(pool), (settings.flow_batch,), generator=random, device=device)
+        clean = latents[index].float()
+        noise = torch.randn(clean.shape, generator=random, device=device)
+        time = sample_time(len(index), random, device)
+        tokens = pool.tokens(index, random, settings.empty_captions)
+        error, hidden = flow_loss(forward, clean, noise, time, tokens, device)
+        with autocast(device):
+            layout = velocity.layout_head.loss(hidden, pool.layout(index))
+        return {"loss": error + settings.layout_weight * layout, "velocity": error, "layout": layout}
+
+    stage.run(loss)
+    return velocity
+
+
+def flow_loss(
+    forward: Callable[..., tuple[torch.Tensor, torch.Tensor]],
+    clean: torch.Tensor,
+    noise: torch.Tensor,
+    time: torch.Tensor,
+    tokens: tuple[torch.Tensor, torch.Tensor],
+    device: torch.device,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean squared error of the predicted velocity at x_t = (1 - t) x_0 + t noise; and `forward`'s hidden states."""
+    t = time[:, None, None]
+    with autocast(device):
+        predicted, hidden = forward((1 - t) * clean + t * noise, time, *tokens)
+    return F.mse_loss(predicted.float(), noise - clean), hidden

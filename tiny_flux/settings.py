@@ -1,0 +1,48 @@
+"""How long and how fast the embedded model is trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Counts, learning rates and weights of all stages; 0 and 1 are off and on.
+
+    muon: Muon (https://kellerjordan.github.io/posts/muon) for the transformer blocks' projections in `flow`.
+    layout_weight: of the layout's loss (tiny_flux/layout.py) beside the velocity's.
+    guidance, only_right: reflow's pairs are made with this classifier-free guidance, and kept only where the checker
+        finds every claim of the caption in the image.
+    """
+
+    pool: int = 120_000
+    captions: int = 3
+    vae_steps: int = 3000
+    vae_batch: int = 32
+    vae_lr: float = 5e-4
+    kl_weight: float = 2e-4
+    flow_steps: int = 24_000
+    flow_batch: int = 256
+    flow_lr: float = 8e-4
+    muon: int = 1
+    layout_weight: float = 0.05
+    reflow_pairs: int = 40_000
+    reflow_sampling_steps: int = 28
+    guidance: float = 2.0
+    only_right: int = 1
+    empty_captions: float = 0.1
+    reflow_steps: int = 3000
+    reflow_lr: float = 3e-4
+    ema: float = 0.9995
+    save_every: int = 1000
+    compile: int = 1
+    seed: int = 0
+
+
+PRESETS = {
+    "full": Settings(),
+    "smoke": Settings(
+        pool=64, captions=2, vae_steps=4, vae_batch=4, flow_steps=4, flow_batch=4, reflow_pairs=8,
+        reflow_sampling_steps=2, reflow_steps=2, save_every=2, only_right=0, compile=0,
+    ),
+}  # fmt: skip
