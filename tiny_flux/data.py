@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from tqdm import tqdm
 from transformers import CLIPTokenizer, T5Tokenizer
 
 from tiny_flux.captions import caption
+from tiny_flux.claims import claims
 from tiny_flux.layout import layout
 from tiny_flux.scenes import (
     BACKGROUNDS,
@@ -54,12 +56,21 @@ def corpus(seed: int, sentences: int = 50_000) -> list[str]:
     return [caption(training_description(rng), rng) for _ in range(sentences)]
 
 
+class Captions(NamedTuple):
+    """T5 ids [n, 64], CLIP ids [n, 77] and what they claim [n, 22] (`tiny_flux.claims`), all int64."""
+
+    t5_ids: torch.Tensor
+    clip_ids: torch.Tensor
+    claims: torch.Tensor
+
+
 @dataclass
 class Pool:
     """`n` scenes with `k` captions each.
 
     background [n], shape and color [n, 4] int8 indices into BACKGROUNDS, SHAPES and COLORS; geometry [n, 4, 3] as
-    (x, y, radius) in pixels, radius 0 where there is no object; descriptions: what the captions claim;
+    (x, y, radius) in pixels, radius 0 where there is no object; descriptions: what the captions claim, and claims
+    [n, 22] int8 the same as `tiny_flux.claims` numbers it;
     t5_ids [n, k, 64] and clip_ids [n, k, 77] int16; empty_t5 [64] and empty_clip [77] int16: the empty caption.
     """
 
@@ -71,6 +82,7 @@ class Pool:
     clip_ids: torch.Tensor
     empty_t5: torch.Tensor
     empty_clip: torch.Tensor
+    claims: torch.Tensor
     descriptions: list[Description]
 
     def __len__(self) -> int:
@@ -92,22 +104,19 @@ class Pool:
         """What each image token shows: `tiny_flux.layout.layout`."""
         return layout(self.background[index], self.geometry[index], self.shape[index], self.color[index])
 
-    def tokens(
-        self, index: torch.Tensor, generator: torch.Generator, empty: float = 0.0
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """One caption each, drawn at random, or with probability `empty` the empty one.
-
-        T5 ids [len(index), 64] and CLIP ids [len(index), 77], int64.
-        """
+    def captions(self, index: torch.Tensor, generator: torch.Generator, empty: float = 0.0) -> Captions:
+        """One caption each, drawn at random, or with probability `empty` the empty one."""
         which = torch.randint(self.t5_ids.shape[1], index.shape, generator=generator, device=index.device)
-        t5_ids, clip_ids = self.t5_ids[index, which].long(), self.clip_ids[index, which].long()
         drop = torch.rand(len(index), 1, generator=generator, device=index.device) < empty
-        empty_t5, empty_clip = self.empty(len(index))
-        return torch.where(drop, empty_t5, t5_ids), torch.where(drop, empty_clip, clip_ids)
+        drawn = (self.t5_ids[index, which], self.clip_ids[index, which], self.claims[index])
+        return Captions(
+            *(torch.where(drop, no, yes.long()) for no, yes in zip(self.empty(len(index)), drawn, strict=True))
+        )
 
-    def empty(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The empty caption's ids, `count` times."""
-        return self.empty_t5.long().expand(count, -1), self.empty_clip.long().expand(count, -1)
+    def empty(self, count: int) -> Captions:
+        """The empty caption, `count` times."""
+        nothing = torch.tensor(claims(None), device=self.empty_t5.device)
+        return Captions(*(ids.long().expand(count, -1) for ids in (self.empty_t5, self.empty_clip, nothing)))
 
 
 def tokenize(tokenizer: T5Tokenizer | CLIPTokenizer, sentences: list[str], length: int) -> torch.Tensor:
@@ -148,4 +157,5 @@ def make_pool(size: int, captions: int, seed: int, clip: CLIPTokenizer, t5: T5To
     t5_ids = tokenize(t5, sentences, T5_LENGTH).view(size, captions, T5_LENGTH)
     clip_ids = tokenize(clip, sentences, CLIP_LENGTH).view(size, captions, CLIP_LENGTH)
     empty_t5, empty_clip = tokenize(t5, [""], T5_LENGTH)[0], tokenize(clip, [""], CLIP_LENGTH)[0]
-    return Pool(background, geometry, shape, color, t5_ids, clip_ids, empty_t5, empty_clip, descriptions)
+    claimed = torch.tensor([claims(description) for description in descriptions], dtype=torch.int8)
+    return Pool(background, geometry, shape, color, t5_ids, clip_ids, empty_t5, empty_clip, claimed, descriptions)

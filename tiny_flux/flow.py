@@ -4,29 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from diffusers import FluxPipeline
 from torch import nn
 
-from tiny_flux.data import Pool
+from tiny_flux.claims import ClaimsHead
+from tiny_flux.data import Captions, Pool
 from tiny_flux.layout import LayoutHead
-from tiny_flux.model import SHIFT
 from tiny_flux.settings import Settings
 from tiny_flux.stage import Stage, autocast
 
 
-class Velocity(nn.Module):
-    """Text encoders and transformer as one function: (latents, t, token ids) -> predicted noise - x_0.
+class Predicted(NamedTuple):
+    """velocity [n, 256, 64], and for the heads: the image tokens' states in the middle of the transformer
+    [n, 256, features], T5's states [n, 64, features] and CLIP's pooled state [n, features]."""
 
-    Beside the velocity come the image tokens' hidden states in the middle of the transformer, for the layout's head.
-    """
+    velocity: torch.Tensor
+    image: torch.Tensor
+    text: torch.Tensor
+    pooled: torch.Tensor
+
+
+class Velocity(nn.Module):
+    """Text encoders and transformer as one function: (latents, t, token ids) -> predicted noise - x_0."""
 
     def __init__(self, pipe: FluxPipeline):
         super().__init__()
         self.transformer, self.clip, self.t5 = pipe.transformer, pipe.text_encoder, pipe.text_encoder_2
         self.layout_head = LayoutHead(pipe.transformer.inner_dim)
+        self.t5_head = ClaimsHead(self.t5.config.d_model)
+        self.clip_head = ClaimsHead(self.clip.config.hidden_size)
         self.register_buffer("image_ids", pipe._prepare_latent_image_ids(1, 16, 16, "cpu", torch.float32), False)
         self._hidden: list[torch.Tensor] = []
         singles = pipe.transformer.single_transformer_blocks
@@ -34,11 +44,8 @@ class Velocity(nn.Module):
 
     def forward(
         self, latents: torch.Tensor, time: torch.Tensor, t5_ids: torch.Tensor, clip_ids: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """latents [b, 256, 64], time [b] in 0..1, token ids [b, 64] and [b, 77].
-
-        Returns the velocity [b, 256, 64] and hidden states [b, 256, features].
-        """
+    ) -> Predicted:
+        """latents [n, 256, 64], time [n] in 0..1, token ids [n, 64] and [n, 77]."""
         states, pooled = self.t5(t5_ids)[0], self.clip(clip_ids).pooler_output
         velocity = self.transformer(
             hidden_states=latents,
@@ -49,7 +56,7 @@ class Velocity(nn.Module):
             img_ids=self.image_ids,
             return_dict=False,
         )[0]
-        return velocity, self._hidden.pop()
+        return Predicted(velocity, self._hidden.pop(), states, pooled)
 
     def matrices(self) -> list[nn.Parameter]:
         """The projections of the transformer's blocks, without their modulation."""
@@ -59,16 +66,16 @@ class Velocity(nn.Module):
         return [p for name, p in named if p.ndim == 2 and "norm" not in name]
 
 
-def sample_time(count: int, random: torch.Generator, device: torch.device) -> torch.Tensor:
-    """Noise levels in 0..1: logit-normal, one in five uniform so that the ends are seen, shifted as for sampling."""
+def sample_time(count: int, shift: float, random: torch.Generator, device: torch.device) -> torch.Tensor:
+    """Noise levels in 0..1: logit-normal, one in five uniform so that the ends are seen, then shifted."""
     normal = torch.sigmoid(torch.randn(count, generator=random, device=device))
     uniform = torch.rand(count, generator=random, device=device)
-    return shifted(torch.where(torch.rand(count, generator=random, device=device) < 0.2, uniform, normal))
+    return shifted(torch.where(torch.rand(count, generator=random, device=device) < 0.2, uniform, normal), shift)
 
 
-def shifted(time: torch.Tensor) -> torch.Tensor:
+def shifted(time: torch.Tensor, shift: float) -> torch.Tensor:
     """FlowMatchEulerDiscreteScheduler's static shift (Stable Diffusion 3, arXiv 2403.03206, section 5.3.2)."""
-    return SHIFT * time / (1 + (SHIFT - 1) * time)
+    return shift * time / (1 + (shift - 1) * time)
 
 
 def train_flow(
@@ -83,27 +90,30 @@ def train_flow(
         index = torch.randint(len(pool), (settings.flow_batch,), generator=random, device=device)
         clean = latents[index].float()
         noise = torch.randn(clean.shape, generator=random, device=device)
-        time = sample_time(len(index), random, device)
-        tokens = pool.tokens(index, random, settings.empty_captions)
-        error, hidden = flow_loss(forward, clean, noise, time, tokens, device)
+        time = sample_time(len(index), settings.time_shift, random, device)
+        captions = pool.captions(index, random, settings.empty_captions)
+        error, predicted = flow_loss(forward, clean, noise, time, captions, device)
         with autocast(device):
-            layout = velocity.layout_head.loss(hidden, pool.layout(index))
-        return {"loss": error + settings.layout_weight * layout, "velocity": error, "layout": layout}
+            layout = velocity.layout_head.loss(predicted.image, pool.layout(index))
+            claims = velocity.t5_head.loss(predicted.text, captions.claims)
+            claims = claims + velocity.clip_head.loss(predicted.pooled[:, None], captions.claims)
+        total = error + settings.layout_weight * layout + settings.claims_weight * claims
+        return {"loss": total, "velocity": error, "layout": layout, "claims": claims}
 
     stage.run(loss)
     return velocity
 
 
 def flow_loss(
-    forward: Callable[..., tuple[torch.Tensor, torch.Tensor]],
+    forward: Callable[..., Predicted],
     clean: torch.Tensor,
     noise: torch.Tensor,
     time: torch.Tensor,
-    tokens: tuple[torch.Tensor, torch.Tensor],
+    captions: Captions,
     device: torch.device,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean squared error of the predicted velocity at x_t = (1 - t) x_0 + t noise; and `forward`'s hidden states."""
+) -> tuple[torch.Tensor, Predicted]:
+    """Mean squared error of the predicted velocity at x_t = (1 - t) x_0 + t noise; and all that was predicted."""
     t = time[:, None, None]
     with autocast(device):
-        predicted, hidden = forward((1 - t) * clean + t * noise, time, *tokens)
-    return F.mse_loss(predicted.float(), noise - clean), hidden
+        predicted = forward((1 - t) * clean + t * noise, time, captions.t5_ids, captions.clip_ids)
+    return F.mse_loss(predicted.velocity.float(), noise - clean), predicted

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from tiny_flux.checker import check
 from tiny_flux.data import Pool
 from tiny_flux.flow import Velocity, flow_loss, shifted
+from tiny_flux.model import SHIFT
 from tiny_flux.scenes import IMAGE_SIZE, Description
 from tiny_flux.settings import Settings
 from tiny_flux.stage import Stage, autocast, generator, save_atomically
@@ -40,12 +41,13 @@ def make_pairs(
         index = torch.randint(len(pool), rows.shape, generator=random, device=device)
         x = torch.randn(len(rows), 256, 64, generator=random, device=device)
         noise[rows], which[rows] = x.to(noise.dtype), index
-        # Conditional and unconditional together, as one batch.
-        both = tuple(torch.cat(pair) for pair in zip(pool.tokens(index, random), pool.empty(len(rows)), strict=True))
-        for now, then in itertools.pairwise(shifted(torch.linspace(1, 0, steps + 1, device=device))):
+        wanted, nothing = pool.captions(index, random), pool.empty(len(rows))
+        t5_ids, clip_ids = (torch.cat([wanted[i], nothing[i]]) for i in range(2))  # both as one batch
+        for now, then in itertools.pairwise(shifted(torch.linspace(1, 0, steps + 1, device=device), SHIFT)):
             with autocast(device):
-                wanted, free = forward(torch.cat([x, x]), now.expand(2 * len(rows)), *both)[0].float().chunk(2)
-            x = x - (free + settings.guidance * (wanted - free)) * (now - then)
+                both = forward(torch.cat([x, x]), now.expand(2 * len(rows)), t5_ids, clip_ids).velocity.float()
+            conditional, free = both.chunk(2)
+            x = x - (free + settings.guidance * (conditional - free)) * (now - then)
         image[rows] = x.to(image.dtype)
     pairs = {"noise": noise, "image": image, "index": which}
     if settings.only_right:
@@ -85,9 +87,9 @@ def train_reflow(
 
     def loss(random: torch.Generator) -> dict[str, torch.Tensor]:
         rows = torch.randint(len(pairs["index"]), (settings.flow_batch,), generator=random, device=device)
-        time = shifted(torch.rand(len(rows), generator=random, device=device))
-        tokens = pool.tokens(pairs["index"][rows], random)
+        time = shifted(torch.rand(len(rows), generator=random, device=device), SHIFT)
+        captions = pool.captions(pairs["index"][rows], random)
         clean, noise = pairs["image"][rows].float(), pairs["noise"][rows].float()
-        return {"loss": flow_loss(forward, clean, noise, time, tokens, device)[0]}
+        return {"loss": flow_loss(forward, clean, noise, time, captions, device)[0]}
 
     stage.run(loss)

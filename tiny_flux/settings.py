@@ -10,7 +10,8 @@ class Settings:
     """Counts, learning rates and weights of all stages; 0 and 1 are off and on.
 
     muon: Muon (https://kellerjordan.github.io/posts/muon) for the transformer blocks' projections in `flow`.
-    layout_weight: of the layout's loss (tiny_flux/layout.py) beside the velocity's.
+    layout_weight, claims_weight: of the losses of tiny_flux/layout.py and tiny_flux/claims.py beside the velocity's.
+    time_shift: how far `flow`'s noise levels are shifted towards noise, where it is decided what there is.
     guidance, only_right: reflow's pairs are made with this classifier-free guidance, and kept only where the checker
         finds every claim of the caption in the image.
     """
@@ -26,6 +27,8 @@ class Settings:
     flow_lr: float = 8e-4
     muon: int = 1
     layout_weight: float = 0.05
+    claims_weight: float = 0.05
+    time_shift: float = 5.0
     reflow_pairs: int = 40_000
     reflow_sampling_steps: int = 28
     guidance: float = 2.0
