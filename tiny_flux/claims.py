@@ -42,6 +42,9 @@ def claims(description: Description | None) -> list[int]:
 class ClaimsHead(nn.Module):
     """Reads a caption's claims off a text encoder's states, each claim looking where it likes among the tokens."""
 
+    first: torch.Tensor
+    others: torch.Tensor
+
     def __init__(self, features: int):
         super().__init__()
         self.queries = nn.Parameter(torch.randn(len(CLASSES), features) / features**0.5)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
 from tqdm import tqdm
 from transformers import CLIPTokenizer, T5Tokenizer
 
@@ -90,7 +91,7 @@ class Pool:
 
     def to(self, device: torch.device | str) -> Pool:
         moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
-        return replace(self, **moved)
+        return Pool(**{**vars(self), **moved})
 
     def images(self, index: torch.Tensor) -> torch.Tensor:
         """float32 [len(index), 3, 256, 256] in [-1, 1]."""
@@ -124,7 +125,7 @@ def tokenize(tokenizer: T5Tokenizer | CLIPTokenizer, sentences: list[str], lengt
 
     Through the Rust tokenizer itself: a million sentences through the Python wrapper take minutes.
     """
-    backend = tokenizer.backend_tokenizer
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())  # a copy: what follows changes it
     backend.no_padding()
     backend.enable_truncation(length)
     ids = np.full((len(sentences), length), tokenizer.pad_token_id, dtype=np.int16)

@@ -31,12 +31,15 @@ class Predicted(NamedTuple):
 class Velocity(nn.Module):
     """Text encoders and transformer as one function: (latents, t, token ids) -> predicted noise - x_0."""
 
-    def __init__(self, pipe: FluxPipeline):
+    def __init__(self, pipe: FluxPipeline, seed: int):
+        """seed: of the heads, which the pipeline doesn't hold."""
         super().__init__()
         self.transformer, self.clip, self.t5 = pipe.transformer, pipe.text_encoder, pipe.text_encoder_2
-        self.layout_head = LayoutHead(pipe.transformer.inner_dim)
-        self.t5_head = ClaimsHead(self.t5.config.d_model)
-        self.clip_head = ClaimsHead(self.clip.config.hidden_size)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.layout_head = LayoutHead(pipe.transformer.inner_dim)
+            self.t5_head = ClaimsHead(self.t5.config.d_model)
+            self.clip_head = ClaimsHead(self.clip.config.hidden_size)
         self.register_buffer("image_ids", pipe._prepare_latent_image_ids(1, 16, 16, "cpu", torch.float32), False)
         self._hidden: list[torch.Tensor] = []
         singles = pipe.transformer.single_transformer_blocks
@@ -81,7 +84,7 @@ def shifted(time: torch.Tensor, shift: float) -> torch.Tensor:
 def train_flow(
     pipe: FluxPipeline, pool: Pool, latents: torch.Tensor, settings: Settings, work: Path, device: torch.device
 ) -> Velocity:
-    velocity = Velocity(pipe).to(device)
+    velocity = Velocity(pipe, settings.seed).to(device)
     matrices = velocity.matrices() if settings.muon else []
     stage = Stage("flow", velocity, settings.flow_steps, settings.flow_lr, settings, work, device, matrices)
     forward = torch.compile(velocity) if settings.compile else velocity

@@ -45,6 +45,11 @@ def save_pipeline(pipe: FluxPipeline, out: Path) -> None:
     names = ("vae", "transformer", "text_encoder", "text_encoder_2")
     copies = {name: copy.deepcopy(getattr(pipe, name)).to("cpu", torch.bfloat16) for name in names}
     FluxPipeline(**{**pipe.components, **copies}).save_pretrained(out, max_shard_size="14MB")
+    for name in ("vae", "transformer"):  # diffusers notes the folder that `--init` was
+        path = out / name / "config.json"
+        config = json.loads(path.read_text())
+        config.pop("_name_or_path", None)
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def plot_losses(work: Path) -> None:

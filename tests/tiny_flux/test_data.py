@@ -12,6 +12,7 @@ import torch
 from transformers import CLIPTokenizer, T5Tokenizer
 
 from tiny_flux import scenes
+from tiny_flux.claims import claims
 from tiny_flux.data import Pool, corpus, make_pool, tokenize, training_description
 from tiny_flux.scenes import Described, Description
 from tiny_flux.tokenizers import CLIP_LENGTH, T5_LENGTH, clip_tokenizer, t5_tokenizer
@@ -74,10 +75,13 @@ def test_a_pool_depends_on_its_arguments_alone(pool: Pool, clip: CLIPTokenizer, 
     torch.manual_seed(99)
     random.seed(99)
     again = make_pool(SIZE, CAPTIONS, 0, clip, t5)
-    assert all(torch.equal(vars(pool)[name], tensor) for name, tensor in vars(again).items())
+    tensors = {name: value for name, value in vars(again).items() if isinstance(value, torch.Tensor)}
+    assert all(torch.equal(vars(pool)[name], tensor) for name, tensor in tensors.items())
+    assert again.descriptions == pool.descriptions
     other = make_pool(SIZE, CAPTIONS, 1, clip, t5)
-    drawn = [name for name in vars(other) if not name.startswith("empty_")]
+    drawn = [name for name in tensors if not name.startswith("empty_")]
     assert not any(torch.equal(vars(pool)[name], getattr(other, name)) for name in drawn)
+    assert other.descriptions != pool.descriptions
 
 
 def test_the_pools_images_are_of_its_scenes(pool: Pool) -> None:
@@ -85,30 +89,44 @@ def test_the_pools_images_are_of_its_scenes(pool: Pool) -> None:
     images = pool.images(index)
     assert images.shape == (3, 3, 256, 256)
     for i, image in zip(index.tolist(), images, strict=True):
-        names = {v: k for k, v in (scenes.COLORS | scenes.BACKGROUNDS).items()}
-
-        def name(color: torch.Tensor, names: dict = names) -> str:
-            return names[tuple(color.int().tolist())]
-
         things = tuple(
-            scenes.Thing(scenes.SHAPES[int(pool.shape[i, j])], name(pool.color[i, j]), *pool.geometry[i, j].tolist())
+            scenes.Thing(
+                scenes.SHAPES[int(pool.shape[i, j])],
+                list(scenes.COLORS)[int(pool.color[i, j])],
+                *pool.geometry[i, j].tolist(),
+            )
             for j in range(4)
             if pool.geometry[i, j, 2] > 0
         )
         assert 1 <= len(things) <= 4
-        drawn = scenes.render([scenes.Scene(name(pool.background[i]), things)])[0]
+        drawn = scenes.render([scenes.Scene(list(scenes.BACKGROUNDS)[int(pool.background[i])], things)])[0]
         assert torch.equal((image + 1) / 2, (drawn * 2 - 1 + 1) / 2)
 
 
 def test_one_of_the_captions_is_drawn_at_random(pool: Pool) -> None:
     index = torch.arange(SIZE)
-    t5_ids, clip_ids = pool.tokens(index, torch.Generator().manual_seed(0))
+    t5_ids, clip_ids, claimed = pool.captions(index, torch.Generator().manual_seed(0))
     assert (t5_ids.shape, clip_ids.shape) == ((SIZE, T5_LENGTH), (SIZE, CLIP_LENGTH))
-    assert t5_ids.dtype == clip_ids.dtype == torch.int64
+    assert t5_ids.dtype == clip_ids.dtype == claimed.dtype == torch.int64
     first = (t5_ids == pool.t5_ids[:, 0]).all(1) & (clip_ids == pool.clip_ids[:, 0]).all(1)
     second = (t5_ids == pool.t5_ids[:, 1]).all(1) & (clip_ids == pool.clip_ids[:, 1]).all(1)
     assert (first | second).all(), "both texts of a pair are of the same caption"
     assert 0.4 * SIZE < first.sum() < 0.6 * SIZE + (first & second).sum()
+    assert claimed.tolist() == [claims(description) for description in pool.descriptions]
+
+
+def test_some_captions_are_empty_and_claim_nothing(pool: Pool, t5: T5Tokenizer, clip: CLIPTokenizer) -> None:
+    captions = pool.captions(torch.arange(SIZE), torch.Generator().manual_seed(0), empty=0.3)
+    empty = (captions.t5_ids == tokenize(t5, [""], T5_LENGTH).long()).all(1)
+    assert 0.2 * SIZE < empty.sum() < 0.4 * SIZE
+    assert torch.equal(empty, (captions.clip_ids == tokenize(clip, [""], CLIP_LENGTH).long()).all(1))
+    assert torch.equal(empty, (captions.claims == 0).all(1))
+
+
+def test_tokenizing_leaves_the_tokenizer_as_it_was(t5: T5Tokenizer) -> None:
+    before = t5.backend_tokenizer.to_str()
+    tokenize(t5, ["a red circle"], 16)
+    assert t5.backend_tokenizer.to_str() == before
 
 
 @pytest.mark.parametrize("length", [T5_LENGTH, 16])
