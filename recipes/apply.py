@@ -8,7 +8,20 @@ import torch
 from diffusers import DiffusionPipeline, FluxTransformer2DModel
 
 from export.package import PackageStore
-from recipes import attention, channels_last, dtype, execution, float8, fused_qkv, scheduler_sync, step_cache
+from recipes import (
+    attention,
+    channels_last,
+    cuda_graph,
+    dtype,
+    execution,
+    float8,
+    fused_qkv,
+    hoisted_embeddings,
+    modulation,
+    scheduler_sync,
+    step_cache,
+    text_encoders,
+)
 from recipes.ladder import NOT_PAYING, Rung, climb, command_line_name
 from recipes.optimization import Optimization
 from recipes.recipe import Recipe, RecipeError
@@ -22,7 +35,11 @@ OPTIMIZATIONS: tuple[Optimization, ...] = (
     channels_last.OPTIMIZATION,
     float8.OPTIMIZATION,
     step_cache.OPTIMIZATION,
+    modulation.OPTIMIZATION,
+    hoisted_embeddings.OPTIMIZATION,
+    text_encoders.OPTIMIZATION,
     execution.OPTIMIZATION,
+    cuda_graph.OPTIMIZATION,
 )
 _MARK = "_applied_recipe"
 
