@@ -99,10 +99,12 @@ def step(
     if context is None:
         context = self.context_embedder(encoder_hidden_states)
     if rotary is None:
-        assert txt_ids is not None and img_ids is not None
+        assert txt_ids is not None
+        assert img_ids is not None
         rotary = rotary_table(self, txt_ids, img_ids)
     if modulation is None:
-        assert timestep is not None and pooled_projections is not None
+        assert timestep is not None
+        assert pooled_projections is not None
         temb = conditioning(self, timestep, guidance, pooled_projections)
         rows: tuple[torch.Tensor, ...] = (temb,) * len(modulated(self))
     else:

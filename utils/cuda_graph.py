@@ -96,14 +96,15 @@ class Graphs(LeastRecentlyUsed["Captured"]):
         # A pool ends with its last graph: it is that of the graphs that are there, and the first one begins another.
         # The stream stays the same, for cuBLAS keeps a workspace for each that it has seen.
         one = next(iter(self.values.values()), None)
-        pool, side = (None, torch.cuda.Stream(device)) if one is None else (one.graph.pool(), one.side)
-        return Captured(function, arguments, pool, side)
+        if one is None:
+            return Captured(function, arguments, None, torch.cuda.Stream(device))
+        return Captured(function, arguments, one.graph.pool(), one.side)
 
 
 class Captured:
     """One graph: `function` called with arguments like `arguments`, warmed up and captured on the stream `side`."""
 
-    def __init__(self, function: Callable, arguments: Arguments, pool: tuple[int, int] | None, side: torch.cuda.Stream):
+    def __init__(self, function: Callable, arguments: Arguments, pool: Any, side: torch.cuda.Stream):
         self.side = side
         self.inputs = [_like(tensor) for tensor in arguments.tensors]
         torch._foreach_copy_(self.inputs, arguments.tensors)
