@@ -94,7 +94,6 @@ def test_clock_counts_torch_compile() -> None:
         double(torch.zeros(3))
     assert clock.compilations == 1
     assert clock.seconds > 0
-    assert 0 < clock.phases["compile_fx_inner"] < clock.seconds
     with CompileClock() as clock:
         double(torch.ones(3))
     assert (clock.compilations, clock.seconds, clock.phases) == (0, 0, {})
