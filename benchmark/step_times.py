@@ -66,7 +66,6 @@ def measure(
     checkpoint: str, recipe: Recipe, request: Request, calls: int, device: torch.device
 ) -> tuple[dict[str, Any], torch.Tensor]:
     """Figures of one recipe, and the final latents of `request`, float32 on the CPU."""
-    torch._dynamo.reset()
     pipe = checkpoints.load(checkpoint, torch_dtype(recipe), device, progress=False)
     pipe.set_progress_bar_config(disable=True)
     clock = StepClock(device)
@@ -170,6 +169,7 @@ def main() -> None:
             rows.append(row)
             write_text(arguments.output, json.dumps({**about, "recipes": rows}, indent=1) + "\n")
             print(line(text, row, rows), flush=True)
+            torch._dynamo.reset()  # the next recipe compiles for itself, in memory that this one no longer holds
             gc.collect()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
