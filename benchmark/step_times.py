@@ -12,6 +12,7 @@ import argparse
 import gc
 import json
 import time
+import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -121,7 +122,7 @@ def parser() -> command_line.Parser:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto")
     parser.add_argument("--commit", help="the commit to record where no git is at hand")
-    parser.add_argument("--debug", action="store_true")
+    parser.add_argument("--debug", action="store_true", help="show the tracebacks of errors")
     return parser
 
 
@@ -156,8 +157,8 @@ def main() -> None:
                 recipes.check(recipe, device)
                 row, latents = measure(arguments.checkpoint, recipe, request, arguments.calls, device)
             except Exception as error:  # the others are still worth measuring
-                if arguments.debug and not isinstance(error, UserError):
-                    raise
+                if arguments.debug:
+                    traceback.print_exc()
                 words = "out of memory" if is_out_of_memory(error) else f"{type(error).__name__}: {one_line(error)}"
                 row, latents = (
                     {"recipe": {"name": text, "hash": recipe.hash, **recipe.to_dict()}, "failed": words},
