@@ -9,7 +9,6 @@ the mean counts it, the median doesn't. FILE is written anew after every recipe.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import time
 import traceback
@@ -85,9 +84,6 @@ def measure(
         synchronize(device)
     start_s = time.perf_counter() - started
     clock.milliseconds()
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
     reset_peak(device)
     steps: list[float] = []
     for number in range(calls):
@@ -171,9 +167,7 @@ def main() -> None:
             write_text(arguments.output, json.dumps({**about, "recipes": rows}, indent=1) + "\n")
             print(line(text, row, rows), flush=True)
             torch._dynamo.reset()  # the next recipe compiles for itself, in memory that this one no longer holds
-            gc.collect()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
+            reset_peak(device)
         if failed := [row["recipe"]["name"] for row in rows if "failed" in row]:
             raise UserError(f"not measured: {'; '.join(failed)}")
 
