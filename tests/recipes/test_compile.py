@@ -42,14 +42,15 @@ def test_options_are_inductors_own() -> None:
 @pytest.mark.parametrize(
     ("recipe", "compilations"),
     [
-        # The double block, for the first one's input and for the others' with their strides, the single block and the
-        # decoder; or transformer and decoder.
-        (Recipe(execution="compile"), 4),
+        # The double block, the single block and the decoder; or transformer and decoder; and both text encoders.
+        (Recipe(execution="compile"), 3),
         (Recipe(execution="compile", compile_scope="whole", channels_last=True, fused_qkv=True), 2),
-        (Recipe(execution="compile", inductor_flags=InductorFlags(conv_1x1_as_mm=True, epilogue_fusion=False)), 4),
-        (Recipe(execution="compile", max_autotune=True), 4),
+        (Recipe(execution="compile", inductor_flags=InductorFlags(conv_1x1_as_mm=True, epilogue_fusion=False)), 3),
+        (Recipe(execution="compile", max_autotune=True), 3),
+        (Recipe(execution="compile", modulation="hoisted", hoisted_embeddings=True), 3),
+        (Recipe(execution="compile", compiled_text_encoders=True), 5),
     ],
-    ids=["regional", "whole", "flags", "max-autotune"],
+    ids=["regional", "whole", "flags", "max-autotune", "hoisted", "text-encoders"],
 )
 def test_close_to_eager_without_recompiling(tiny: Callable, draw: Callable, recipe: Recipe, compilations: int) -> None:
     configuration = copy.deepcopy(torch._inductor.config.get_config_copy())
