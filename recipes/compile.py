@@ -21,25 +21,39 @@ MAX_AUTOTUNE = {
     "autotune_num_choices_displayed": 0,  # no tables of candidates on stderr
 }
 
-
 # Round where eager rounds. In bfloat16 timestep * 1000 is good to 4, and a kernel that keeps it in float32 gives the
 # timestep embedding another argument than eager's: seen to turn one image into another. Regional compilation leaves the
 # embeddings eager, and needs none of it.
 ROUND_AS_EAGER = {"emulate_precision_casts": True}
 
 
-def inductor_options(recipe: Recipe) -> dict[str, Any]:
+# On a GPU the search is over ATen's kernels (cuBLASLt, cuDNN) and those of Triton's GEMM templates that come near them:
+# at FLUX.1's sizes cuBLASLt won or was within a few percent, and trying all of Triton's took 46 to 100 s a shape; its
+# convolutions never won. ATen's candidates have no description; smaller tiles are no match for the larger ones, and a
+# GEMM too small for these is left to ATen.
+FEW_CANDIDATES = {
+    "max_autotune_gemm_backends": "ATEN,TRITON",
+    "max_autotune_conv_backends": "ATEN",
+    "test_configs.autotune_choice_desc_regex": (
+        r"^$|^(?=.*BLOCK_M=(128|256)\b)(?=.*BLOCK_N=(128|256)\b)(?=.*BLOCK_K=(64|128)\b)"
+    ),
+}
+
+
+def inductor_options(recipe: Recipe, device: torch.device) -> dict[str, Any]:
+    """Inductor's configuration entries for one compilation on `device`."""
     regional = recipe.execution == "compile" and recipe.compile_scope == "regional"
     return {
         **({} if regional else ROUND_AS_EAGER),
         **(MAX_AUTOTUNE if recipe.max_autotune else {}),
+        **(FEW_CANDIDATES if recipe.max_autotune and device.type == "cuda" else {}),
         **recipe.inductor_flags.options(),
     }
 
 
 def apply(pipe: DiffusionPipeline, recipe: Recipe) -> str:
     # One compilation a shape: dynamic shapes cost speed, and a benchmark or a service has few shapes.
-    options: dict[str, Any] = {"fullgraph": True, "dynamic": False, "options": inductor_options(recipe)}
+    options: dict[str, Any] = {"fullgraph": True, "dynamic": False, "options": inductor_options(recipe, pipe.device)}
     transformer = pipe.transformer
     if recipe.compile_scope == "regional":
         for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):

@@ -14,7 +14,7 @@ from recipes.recipe import Recipe
 
 
 def _apply(pipe: DiffusionPipeline, recipe: Recipe) -> str:
-    options = {"fullgraph": True, "dynamic": False, "options": inductor_options(recipe)}
+    options = {"fullgraph": True, "dynamic": False, "options": inductor_options(recipe, pipe.device)}
     for encoder in (pipe.text_encoder, pipe.text_encoder_2):
         compile_forward(encoder, options)
     return "torch.compile of CLIP and T5"
