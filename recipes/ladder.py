@@ -87,10 +87,6 @@ LADDER: tuple[Callable[[Recipe], Recipe], ...] = (
     aoti,
 )
 
-# Rungs that don't pay, by kind of device: not part of the default recipe there. A test derives the CPU's from the
-# committed results; those of a GPU are still to be measured.
-NOT_PAYING: dict[str, tuple[str, ...]] = {"cpu": ("max_autotune",), "cuda": ()}
-
 
 @dataclass(frozen=True)
 class Rung:
