@@ -123,7 +123,8 @@ def one_line(result: dict[str, Any]) -> str:
     latency, step = result["latency_s"], result["denoise_step_ms"]
     return (
         f"{result['recipe']['name']}: {latency['median']:.3f} s a call (p10 {latency['p10']:.3f}, "
-        f"p90 {latency['p90']:.3f}), {step['median']:.1f} ms a step, compiled in {result['compile_s']:.0f} s"
+        f"p90 {latency['p90']:.3f}), {step['median']:.1f} ms a step, applied in {result['apply_s']:.0f} s, "
+        f"compiled in {result['compile_s']:.0f} s"
     )
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext as nothing
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,9 +15,11 @@ from diffusers import FluxKontextPipeline, FluxTransformer2DModel
 from PIL import Image
 
 import recipes
+from export.package import PackageStore
 from recipes import Recipe
 from recipes.hoisting import Remembered, modulated
 from recipes.modulation import Precomputed
+from utils.compile_clock import CompileClock
 from utils.errors import UserError
 from utils.ranges import watch
 
@@ -132,6 +136,23 @@ def test_weights_keep_their_names(tiny: Callable) -> None:
     assert list(before) == list(after)
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert all(isinstance(linear, Precomputed) for group in modulated(hoisted.transformer) for linear in group)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{"execution": "aoti"}, {"execution": "compile", "compile_scope": "whole"}])
+def test_step_is_what_is_compiled_and_packaged(
+    tiny: Callable, draw: Callable, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    plain, hoisted = tiny(), tiny()
+    recipes.apply(hoisted, replace(BOTH, **options), PackageStore(tmp_path))
+    with CompileClock() as clock:
+        draw(hoisted, output_type="latent")
+    assert clock.compilations == 1
+    with CompileClock() as clock:
+        for steps, prompt in ((3, "a blue star"), (2, "two green squares")):
+            got, expected = (draw(pipe, prompt, steps=steps, output_type="latent") for pipe in (hoisted, plain))
+            torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
+    assert clock.compilations == 0, "neither the prompt nor the number of steps is part of a step"
 
 
 @ALL
