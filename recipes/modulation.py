@@ -5,7 +5,7 @@ prompt alone: 3.2 of 11.9 B weights, read at each step for one row of output. Al
 scheduler has its timesteps; what the Linears give for them is 2.1 MB a step and image in bfloat16. A step finds its row
 by its timestep, on the device: nothing waits, and steps may be left out or come in any order.
 
-`offloaded` keeps the Linears in pinned host memory, 6.4 GB less on the GPU, and streams them through it once a call.
+`offloaded` keeps the Linears in pinned host memory, 6.5 GB less on the GPU, and streams them through it once a call.
 """
 
 from __future__ import annotations
