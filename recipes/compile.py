@@ -21,16 +21,16 @@ MAX_AUTOTUNE = {
     "autotune_num_choices_displayed": 0,  # no tables of candidates on stderr
 }
 
+
 # Round where eager rounds. In bfloat16 timestep * 1000 is good to 4, and a kernel that keeps it in float32 gives the
 # timestep embedding another argument than eager's: seen to turn one image into another. Regional compilation leaves the
 # embeddings eager, and needs none of it.
 ROUND_AS_EAGER = {"emulate_precision_casts": True}
 
-
 # On a GPU the search is over ATen's kernels (cuBLASLt, cuDNN) and those of Triton's GEMM templates that come near them:
-# at FLUX.1's sizes cuBLASLt won or was within a few percent, and trying all of Triton's took 46 to 100 s a shape; its
-# convolutions never won. ATen's candidates have no description; smaller tiles are no match for the larger ones, and a
-# GEMM too small for these is left to ATen.
+# at FLUX.1's sizes cuBLASLt won or was within a few percent, and trying all of Triton's took 46 to 100 s a shape. Of
+# Triton's convolutions torch 2.13's own configuration notes that they gain nothing on an H100. ATen's candidates have
+# no description; small tiles are no match for large ones, and a GEMM too small for these is left to ATen.
 FEW_CANDIDATES = {
     "max_autotune_gemm_backends": "ATEN,TRITON",
     "max_autotune_conv_backends": "ATEN",

@@ -89,7 +89,8 @@ def step(
     Raises:
         UserError: ControlNet's or an IP-Adapter's arguments, or a LoRA's scale.
     """
-    unsupported = [name for name, value in others.items() if value] + list(joint_attention_kwargs or ())
+    unsupported = [name for name, value in others.items() if value is not None and value is not False]
+    unsupported += joint_attention_kwargs or ()
     if unsupported:
         raise UserError(
             f"a hoisted denoising step takes no {unsupported[0]}: use a recipe with modulation=per_step and "

@@ -182,6 +182,16 @@ def test_what_a_hoisted_step_cannot_take_is_refused(tiny: Callable, draw: Callab
     with pytest.raises(UserError, match="takes no scale: use a recipe with modulation=per_step") as raised:
         draw(pipe, joint_attention_kwargs={"scale": 0.5})
     assert "\n" not in str(raised.value)
+    with pytest.raises(UserError, match="takes no controlnet_block_samples"):
+        pipe.transformer(
+            torch.zeros(1, 16, 64),
+            encoder_hidden_states=torch.zeros(1, 8, 256),
+            pooled_projections=torch.zeros(1, 256),
+            timestep=torch.ones(1),
+            img_ids=torch.zeros(16, 3),
+            txt_ids=torch.zeros(8, 3),
+            controlnet_block_samples=[torch.zeros(1, 16, 256)],
+        )
 
 
 def test_remembered_by_the_objects_themselves() -> None:
