@@ -69,7 +69,7 @@ def main() -> None:
                 arguments.baseline or command_line.baseline(checkpoint), lambda line: print(line, flush=True)
             )
             report.write_folder(folder)
-            print(report.table(report.load(folder, vars(request))))
+            print(report.table(report.load(folder, results.size(vars(request)))))
             if failed:
                 raise UserError(f"failed rungs: {', '.join(failed)}")
         else:

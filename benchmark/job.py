@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from recipes.recipe import FirstBlockCache, InductorFlags, Recipe
+from recipes.recipe import Recipe
 from utils.request import Request
 
 
@@ -44,7 +44,5 @@ class Job:
         for name in ("cache_dir", "result", "image", "reference", "trace"):
             values[name] = None if values[name] is None else Path(values[name])
         recipe, request = values["recipe"], values["request"]
-        recipe["inductor_flags"] = InductorFlags(**recipe["inductor_flags"])
-        recipe["cache"] = None if recipe["cache"] is None else FirstBlockCache(**recipe["cache"])
         request["image"] = None if request["image"] is None else Path(request["image"])
-        return cls(**{**values, "recipe": Recipe(**recipe), "request": Request(**request)})
+        return cls(**{**values, "recipe": Recipe.from_dict(recipe), "request": Request(**request)})

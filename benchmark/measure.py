@@ -1,7 +1,7 @@
 """Measure one job in this process: `python -m benchmark.measure JOB`, which run_benchmark.py starts afresh each time.
 
-Timed calls come first and alone; stages and denoising steps are timed in calls of their own, whose synchronisations
-would slow the others; the profiler comes last.
+Timed calls come first and alone; peak memory, stages and denoising steps are measured in calls of their own, whose
+emptied caches and synchronisations would slow the others; the profiler comes last.
 """
 
 from __future__ import annotations
@@ -62,6 +62,8 @@ def measure(job: Job) -> dict[str, Any]:
 
     loaded = time.perf_counter()
     applied = recipes.apply(pipe, job.recipe, PackageStore(job.cache_dir or default_folder(), job.build_packages))
+    synchronize(device)
+    apply_s = time.perf_counter() - loaded
     start_s = 0.0
 
     def warming(number: int) -> None:
@@ -72,17 +74,18 @@ def measure(job: Job) -> dict[str, Any]:
 
     with CompileClock(progress=True) as clock:
         warm = warm_up(warming, device)
-    reset_peak(device)
     before = environment.device_state(device)
     bar = tqdm(range(job.runs), desc=job.name, unit=" runs")
     latencies = [timed(partial(call, fresh(number)), device) for number in bar]
     after = environment.device_state(device)
+    reset_peak(device)
+    call(fresh(job.runs))
     run_peak = peak_bytes(device)
 
     timer = StageTimer(device)
     with ranges.watch(pipe, timer.range):
         for number in range(_INSTRUMENTED_CALLS):
-            call(fresh(job.runs + number))
+            call(fresh(job.runs + 1 + number))
     (image, *_) = call(job.request)
     image.save(job.image)
     if job.trace is not None:
@@ -104,6 +107,8 @@ def measure(job: Job) -> dict[str, Any]:
         "denoise_step_ms": summary(steps),
         "ratio_to_baseline": None,
         "compile_s": round(clock.seconds, 3),
+        "compile_phases_s": {name: round(seconds, 3) for name, seconds in clock.phases.items()},
+        "apply_s": round(apply_s, 3),
         "start_s": round(start_s, 3),
         "warmup_calls": len(warm),
         "peak_memory_bytes": {"load": load_peak, "run": run_peak},

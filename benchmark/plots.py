@@ -68,7 +68,8 @@ def _title(rungs: list[dict[str, Any]]) -> str:
     first = next(r for r in rungs if "skipped" not in r)
     random = ", random weights" if first["checkpoint"].startswith("random/") else ""
     request = first["request"]
-    return f"{first['checkpoint']}{random}, {request['width']}x{request['height']}, {request['steps']} steps"
+    size = f"{request['width']}x{request['height']}, {request['steps']} steps, batch {request['batch']}"
+    return f"{first['checkpoint']}{random}, {size}"
 
 
 def _fixed_svg_ids():

@@ -1,17 +1,21 @@
 """Tables and pictures from result files, and from nothing else: `python -m benchmark.report`.
 
-In each folder of results: `ladder.md`, `ladder.svg`, `ladder.png` (a waterfall of the rungs) and `images.png`; and in
-README the tables between its markers `<!-- results: MACHINE/CHECKPOINT -->` and `<!-- end of results -->`.
+In each folder of results: `ladder.md`, with a table for each size (height, width, batch, steps) at which rungs were
+measured; of the size with the most rungs `ladder.svg`, `ladder.png` (a waterfall of the rungs) and `images.png`, of the
+others the same named `ladder@512x512-b4-s28.svg` and so on. In README the tables between its markers
+`<!-- results: MACHINE/CHECKPOINT -->`, or with a size, `MACHINE/CHECKPOINT@SIZE`, and `<!-- end of results -->`.
 """
 
 from __future__ import annotations
 
 import argparse
 import re
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmark.runner import ONCE
 from recipes import LADDER
 from recipes.ladder import description
 from utils import results
@@ -23,13 +27,26 @@ _BLOCK = re.compile(r"(<!-- results: (\S+) -->\n).*?(<!-- end of results -->)", 
 _RUNGS = [change.__name__ for change in LADDER]
 
 
-def load(folder: Path, request: dict[str, Any] | None = None) -> list[dict[str, Any]]:
-    """A folder's ladder: the results of its rungs at `request`'s size, or at the size that most of them have."""
-    found = [results.read(path) for path in results.files(folder)]
-    rungs = [r for r in found if r["recipe"]["name"] in _RUNGS]
-    sizes = [_size(r["request"]) for r in rungs]
-    size = _size(request) if request is not None else max(sizes, key=sizes.count, default=None)
-    return sorted((r for r in rungs if _size(r["request"]) == size), key=lambda r: _RUNGS.index(r["recipe"]["name"]))
+def load(folder: Path, size: str | None = None) -> list[dict[str, Any]]:
+    """A folder's ladder: the results of its rungs at `size` (see `results.size`), or at the first of `sizes`."""
+    rungs = _rungs(folder)
+    size = size or next(iter(_sizes(rungs)), None)
+    of_size = [r for r in rungs if results.size(r["request"]) == size]
+    return sorted(of_size, key=lambda r: _RUNGS.index(r["recipe"]["name"]))
+
+
+def sizes(folder: Path) -> list[str]:
+    """The sizes at which a folder's rungs were measured, the one with the most of them first."""
+    return _sizes([r for r in _rungs(folder) if "skipped" not in r])
+
+
+def _rungs(folder: Path) -> list[dict[str, Any]]:
+    return [r for r in map(results.read, results.files(folder)) if r["recipe"]["name"] in _RUNGS]
+
+
+def _sizes(rungs: list[dict[str, Any]]) -> list[str]:
+    measured = Counter(results.size(r["request"]) for r in rungs)
+    return sorted(measured, key=lambda size: (-measured[size], size))
 
 
 def table(rungs: list[dict[str, Any]]) -> str:
@@ -54,12 +71,19 @@ def table(rungs: list[dict[str, Any]]) -> str:
             lines.append(f"| {name} | {what} | | | | | | | | skipped: {reason} |")
         else:
             lines.append(f"| {name} | {what} | " + " | ".join(cell(rung) for cell in _CELLS) + " |")
+    if any("skipped" not in rung and _baseline_timed_once(rung) for rung in rungs):
+        lines += ["", r"\* The ladder was stopped before its baseline was timed a second time."]
     return "\n".join(lines) + "\n"
+
+
+def _baseline_timed_once(r: dict[str, Any]) -> bool:
+    return bool(r["ratio_to_baseline"]) and r["ratio_to_baseline"].get("baseline_timed") == ONCE
 
 
 def _ratio(r: dict[str, Any]) -> str:
     ratio = r["ratio_to_baseline"]
-    return f"{ratio['value']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})" if ratio else ""
+    once = r"\*" if _baseline_timed_once(r) else ""
+    return f"{ratio['value']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f}){once}" if ratio else ""
 
 
 def _psnr(r: dict[str, Any]) -> str:
@@ -99,44 +123,56 @@ def one_line(result: dict[str, Any]) -> str:
     latency, step = result["latency_s"], result["denoise_step_ms"]
     return (
         f"{result['recipe']['name']}: {latency['median']:.3f} s a call (p10 {latency['p10']:.3f}, "
-        f"p90 {latency['p90']:.3f}), {step['median']:.1f} ms a step, compiled in {result['compile_s']:.0f} s"
+        f"p90 {latency['p90']:.3f}), {step['median']:.1f} ms a step, applied in {result['apply_s']:.0f} s, "
+        f"compiled in {result['compile_s']:.0f} s"
     )
 
 
 def write_folder(folder: Path) -> str:
-    """All of a folder's tables and pictures; returns the table."""
+    """All of a folder's tables and pictures; returns the tables.
+
+    Raises:
+        UserError: none of its rungs was measured.
+    """
     from benchmark import plots  # matplotlib: only where something is drawn
 
-    rungs = load(folder)
-    text = table(rungs)
+    text = tables(folder)
     write_text(folder / "ladder.md", text)
-    for suffix in ("svg", "png"):
-        with replacing(folder / f"ladder.{suffix}") as temporary:
-            plots.waterfall(rungs, temporary)
-    with replacing(folder / "images.png") as temporary:
-        plots.image_strip(rungs, folder, temporary)
+    for number, size in enumerate(sizes(folder)):
+        rungs, name = load(folder, size), f"@{size}" if number else ""
+        for suffix in ("svg", "png"):
+            with replacing(folder / f"ladder{name}.{suffix}") as temporary:
+                plots.waterfall(rungs, temporary)
+        with replacing(folder / f"images{name}.png") as temporary:
+            plots.image_strip(rungs, folder, temporary)
     if folder.is_relative_to(results.RESULTS):
         write_text(README, with_tables(README.read_text()))
     return text
+
+
+def tables(folder: Path) -> str:
+    """A folder's tables, one for each size.
+
+    Raises:
+        UserError: none of its rungs was measured.
+    """
+    return "\n".join(table(load(folder, size)) for size in sizes(folder)) or table([])
 
 
 def with_tables(readme: str) -> str:
     """README's text with the tables between its markers made anew."""
 
     def block(match: re.Match) -> str:
-        return match[1] + "\n" + table(load(results.RESULTS / match[2])) + "\n" + match[3]
+        name, _, size = match[2].partition("@")
+        return match[1] + "\n" + table(load(results.RESULTS / name, size or None)) + "\n" + match[3]
 
     return _BLOCK.sub(block, readme)
-
-
-def _size(request: dict[str, Any]) -> tuple:
-    return tuple(request[name] for name in ("height", "width", "batch", "steps"))
 
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     for folder in sorted(path for path in results.RESULTS.glob("*/*") if path.is_dir()):
-        if any("skipped" not in rung for rung in load(folder)):
+        if sizes(folder):
             print(f"{folder.relative_to(ROOT)}\n{write_folder(folder)}")
 
 

@@ -29,6 +29,7 @@ from utils.image_metrics import SAME
 from utils.timing import bootstrap_ratio
 
 THUMBNAIL = 256  # pixels, the longer side of the image kept beside a result
+ONCE = "at the beginning only"
 _ERROR = "error: "  # how a command's last line begins when it fails
 
 
@@ -204,13 +205,15 @@ class Runner:
 def with_ratio(result: dict[str, Any], baseline: str, *measurements: dict[str, Any]) -> dict[str, Any]:
     """`result` with its speed relative to the baseline's measurements of the same invocation, pooled.
 
-    The baseline itself is 1 by definition; how its two measurements differ stands in `baseline_medians`.
+    The baseline itself is 1 by definition; how its two measurements differ stands in `baseline_medians`. Until the
+    second one, and for good where the ladder was stopped before it, `baseline_timed` says that there was one.
     """
     runs = [seconds for measurement in measurements for seconds in measurement["latency_s"]["runs"]]
     ratio: dict[str, Any] = bootstrap_ratio(runs, result["latency_s"]["runs"])
     if result["recipe"]["name"] == baseline:
         ratio = {"value": 1.0, "low": 1.0, "high": 1.0}
     ratio["baseline_medians"] = [measurement["latency_s"]["median"] for measurement in measurements]
+    ratio["baseline_timed"] = ONCE if len(measurements) == 1 else "at the beginning and at the end"
     return {**result, "ratio_to_baseline": {**ratio, "baseline": baseline, "baseline_runs": runs}}
 
 

@@ -28,11 +28,12 @@ class PackagedForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         key = signature(args, kwargs)
         if key not in self.loaded:
+            around = self.module.forward  # this object, or what was put around it since
             self.module.forward = self.original  # export sees the module as it was
             try:
                 self.loaded[key] = self.packages.get(self.part, self.module, self.recipe, self.options, args, kwargs)
             finally:
-                self.module.forward = self
+                self.module.forward = around
         return self.loaded[key](*args, **kwargs)
 
 

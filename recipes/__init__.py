@@ -1,12 +1,11 @@
 """Recipes: what to optimize and how. `apply(pipe, recipe)` puts one into effect on a diffusers Flux pipeline."""
 
 from recipes.apply import apply, check, fastest, is_lossless, nearest, not_timed, refusal
-from recipes.ladder import LADDER, NOT_PAYING, Rung, climb, command_line_name, named, parse
+from recipes.ladder import LADDER, Rung, climb, command_line_name, named, parse
 from recipes.recipe import FirstBlockCache, InductorFlags, Recipe, RecipeError
 
 __all__ = [
     "LADDER",
-    "NOT_PAYING",
     "FirstBlockCache",
     "InductorFlags",
     "Recipe",

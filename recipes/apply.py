@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import partial
 
 import torch
 from diffusers import DiffusionPipeline, FluxTransformer2DModel
 
 from export.package import PackageStore
-from recipes import attention, channels_last, dtype, execution, float8, fused_qkv, scheduler_sync, step_cache
-from recipes.ladder import NOT_PAYING, Rung, climb, command_line_name
+from recipes import (
+    attention,
+    channels_last,
+    cuda_graph,
+    dtype,
+    execution,
+    float8,
+    fused_qkv,
+    hoisted_embeddings,
+    modulation,
+    scheduler_sync,
+    step_cache,
+    text_encoders,
+)
+from recipes.ladder import Rung, climb, command_line_name
 from recipes.optimization import Optimization
 from recipes.recipe import Recipe, RecipeError
 
@@ -22,7 +36,11 @@ OPTIMIZATIONS: tuple[Optimization, ...] = (
     channels_last.OPTIMIZATION,
     float8.OPTIMIZATION,
     step_cache.OPTIMIZATION,
+    modulation.OPTIMIZATION,
+    hoisted_embeddings.OPTIMIZATION,
+    text_encoders.OPTIMIZATION,
     execution.OPTIMIZATION,
+    cuda_graph.OPTIMIZATION,
 )
 _MARK = "_applied_recipe"
 
@@ -80,11 +98,11 @@ def is_lossless(recipe: Recipe) -> bool:
     return all(o.lossless(recipe) for o in OPTIMIZATIONS if o.requested(recipe))
 
 
-def fastest(device: torch.device) -> Recipe:
-    """The ladder's top on `device`: every rung that it supports (not merely emulates) and that pays there."""
+def fastest(device: torch.device, not_paying: Collection[str] = ()) -> Recipe:
+    """The ladder's top on `device`: every rung that it supports (not merely emulates), without those `not_paying`."""
 
     def skip(rung: Rung) -> str | None:
-        pays_not = "does not pay" if rung.name in NOT_PAYING[device.type] else None
+        pays_not = "does not pay" if rung.name in not_paying else None
         return pays_not or refusal(rung.recipe, device) or not_timed(rung.recipe, device)
 
     return [rung.recipe for rung in climb(skip) if rung.skipped is None][-1]

@@ -1,15 +1,16 @@
 """torch.compile, whole graphs only, of the transformer and of the VAE's decoder.
 
 Regional by default: the double and the single block are compiled once and used for all of them, so that compile time
-doesn't grow with depth (the double block twice: the first one's input has other strides than the others'). Inductor's
-flags are passed per compilation and set nothing in the process.
+doesn't grow with depth. Inductor's flags are passed per compilation and set nothing in the process.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from diffusers import DiffusionPipeline
+from torch import nn
 
 from recipes.recipe import Recipe
 
@@ -26,22 +27,55 @@ MAX_AUTOTUNE = {
 # embeddings eager, and needs none of it.
 ROUND_AS_EAGER = {"emulate_precision_casts": True}
 
+# On a GPU the search is over ATen's kernels (cuBLASLt, cuDNN) and those of Triton's GEMM templates that come near them:
+# at FLUX.1's sizes cuBLASLt won or was within a few percent, and trying all of Triton's took 46 to 100 s a shape. Of
+# Triton's convolutions torch 2.13's own configuration notes that they gain nothing on an H100. ATen's candidates have
+# no description; small tiles are no match for large ones, and a GEMM too small for these is left to ATen.
+FEW_CANDIDATES = {
+    "max_autotune_gemm_backends": "ATEN,TRITON",
+    "max_autotune_conv_backends": "ATEN",
+    "test_configs.autotune_choice_desc_regex": (
+        r"^$|^(?=.*BLOCK_M=(128|256)\b)(?=.*BLOCK_N=(128|256)\b)(?=.*BLOCK_K=(64|128)\b)"
+    ),
+}
 
-def inductor_options(recipe: Recipe) -> dict[str, Any]:
+
+def inductor_options(recipe: Recipe, device: torch.device) -> dict[str, Any]:
+    """Inductor's configuration entries for one compilation on `device`."""
     regional = recipe.execution == "compile" and recipe.compile_scope == "regional"
     return {
         **({} if regional else ROUND_AS_EAGER),
         **(MAX_AUTOTUNE if recipe.max_autotune else {}),
+        **(FEW_CANDIDATES if recipe.max_autotune and device.type == "cuda" else {}),
         **recipe.inductor_flags.options(),
     }
 
 
 def apply(pipe: DiffusionPipeline, recipe: Recipe) -> str:
     # One compilation a shape: dynamic shapes cost speed, and a benchmark or a service has few shapes.
-    options: dict[str, Any] = {"fullgraph": True, "dynamic": False, "options": inductor_options(recipe)}
+    options: dict[str, Any] = {"fullgraph": True, "dynamic": False, "options": inductor_options(recipe, pipe.device)}
+    transformer = pipe.transformer
     if recipe.compile_scope == "regional":
-        pipe.transformer.compile_repeated_blocks(**options)
+        for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
+            compile_forward(block, options)
+        transformer.single_transformer_blocks[0].register_forward_pre_hook(_as_later_blocks_get_them, with_kwargs=True)
     else:
-        pipe.transformer.compile(**options)
-    pipe.vae.decoder.compile(**options)
+        compile_forward(transformer, options)
+    compile_forward(pipe.vae.decoder, options)
     return f"torch.compile, {recipe.compile_scope}, and the VAE's decoder"
+
+
+def compile_forward(module: nn.Module, options: dict[str, Any]) -> None:
+    """Compile a module's forward, and not its hooks, which may swap its arguments or start a CUDA graph's replay."""
+    module.forward = torch.compile(module.forward, **options)
+
+
+def _as_later_blocks_get_them(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """Text and image stream as two views of one tensor, as a single block gives them to the next one.
+
+    The first single block gets them from the double blocks as two tensors, and other strides are another compilation.
+    """
+    text, image = kwargs["encoder_hidden_states"], kwargs["hidden_states"]
+    both = torch.cat([text, image], dim=1)
+    text, image = both.split([text.shape[1], image.shape[1]], dim=1)
+    return args, {**kwargs, "encoder_hidden_states": text, "hidden_states": image}

@@ -16,7 +16,7 @@ def _needs(recipe: Recipe) -> Needs:
 
 
 def _apply(pipe: DiffusionPipeline, recipe: Recipe, packages: PackageStore) -> str:
-    options = compile.inductor_options(recipe)
+    options = compile.inductor_options(recipe, pipe.device)
     if recipe.execution == "compile":
         done = compile.apply(pipe, recipe)
     else:

@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from recipes.optimization import Needs, Optimization
-from recipes.recipe import Recipe
+from recipes.recipe import Recipe, RecipeError
 
 _BLOCKS = ("transformer_blocks.", "single_transformer_blocks.")
 _MODULATION = ("norm1.linear", "norm1_context.linear", "norm.linear")
@@ -22,6 +22,24 @@ _MODULATION = ("norm1.linear", "norm1_context.linear", "norm.linear")
 def is_quantized(module: nn.Module, name: str) -> bool:
     """Whether the submodule `name` of the transformer is one of the Linears that go to float8."""
     return isinstance(module, nn.Linear) and name.startswith(_BLOCKS) and not name.endswith(_MODULATION)
+
+
+def quantized_linears(transformer: nn.Module) -> dict[str, nn.Linear]:
+    """The transformer's Linears that go to float8, by name."""
+    return {n: m for n, m in transformer.named_modules() if is_quantized(m, n) and isinstance(m, nn.Linear)}
+
+
+def _check_shapes(linears: dict[str, nn.Linear]) -> None:
+    """torchao takes a weight for blockwise scaled if one scale covers 128 x 128 values, as here the whole of it.
+
+    (torchao/float8/inference.py, `_is_128_128_scaled`.) FLUX.1 has none of that shape.
+    """
+    for name, linear in linears.items():
+        if linear.weight.shape == (128, 128):
+            raise RecipeError(
+                f"quantization=float8_per_tensor can't take {name}, a 128 x 128 weight, which torchao would read as "
+                "blockwise scaled: load the pipeline again and use float8_per_row"
+            )
 
 
 def _needs(recipe: Recipe) -> Needs:
@@ -42,8 +60,10 @@ def _apply(pipe: DiffusionPipeline, recipe: Recipe) -> str:
     # TORCH: plain torch._scaled_mm, which has a CPU path and which torch.export and Inductor know.
     kernel = KernelPreference.TORCH
     activation = QuantizeTensorToFloat8Kwargs(granularity=granularity, kernel_preference=kernel)
-    linears = [module for name, module in pipe.transformer.named_modules() if is_quantized(module, name)]
-    for linear in linears:
+    linears = quantized_linears(pipe.transformer)
+    if recipe.quantization == "float8_per_tensor":
+        _check_shapes(linears)
+    for linear in linears.values():
         weight = Float8Tensor.from_hp(
             linear.weight.detach(),
             granularity=granularity,

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from recipes.recipe import FirstBlockCache, InductorFlags, Recipe, RecipeError
+from recipes.recipe import InductorFlags, Recipe, RecipeError
 
 
 def fp32(parent: Recipe) -> Recipe:
@@ -87,10 +87,6 @@ LADDER: tuple[Callable[[Recipe], Recipe], ...] = (
     aoti,
 )
 
-# Rungs that don't pay, by kind of device: not part of the default recipe there. A test derives the CPU's from the
-# committed results; those of a GPU are still to be measured.
-NOT_PAYING: dict[str, tuple[str, ...]] = {"cpu": ("max_autotune",), "cuda": ()}
-
 
 @dataclass(frozen=True)
 class Rung:
@@ -146,7 +142,7 @@ def parse(text: str) -> Recipe:
         hint = f"did you mean {close[0]}? " if close else ""
         raise RecipeError(f"unknown recipe {name!r}: {hint}There are {', '.join(recipes)}")
     values = dict(_parse_change(change) for change in changes)
-    return replace(recipes[name], **values)
+    return Recipe.from_dict({**recipes[name].to_dict(), **values})
 
 
 def _split(text: str) -> list[str]:
@@ -166,15 +162,14 @@ def _parse_change(change: str) -> tuple[str, Any]:
     hints = typing.get_type_hints(Recipe)
     if not equals or name not in hints:
         raise RecipeError(f"{change!r} is not FIELD=VALUE with a FIELD among {', '.join(hints)}")
-    nested = {"inductor_flags": InductorFlags, "cache": FirstBlockCache}
     if value in ("true", "false", "null"):
         return name, json.loads(value)
-    if name in nested:
-        try:
-            return name, nested[name](**json.loads(value))
-        except (TypeError, ValueError) as error:
-            raise RecipeError(f"{name} takes a JSON object of its fields, not {value!r} ({error})") from None
-    return name, value
+    if name not in ("inductor_flags", "cache"):
+        return name, value
+    try:
+        return name, dict(json.loads(value))
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"{name} takes a JSON object of its fields, not {value!r} ({error})") from None
 
 
 def command_line_name(recipe: Recipe) -> str:

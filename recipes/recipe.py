@@ -17,7 +17,7 @@ class RecipeError(UsageError):
 
 
 # These say how to compile, and mean nothing to an eager recipe.
-COMPILER_FIELDS = ("compile_scope", "max_autotune", "inductor_flags")
+COMPILER_FIELDS = ("compile_scope", "max_autotune", "inductor_flags", "compiled_text_encoders")
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,10 @@ class Recipe:
     quantization: Literal["none", "float8_per_row", "float8_per_tensor"] = "none"
     inductor_flags: InductorFlags = InductorFlags()
     cache: FirstBlockCache | None = None
+    modulation: Literal["per_step", "hoisted", "offloaded"] = "per_step"
+    hoisted_embeddings: bool = False
+    compiled_text_encoders: bool = False
+    cuda_graph: bool = False
 
     def __post_init__(self) -> None:
         for name, hint in typing.get_type_hints(Recipe).items():
@@ -90,6 +94,8 @@ class Recipe:
                 raise RecipeError(f"{idle[0]} has no effect with execution=eager: use execution=compile or aoti")
         if self.cache is not None and self.execution != "eager":
             raise RecipeError("cache needs execution=eager: its decision at each step can't be compiled into one graph")
+        if self.cache is not None and self.cuda_graph:
+            raise RecipeError("cache needs cuda_graph=false: its decision at each step can't be captured in one graph")
 
     def differences(self, other: Recipe) -> list[str]:
         """The names of the fields in which two recipes differ."""
@@ -102,6 +108,28 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Recipe:
+        """The recipe of `to_dict`'s values, or of some of them, as JSON gives them back.
+
+        Raises:
+            RecipeError: an unknown field, or a value that isn't among a field's.
+        """
+        nested: dict[str, type] = {"inductor_flags": InductorFlags, "cache": FirstBlockCache}
+        unknown = sorted(set(values) - {f.name for f in fields(cls)})
+        if unknown:
+            raise RecipeError(f"a recipe has no field {unknown[0]!r}")
+        decoded = dict(values)
+        for name, kind in nested.items():
+            if isinstance(values.get(name), dict):
+                try:
+                    decoded[name] = kind(**values[name])
+                except TypeError as error:
+                    raise RecipeError(
+                        f"{name} takes a JSON object of its fields, not {values[name]!r} ({error})"
+                    ) from None
+        return cls(**decoded)
 
     @property
     def hash(self) -> str:

@@ -9,7 +9,8 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,10 +35,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def tiny() -> Callable[..., DiffusionPipeline]:
-    """tiny(dtype=torch.float32): the embedded model, loaded anew."""
+    """tiny(dtype=torch.float32, device=CPU): the embedded model, loaded anew."""
 
-    def load(dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
-        pipe = checkpoints.load("tiny", dtype, CPU, progress=False)
+    def load(dtype: torch.dtype = torch.float32, device: torch.device = CPU) -> DiffusionPipeline:
+        pipe = checkpoints.load("tiny", dtype, device, progress=False)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
@@ -90,6 +91,21 @@ def predict() -> Callable[..., torch.Tensor]:
             )[0].float()
 
     return call
+
+
+@contextmanager
+def _waiting_is_an_error() -> Iterator[None]:
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.fixture(scope="session")
+def waiting_is_an_error() -> Callable[[], AbstractContextManager]:
+    """with waiting_is_an_error(): PyTorch raises where the host would wait for the GPU."""
+    return _waiting_is_an_error
 
 
 def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:

@@ -49,7 +49,7 @@ def test_same_seed_same_image_and_batch_is_numbered(main: Callable, tmp_path: Pa
 
 
 def test_says_which_recipe_it_chose(main: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("recipes.fastest", lambda device: named()["no_scheduler_sync"])
+    monkeypatch.setattr("recipes.fastest", lambda device, not_paying: named()["no_scheduler_sync"])
     done = main("gen_image", *SMALL[:2], *SMALL[4:], "--output", tmp_path / "a.png")
     assert done.out.splitlines()[0] == "tiny on cpu, recipe no_scheduler_sync (the fastest on this machine)"
 

@@ -125,6 +125,8 @@ def test_one_recipe_with_trace_and_image(script: Callable, tmp_path: Path) -> No
     assert min(latency["runs"]) <= latency["median"] <= max(latency["runs"])
     assert 2 <= result["warmup_calls"] <= 10
     assert result["compile_s"] == 0
+    assert result["compile_phases_s"] == {}
+    assert 0 < result["apply_s"] < result["start_s"]
     assert result["ratio_to_baseline"] is None
     assert result["image_difference"] is None, "there was no baseline to compare with"
     assert all(100 * 2**20 < value < 8 * 2**30 for value in result["peak_memory_bytes"].values())
@@ -178,6 +180,7 @@ def test_ladder_is_resumable(main: Callable, tmp_path: Path, monkeypatch: pytest
         assert ratio["baseline"] == "fp32"
         assert ratio["low"] <= ratio["value"] <= ratio["high"]
         assert len(ratio["baseline_runs"]) == 2 * 2, "of both times"
+        assert ratio["baseline_timed"] == "at the beginning and at the end"
         assert ratio["baseline_runs"][:2] == measured["fp32"]["latency_s"]["runs"]
         assert result["recipe"]["parent"] == {"fp32": None, "bf16": "fp32", "channels_last": "bf16"}[name]
     assert measured["fp32"]["image_difference"]["max_abs"] == 0
@@ -241,6 +244,7 @@ def test_killed_in_the_middle(tmp_path: Path) -> None:
     assert "fp32@64x64-b1-s1.json" in [path.name for path in found]
     for path in found:
         assert_schema_1(results.read(path))
+        assert results.read(path)["ratio_to_baseline"]["baseline_timed"] == "at the beginning only"
         Image.open(path.with_suffix(".png")).load()
 
 

@@ -12,8 +12,9 @@ import recipes
 from export.package import PackageStore, default_folder
 from recipes.flux_fast_flags import add_flags, recipe_from_flags
 from recipes.recipe import Recipe
-from utils import checkpoints
+from utils import checkpoints, environment, results
 from utils.errors import UsageError
+from utils.paying import not_paying
 from utils.request import Request
 
 
@@ -71,7 +72,8 @@ def recipe(arguments: argparse.Namespace, where: torch.device) -> tuple[Recipe, 
         return asked, f"{recipes.command_line_name(asked)} (from flux-fast's flags)"
     if arguments.recipe:
         return recipes.parse(arguments.recipe), arguments.recipe
-    fastest = recipes.fastest(where)
+    known = not_paying(results.RESULTS, environment.capture(where), checkpoint(arguments, where))
+    fastest = recipes.fastest(where, known)
     return fastest, f"{recipes.command_line_name(fastest)} (the fastest on this machine)"
 
 

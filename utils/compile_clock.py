@@ -6,7 +6,12 @@ import time
 from contextlib import AbstractContextManager
 
 from torch._dynamo.callback import CallbackArgs, CallbackTrigger, callback_handler
+from torch._dynamo.utils import compilation_time_metrics
 from tqdm import tqdm
+
+# What Inductor's kernels do at their first launch, after the compilation that Dynamo reports: try their configurations.
+_AT_FIRST_LAUNCH = ("CachingAutotuner.benchmark_all_configs", "CachingAutotuner.coordinate_descent_tuning")
+_WORTH_TELLING = 0.1  # seconds
 
 
 def compilation(name: str) -> AbstractContextManager:
@@ -15,24 +20,36 @@ def compilation(name: str) -> AbstractContextManager:
 
 
 class CompileClock:
-    """While entered, adds up the wall-clock `seconds` and the number of `compilations` (nested ones count once)."""
+    """While entered, adds up the wall-clock `seconds` and the number of `compilations` (nested ones count once).
+
+    `seconds` holds the autotuning of kernels at their first launch too. `phases`: where the seconds went, by PyTorch's
+    own names for the parts of compiling that took 0.1 s or more; one part may lie within another.
+    """
 
     def __init__(self, progress: bool = False):
         self.seconds, self.compilations = 0.0, 0
+        self.phases: dict[str, float] = {}
         self._progress, self._bar, self._started = progress, None, 0.0
+        self._before: dict[str, float] = {}
+        self._launching_before = 0.0
 
     def __enter__(self) -> CompileClock:
         callback_handler.register_start_callback(self._start)
         callback_handler.register_end_callback(self._end)
+        self._before, self._launching_before = _phases(), _first_launches()
         return self
 
     def __exit__(self, *exception: object) -> None:
         callback_handler.remove_start_callback(self._start)
         callback_handler.remove_end_callback(self._end)
+        self._count_launches()
+        spent = {name: seconds - self._before.get(name, 0.0) for name, seconds in _phases().items()}
+        self.phases = {name: seconds for name, seconds in spent.items() if seconds >= _WORTH_TELLING}
         if self._bar is not None:
             self._bar.close()
 
     def _start(self, _: CallbackArgs) -> None:
+        self._count_launches()
         self._started = time.perf_counter()
         if self._progress and self._bar is None:
             self._bar = tqdm(desc="compiling", unit=" graphs", bar_format="{desc}: {n}{unit}, {elapsed}")
@@ -40,5 +57,20 @@ class CompileClock:
     def _end(self, _: CallbackArgs) -> None:
         self.seconds += time.perf_counter() - self._started
         self.compilations += 1
+        self._launching_before = _first_launches()  # those within the compilation are in its seconds
         if self._bar is not None:
             self._bar.update()
+
+    def _count_launches(self) -> None:
+        """Add the first launches since the last compilation."""
+        now = _first_launches()
+        self.seconds += now - self._launching_before
+        self._launching_before = now
+
+
+def _phases() -> dict[str, float]:
+    return {name: sum(seconds) for name, seconds in compilation_time_metrics.items()}
+
+
+def _first_launches() -> float:
+    return sum(sum(compilation_time_metrics.get(name, ())) for name in _AT_FIRST_LAUNCH)

@@ -60,10 +60,10 @@ def out_of_memory() -> str:
     """What to do when memory ran out, with the peak where the device knows it."""
     peak = ""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
-        peak = f" (peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB on {torch.cuda.get_device_name()})"
+        peak = f" (peak {torch.cuda.max_memory_reserved() / 2**30:.1f} GiB on {torch.cuda.get_device_name()})"
     return (
         f"out of memory{peak}: use a smaller --batch, --height and --width, "
-        "or a recipe with dtype=bfloat16 or quantization=float8_per_row"
+        "or a recipe with dtype=bfloat16, quantization=float8_per_row or modulation=offloaded"
     )
 
 

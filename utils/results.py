@@ -43,9 +43,14 @@ def check_writable(root: Path) -> None:
         raise UsageError(f"--results {root}: {existing} is not a folder that can be written to; choose another one")
 
 
+def size(request: dict[str, Any]) -> str:
+    """What results of one table have in common: `1024x1024-b1-s28`, height x width, batch and steps."""
+    return f"{request['height']}x{request['width']}-b{request['batch']}-s{request['steps']}"
+
+
 def file_name(recipe: str, request: dict[str, Any]) -> str:
     safe = recipe.replace("/", "-").replace('"', "")
-    return f"{safe}@{request['height']}x{request['width']}-b{request['batch']}-s{request['steps']}.json"
+    return f"{safe}@{size(request)}.json"
 
 
 def write(path: Path, result: dict[str, Any]) -> None:

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from benchmark import report
-from recipes import NOT_PAYING, named
+from benchmark.runner import with_ratio
+from recipes import named
 from utils import results
 from utils.errors import UserError
 
@@ -106,7 +107,7 @@ def test_other_sizes_and_single_recipes_stay_out(tmp_path: Path) -> None:
     write(tmp_path, *LADDER, result("max_autotune", "bf16", 0.1, request=small), result("bf16,cache=1", None, 0.1))
     (tmp_path / ".fp32@64x128-b1-s4-killed.json").write_text('{"schema":')
     assert [r["recipe"]["name"] for r in report.load(tmp_path)] == ["fp32", "bf16", "compiled", "fa3_fp8", "float8"]
-    assert [r["recipe"]["name"] for r in report.load(tmp_path, small)] == ["max_autotune"]
+    assert [r["recipe"]["name"] for r in report.load(tmp_path, results.size(small))] == ["max_autotune"]
 
 
 def test_pictures(tmp_path: Path) -> None:
@@ -165,6 +166,8 @@ def test_only_what_is_between_the_markers_is_replaced(monkeypatch: pytest.Monkey
     tables = [report.table(report.load(tmp_path / name)) for name in ("cpu-2c/tiny", "h100/flux")]
     assert new == f"before\n{one}\n\n{tables[0]}\n{end}\nbetween\n{two}\n\n{tables[1]}\n{end}\nafter {end}\n"
     assert report.with_tables(new) == new
+    sized = one.replace("tiny", "tiny@64x128-b1-s4")
+    assert tables[0] in report.with_tables(f"{sized}\n{end}\n")
     assert report.with_tables("no markers") == "no markers"
 
 
@@ -174,11 +177,32 @@ def test_readme_and_ladder_files_are_what_the_results_give() -> None:
     assert "<!-- results: " in readme
     assert report.with_tables(readme) == readme, "run `python -m benchmark.report`"
     for path in results.RESULTS.glob("*/*/ladder.md"):
-        assert path.read_text() == report.table(report.load(path.parent)), f"{path}: run `python -m benchmark.report`"
+        assert path.read_text() == report.tables(path.parent), f"{path}: run `python -m benchmark.report`"
 
 
-def test_default_recipe_leaves_out_what_the_results_show_not_to_pay() -> None:
-    measured = [r for r in report.load(results.RESULTS / "cpu-2c-torch2.13" / "tiny") if "skipped" not in r]
-    medians = {r["recipe"]["name"]: r["latency_s"]["median"] for r in measured}
-    slower = [r["recipe"]["name"] for r in measured[1:] if r["latency_s"]["median"] >= medians[r["recipe"]["parent"]]]
-    assert tuple(slower) == NOT_PAYING["cpu"]
+def test_sizes_have_a_table_and_pictures_each(tmp_path: Path) -> None:
+    batch = {**REQUEST, "batch": 4}
+    alone = {**REQUEST, "steps": 9}
+    write(tmp_path, *LADDER, result("bf16", None, 3.0, request=batch), result("float8", "bf16", 2.0, request=batch))
+    write(tmp_path, {**skipped("fa3_fp8", "bf16", "not here"), "request": alone})
+    assert report.sizes(tmp_path) == ["64x128-b1-s4", "64x128-b4-s4"]
+    text = report.write_folder(tmp_path)
+    first, second = text.split("\n\n`tiny`")
+    assert first + "\n" == report.table(report.load(tmp_path))
+    assert second.startswith(", 128x64, 4 steps, batch 4, on A Processor")
+    assert list(rows("`tiny`" + second)) == ["bf16", "float8"]
+    assert {f"{name}{size}" for name in ("ladder", "images") for size in (".png", "@64x128-b4-s4.png")} <= {
+        path.name for path in tmp_path.iterdir()
+    }
+
+
+def test_baseline_timed_once_is_said(tmp_path: Path) -> None:
+    measured, baseline = result("bf16", "fp32", 1.0), result("fp32", None, 2.0)
+    killed = with_ratio(measured, "fp32", baseline)
+    assert killed["ratio_to_baseline"]["baseline_timed"] == "at the beginning only"
+    text = report.table([result("fp32", None, 2.0), killed])
+    assert r"2.00 (2.00 to 2.00)\*" in text
+    assert text.endswith("\n\\* The ladder was stopped before its baseline was timed a second time.\n")
+    whole = with_ratio(measured, "fp32", baseline, baseline)
+    assert whole["ratio_to_baseline"]["baseline_timed"] == "at the beginning and at the end"
+    assert "stopped" not in report.table([result("fp32", None, 2.0), whole])

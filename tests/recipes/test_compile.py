@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -11,8 +12,10 @@ import torch
 
 import recipes
 from recipes import InductorFlags, Recipe
-from recipes.compile import MAX_AUTOTUNE, inductor_options
+from recipes.compile import FEW_CANDIDATES, MAX_AUTOTUNE, inductor_options
 from utils.compile_clock import CompileClock
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -25,8 +28,10 @@ def fresh_dynamo() -> Iterator[None]:
 def test_options_are_inductors_own() -> None:
     known = torch._inductor.list_options()
     recipe = recipes.named()["inductor_flags"]
-    options = inductor_options(recipe)
-    assert set(options) <= set(known)
+    options = inductor_options(recipe, CPU)
+    on_a_gpu = inductor_options(recipe, torch.device("cuda"))
+    assert set(on_a_gpu) <= set(known)
+    assert on_a_gpu == {**options, **FEW_CANDIDATES}
     assert options == {
         **MAX_AUTOTUNE,
         "conv_1x1_as_mm": True,
@@ -34,22 +39,39 @@ def test_options_are_inductors_own() -> None:
         "coordinate_descent_tuning": True,
         "coordinate_descent_check_all_directions": True,
     }
-    assert inductor_options(Recipe(execution="compile")) == {}
+    assert inductor_options(Recipe(execution="compile"), torch.device("cuda")) == {}
     assert not [name for name in torch._inductor.list_mode_options("max-autotune-no-cudagraphs") if name not in options]
+
+
+@pytest.mark.parametrize(
+    ("description", "kept"),
+    [
+        ("", True),  # ATen's
+        ("ACC_TYPE='tl.float32', BLOCK_K=64, BLOCK_M=128, BLOCK_N=256, num_stages=4, num_warps=8", True),
+        ("ACC_TYPE='tl.float32', BLOCK_K=128, BLOCK_M=128, BLOCK_N=128, num_stages=4, num_warps=8", True),
+        ("ACC_TYPE='tl.float32', BLOCK_K=32, BLOCK_M=128, BLOCK_N=128, num_stages=3, num_warps=4", False),
+        ("ACC_TYPE='tl.float32', BLOCK_K=128, BLOCK_M=64, BLOCK_N=128, num_stages=4, num_warps=4", False),
+        ("ACC_TYPE='tl.float32', BLOCK_K=128, BLOCK_M=16, BLOCK_N=128, num_stages=4, num_warps=4", False),
+    ],
+)
+def test_few_candidates_of_the_search_are_kept(description: str, kept: bool) -> None:
+    pattern = FEW_CANDIDATES["test_configs.autotune_choice_desc_regex"]
+    assert bool(re.search(pattern, description)) == kept  # as Inductor applies it
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "compilations"),
     [
-        # The double block, for the first one's input and for the others' with their strides, the single block and the
-        # decoder; or transformer and decoder.
-        (Recipe(execution="compile"), 4),
+        # The double block, the single block and the decoder; or transformer and decoder; and both text encoders.
+        (Recipe(execution="compile"), 3),
         (Recipe(execution="compile", compile_scope="whole", channels_last=True, fused_qkv=True), 2),
-        (Recipe(execution="compile", inductor_flags=InductorFlags(conv_1x1_as_mm=True, epilogue_fusion=False)), 4),
-        (Recipe(execution="compile", max_autotune=True), 4),
+        (Recipe(execution="compile", inductor_flags=InductorFlags(conv_1x1_as_mm=True, epilogue_fusion=False)), 3),
+        (Recipe(execution="compile", max_autotune=True), 3),
+        (Recipe(execution="compile", modulation="hoisted", hoisted_embeddings=True), 3),
+        (Recipe(execution="compile", compiled_text_encoders=True), 5),
     ],
-    ids=["regional", "whole", "flags", "max-autotune"],
+    ids=["regional", "whole", "flags", "max-autotune", "hoisted", "text-encoders"],
 )
 def test_close_to_eager_without_recompiling(tiny: Callable, draw: Callable, recipe: Recipe, compilations: int) -> None:
     configuration = copy.deepcopy(torch._inductor.config.get_config_copy())
@@ -66,3 +88,15 @@ def test_close_to_eager_without_recompiling(tiny: Callable, draw: Callable, reci
             np.testing.assert_allclose(image, draw(tiny(), prompt, seed, steps=2), atol=1e-3)
     assert clock.compilations == 0
     assert torch._inductor.config.get_config_copy() == configuration
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", [1, 2])
+def test_two_compilations_for_all_blocks(tiny: Callable, draw: Callable, batch: int) -> None:
+    """Every double block gets its input as every other does, and so does every single block."""
+    pipe = tiny()
+    recipes.apply(pipe, Recipe(execution="compile"))
+    torch._dynamo.utils.counters.clear()
+    draw(pipe, batch=batch, steps=2, output_type="latent")
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    assert len(pipe.transformer.transformer_blocks) + len(pipe.transformer.single_transformer_blocks) == 6

@@ -67,8 +67,8 @@ def test_compiler_options_are_skipped_where_compiling_was() -> None:
 
 
 def many_recipes() -> list[Recipe]:
-    """Every valid combination of some values of every field."""
-    values = {
+    """Every valid combination of some values of every field but the booleans that go with all others, one by one."""
+    values: dict[str, tuple] = {
         "dtype": ("float32", "bfloat16"),
         "scheduler_sync_removal": (False, True),
         "execution": ("eager", "compile", "aoti"),
@@ -80,15 +80,18 @@ def many_recipes() -> list[Recipe]:
         "quantization": ("none", "float8_per_tensor"),
         "inductor_flags": (InductorFlags(), InductorFlags(epilogue_fusion=True, conv_1x1_as_mm=False)),
         "cache": (None, FirstBlockCache(0.125)),
+        "modulation": ("per_step", "offloaded"),
     }
-    assert set(values) == {field.name for field in fields(Recipe)}
+    one_by_one = ("hoisted_embeddings", "compiled_text_encoders", "cuda_graph")
+    assert {*values, *one_by_one} == {field.name for field in fields(Recipe)}
     recipes = []
     for combination in itertools.product(*values.values()):
         try:
             recipes.append(Recipe(**dict(zip(values, combination, strict=True))))
         except RecipeError:
             continue
-    return recipes
+    compiled = [recipe for recipe in recipes if recipe.execution == "compile"]
+    return recipes + [replace(recipe, **{name: True}) for name in one_by_one for recipe in compiled[::5]]
 
 
 def test_every_recipe_has_a_name_that_parses_back() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from dataclasses import dataclass, replace
 
 import pytest
@@ -35,6 +36,9 @@ def test_frozen_and_usable_as_key() -> None:
         ({"inductor_flags": InductorFlags(epilogue_fusion=False)}, "inductor_flags has no effect"),
         ({"execution": "compile", "cache": FirstBlockCache()}, "cache needs execution=eager"),
         ({"execution": "aoti", "cache": FirstBlockCache()}, "cache needs execution=eager"),
+        ({"cuda_graph": True, "cache": FirstBlockCache()}, "cache needs cuda_graph=false"),
+        ({"modulation": True}, "modulation is one of per_step, hoisted, offloaded, not True"),
+        ({"compiled_text_encoders": True}, "compiled_text_encoders has no effect with execution=eager"),
     ],
 )
 def test_refuses(changes: dict, words: str) -> None:
@@ -74,6 +78,11 @@ def test_hash_differs_for_every_field() -> None:
         Recipe(quantization="float8_per_tensor"),
         Recipe(cache=FirstBlockCache()),
         Recipe(cache=FirstBlockCache(0.2)),
+        Recipe(modulation="hoisted"),
+        Recipe(modulation="offloaded"),
+        Recipe(hoisted_embeddings=True),
+        replace(compiled, compiled_text_encoders=True),
+        Recipe(cuda_graph=True),
     ]
     changed = {name for recipe in variants for name in recipe.differences(Recipe())}
     assert changed == {field.name for field in dataclasses.fields(Recipe)}, "a field is missing from this test"
@@ -98,6 +107,37 @@ def test_hash_survives_a_new_field() -> None:
 
 
 def test_without_puts_back_the_default_and_what_depends_on_it() -> None:
-    recipe = Recipe(dtype="bfloat16", execution="compile", max_autotune=True, compile_scope="whole", fused_qkv=True)
+    options = {"max_autotune": True, "compile_scope": "whole", "compiled_text_encoders": True}
+    recipe = Recipe(dtype="bfloat16", execution="compile", fused_qkv=True, **options)
     assert recipe.without("fused_qkv") == replace(recipe, fused_qkv=default("fused_qkv"))
     assert recipe.without("execution") == Recipe(dtype="bfloat16", fused_qkv=True)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        Recipe(),
+        Recipe(dtype="bfloat16", cache=FirstBlockCache(0.25), modulation="hoisted"),
+        Recipe(execution="compile", inductor_flags=InductorFlags(epilogue_fusion=False), cuda_graph=True),
+    ],
+)
+def test_comes_back_from_json(recipe: Recipe) -> None:
+    assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
+    assert Recipe.from_dict({n: v for n, v in recipe.to_dict().items() if n in recipe.differences(Recipe())}) == recipe
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"colour": "red"}, "a recipe has no field 'colour'"),
+        ({"cache": {"limit": 1}}, "cache takes a JSON object of its fields"),
+        ({"cache": {"threshold": -1}}, "threshold is 0 or more"),
+        ({"inductor_flags": {"epilogue_fusion": 1}}, "true, false or null"),
+        ({"inductor_flags": None}, "inductor_flags takes a JSON object"),
+        ({"dtype": "float16"}, "dtype is one of"),
+    ],
+)
+def test_from_dict_refuses(values: dict, words: str) -> None:
+    with pytest.raises(RecipeError, match=words) as raised:
+        Recipe.from_dict(values)
+    assert "\n" not in str(raised.value)

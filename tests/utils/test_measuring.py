@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch._dynamo.utils import dynamo_timed
 
 from utils import environment, results
 from utils.compile_clock import CompileClock, compilation
@@ -92,6 +94,27 @@ def test_clock_counts_torch_compile() -> None:
         double(torch.zeros(3))
     assert clock.compilations == 1
     assert clock.seconds > 0
+    with CompileClock() as clock:
+        double(torch.ones(3))
+    assert (clock.compilations, clock.seconds, clock.phases) == (0, 0, {})
+
+
+def test_clock_counts_autotuning_at_the_first_launch_once() -> None:
+    """PyTorch's own record of it, inside a compilation and after it."""
+    with CompileClock() as clock:
+        with compilation("kernel"), dynamo_timed("CachingAutotuner.benchmark_all_configs"):
+            time.sleep(0.2)
+        inside = clock.seconds
+        with dynamo_timed("CachingAutotuner.benchmark_all_configs"):
+            time.sleep(0.3)
+        with dynamo_timed("something else"):
+            time.sleep(0.2)
+        with compilation("next"):
+            pass
+    assert 0.2 <= inside < 0.3
+    assert 0.5 <= clock.seconds < 0.6
+    assert clock.compilations == 2
+    assert clock.phases["CachingAutotuner.benchmark_all_configs"] == pytest.approx(0.5, abs=0.1)
 
 
 RESULT = {

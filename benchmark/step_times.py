@@ -1,0 +1,190 @@
+"""Times of one denoising step, many recipes in one process: `python -m benchmark.step_times RECIPE... --output FILE`.
+
+Quicker and coarser than run_benchmark.py, for comparing optimizations one by one: each recipe draws once to compile and
+capture, and then `--calls` times, where each step of the pipeline's own loop is timed by itself: on a GPU by events
+around the transformer's call, so that nothing waits. The first step of a call holds what is hoisted out of the others;
+the mean counts it, the median doesn't. FILE is written anew after every recipe.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+import traceback
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+
+from utils.quiet import quiet
+
+with quiet():
+    import recipes
+    from benchmark import prompts
+    from benchmark.memory import peak_bytes, reset_peak
+    from recipes.dtype import torch_dtype
+    from recipes.recipe import Recipe
+    from utils import checkpoints, command_line, environment
+    from utils.compile_clock import CompileClock
+    from utils.errors import UsageError, UserError, is_out_of_memory, one_line, run_command
+    from utils.files import check_folder, write_text
+    from utils.request import Request
+    from utils.timing import summary, synchronize
+
+
+@dataclass
+class StepClock:
+    """Milliseconds of every call of a pipeline's transformer, its hooks included; read them when the device is idle."""
+
+    device: torch.device
+    _marks: list[tuple[Any, Any]] = field(default_factory=list)
+
+    def attach(self, pipe: DiffusionPipeline) -> None:
+        started: list[Any] = []
+        pipe.transformer.register_forward_pre_hook(lambda *_: started.append(self._mark()), prepend=True)
+        pipe.transformer.register_forward_hook(lambda *_: self._marks.append((started.pop(), self._mark())))
+
+    def milliseconds(self) -> list[float]:
+        """Of the calls since they were last read."""
+        synchronize(self.device)
+        marks, self._marks = self._marks, []
+        return [a.elapsed_time(b) if self.device.type == "cuda" else 1000 * (b - a) for a, b in marks]
+
+    def _mark(self) -> Any:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+def measure(
+    checkpoint: str, recipe: Recipe, request: Request, calls: int, device: torch.device
+) -> tuple[dict[str, Any], torch.Tensor]:
+    """Figures of one recipe, and the final latents of `request`, float32 on the CPU."""
+    pipe = checkpoints.load(checkpoint, torch_dtype(recipe), device, progress=False)
+    pipe.set_progress_bar_config(disable=True)
+    clock = StepClock(device)
+    clock.attach(pipe)
+
+    def latents(prompt: str, seed: int) -> torch.Tensor:
+        arguments = {**request.arguments(), "prompt": prompt, "output_type": "latent"}
+        arguments["generator"] = [torch.Generator("cpu").manual_seed(seed + i) for i in range(request.batch)]
+        with quiet():
+            return pipe(**arguments).images
+
+    started = time.perf_counter()
+    applied = recipes.apply(pipe, recipe)
+    with CompileClock() as compiling:
+        latents(prompts.prompt(checkpoint, prompts.WARM_UP), 0)
+        synchronize(device)
+    start_s = time.perf_counter() - started
+    clock.milliseconds()
+    reset_peak(device)
+    steps: list[float] = []
+    for number in range(calls):
+        latents(prompts.prompt(checkpoint, number), number)
+        steps += clock.milliseconds()
+    peak = peak_bytes(device)
+    result = latents(request.prompt, request.seed).float().cpu()
+    firsts, others = steps[:: request.steps], [t for i, t in enumerate(steps) if i % request.steps]
+    return {
+        "recipe": {"name": recipes.command_line_name(recipe), "hash": recipe.hash, **recipe.to_dict()},
+        "applied": applied,
+        "lossless": recipes.is_lossless(recipe),
+        "step_ms": {**summary(others or firsts), "first": fmean(firsts), "mean": fmean(steps)},
+        "compile_s": round(compiling.seconds, 3),
+        "compile_phases_s": {name: round(seconds, 3) for name, seconds in compiling.phases.items()},
+        "start_s": round(start_s, 3),
+        "peak_memory_bytes": peak,
+    }, result
+
+
+def parser() -> command_line.Parser:
+    parser = command_line.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "recipes", nargs="+", metavar="RECIPE", help="as run_benchmark.py's --recipe; the first is 1.00"
+    )
+    parser.add_argument("--checkpoint", default="tiny")
+    parser.add_argument("--output", type=Path, required=True, help="the figures, as JSON")
+    parser.add_argument("--calls", type=int, default=2, help="timed calls of each recipe")
+    parser.add_argument("--steps", type=int, default=8, help="denoising steps a call")
+    parser.add_argument("--height", type=int)
+    parser.add_argument("--width", type=int)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto")
+    parser.add_argument("--commit", help="the commit to record where no git is at hand")
+    parser.add_argument("--debug", action="store_true", help="show the tracebacks of errors")
+    return parser
+
+
+def main() -> None:
+    arguments = parser().parse_args()
+
+    def run() -> None:
+        device = command_line.device(arguments)
+        known = checkpoints.defaults(arguments.checkpoint)
+        if known.takes_image:
+            raise UsageError(f"{arguments.checkpoint} edits an image: time it with run_benchmark.py --image")
+        if arguments.calls < 1:
+            raise UsageError(f"--calls {arguments.calls}: give at least 1")
+        request = Request(
+            known.prompt, arguments.height or known.height, arguments.width or known.width, arguments.steps,
+            known.guidance, known.max_sequence_length, arguments.batch,
+        )  # fmt: skip
+        asked = {text: recipes.parse(text) for text in arguments.recipes}
+        check_folder(arguments.output)
+        about = {
+            "checkpoint": arguments.checkpoint,
+            "request": request.to_dict(),
+            "calls": arguments.calls,
+            "environment": environment.capture(device, arguments.commit),
+        }
+        rows: list[dict[str, Any]] = []
+        reference: torch.Tensor | None = None
+        print("| recipe | step ms | first | mean | x | compile s | start s | peak GiB | rel. error |", flush=True)
+        print("|---|--:|--:|--:|--:|--:|--:|--:|--:|", flush=True)
+        for text, recipe in asked.items():
+            try:
+                recipes.check(recipe, device)
+                row, latents = measure(arguments.checkpoint, recipe, request, arguments.calls, device)
+            except Exception as error:  # the others are still worth measuring
+                if arguments.debug:
+                    traceback.print_exc()
+                words = "out of memory" if is_out_of_memory(error) else f"{type(error).__name__}: {one_line(error)}"
+                row, latents = (
+                    {"recipe": {"name": text, "hash": recipe.hash, **recipe.to_dict()}, "failed": words},
+                    None,
+                )
+            if latents is not None:
+                reference = latents if reference is None else reference
+                row["relative_error_to_first"] = float((latents - reference).norm() / reference.norm())
+            rows.append(row)
+            write_text(arguments.output, json.dumps({**about, "recipes": rows}, indent=1) + "\n")
+            print(line(text, row, rows), flush=True)
+            torch._dynamo.reset()  # the next recipe compiles for itself, in memory that this one no longer holds
+            reset_peak(device)
+        if failed := [row["recipe"]["name"] for row in rows if "failed" in row]:
+            raise UserError(f"not measured: {'; '.join(failed)}")
+
+    run_command(run, arguments.debug)
+
+
+def line(text: str, row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    """A row of the table; the ratio is to the first recipe that was measured."""
+    if "failed" in row:
+        return f"| {text} | failed: {row['failed']} | | | | | | | |"
+    step = row["step_ms"]
+    first = next(r for r in rows if "failed" not in r)["step_ms"]["median"]
+    figures = [step["median"], step["first"], step["mean"], first / step["median"]]
+    cells = [*(f"{x:.2f}" for x in figures), f"{row['compile_s']:.0f}", f"{row['start_s']:.0f}"]
+    cells += [f"{row['peak_memory_bytes'] / 2**30:.2f}", f"{row['relative_error_to_first']:.4f}"]
+    return f"| {text} | {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""A denoising step without what no step changes: that is computed before the loop, and handed to each step.
+
+`pipe(prompt)` stays as it is. A hook before each call of the transformer swaps arguments (the prompt's embeddings, the
+position ids, the timestep) for what they come to, which is remembered for as long as the same tensors come; the
+transformer's forward becomes `step`, which takes either. What compiles, captures or exports the forward gets the step.
+
+Source: FluxTransformer2DModel.forward of diffusers.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import deque
+from collections.abc import Callable
+from types import MethodType
+from typing import Any, Generic, TypeVar
+
+import torch
+from diffusers import FluxTransformer2DModel
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+from utils.errors import UserError
+
+Result = TypeVar("Result")
+Rotary = tuple[torch.Tensor, torch.Tensor]
+Replace = Callable[[dict[str, Any]], dict[str, Any]]
+
+
+class Remembered(Generic[Result]):
+    """A function that remembers its last two results, by the very objects it was called with.
+
+    Two, because true classifier-free guidance has two prompts a step. A tensor written to in place since is another
+    one; one of inference mode, which counts no versions, is never remembered.
+    """
+
+    def __init__(self, function: Callable[..., Result]):
+        self.function = function
+        self._last: deque[tuple[tuple, list[int], Result]] = deque(maxlen=2)
+
+    def __call__(self, *arguments: Any) -> Result:
+        tensors = [x for x in arguments if isinstance(x, torch.Tensor)]
+        if any(tensor.is_inference() for tensor in tensors):
+            return self.function(*arguments)
+        versions = [tensor._version for tensor in tensors]
+        for known, known_versions, result in self._last:
+            if known_versions == versions and all(a is b for a, b in zip(known, arguments, strict=True)):
+                return result
+        result = self.function(*arguments)
+        self._last.append((arguments, versions, result))
+        return result
+
+
+def hoist(transformer: FluxTransformer2DModel, replace: Replace) -> None:
+    """Before each call of `transformer`, `replace` its arguments, by name; its forward becomes `step`.
+
+    replace: gives the arguments as `step` takes them, and leaves alone those that it has replaced already.
+    """
+    names = list(inspect.signature(FluxTransformer2DModel.forward).parameters)[1:]
+
+    def hook(module: FluxTransformer2DModel, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        return (), replace({**dict(zip(names, args, strict=False)), **kwargs})
+
+    transformer.forward = MethodType(step, transformer)
+    transformer.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def step(
+    self: FluxTransformer2DModel,
+    hidden_states: torch.Tensor,
+    context: torch.Tensor | None = None,
+    rotary: Rotary | None = None,
+    modulation: torch.Tensor | None = None,
+    encoder_hidden_states: torch.Tensor | None = None,
+    pooled_projections: torch.Tensor | None = None,
+    timestep: torch.Tensor | None = None,
+    img_ids: torch.Tensor | None = None,
+    txt_ids: torch.Tensor | None = None,
+    guidance: torch.Tensor | None = None,
+    joint_attention_kwargs: dict[str, Any] | None = None,
+    return_dict: bool = True,
+    **others: Any,
+) -> Any:
+    """FluxTransformer2DModel.forward, which computes what it isn't given.
+
+    hidden_states [batch, image tokens, in_channels]. Hoisted: `context` [batch, text tokens, dim] is the context
+    embedder's output, `rotary` the cosines and sines [tokens, head_dim] in float32, `modulation` [batch, width] the
+    output of every AdaLN's Linear, side by side in the order of `modulated`. The rest as diffusers has it.
+
+    Raises:
+        UserError: ControlNet's or an IP-Adapter's arguments, or a LoRA's scale.
+    """
+    unsupported = [name for name, value in others.items() if value is not None and value is not False]
+    unsupported += joint_attention_kwargs or ()
+    if unsupported:
+        raise UserError(
+            f"a hoisted denoising step takes no {unsupported[0]}: use a recipe with modulation=per_step and "
+            "hoisted_embeddings=false"
+        )
+    hidden_states = self.x_embedder(hidden_states)
+    if context is None:
+        context = self.context_embedder(encoder_hidden_states)
+    if rotary is None:
+        assert txt_ids is not None
+        assert img_ids is not None
+        rotary = rotary_table(self, txt_ids, img_ids)
+    if modulation is None:
+        assert timestep is not None
+        assert pooled_projections is not None
+        temb = conditioning(self, timestep, guidance, pooled_projections)
+        rows: tuple[torch.Tensor, ...] = (temb,) * len(modulated(self))
+    else:
+        rows = modulation.split([sum(linear.out_features for linear in group) for group in modulated(self)], dim=1)
+    *of_blocks, of_out = rows
+    double, single = of_blocks[: len(self.transformer_blocks)], of_blocks[len(self.transformer_blocks) :]
+    for block, row in zip(self.transformer_blocks, double, strict=True):
+        context, hidden_states = block(
+            hidden_states=hidden_states, encoder_hidden_states=context, temb=row, image_rotary_emb=rotary
+        )
+    for block, row in zip(self.single_transformer_blocks, single, strict=True):
+        context, hidden_states = block(
+            hidden_states=hidden_states, encoder_hidden_states=context, temb=row, image_rotary_emb=rotary
+        )
+    sample = self.proj_out(self.norm_out(hidden_states, of_out))
+    return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+
+def conditioning(
+    transformer: FluxTransformer2DModel,
+    timestep: torch.Tensor,
+    guidance: torch.Tensor | None,
+    pooled_projections: torch.Tensor,
+) -> torch.Tensor:
+    """The vectors that modulate a step, [n, dim], of timesteps [n] in 0..1, guidance [n] and prompts [n, features]."""
+    dtype = transformer.x_embedder.weight.dtype  # rounded as upstream rounds it
+    times = timestep.to(dtype) * 1000
+    if guidance is None:
+        return transformer.time_text_embed(times, pooled_projections)
+    return transformer.time_text_embed(times, guidance.to(dtype) * 1000, pooled_projections)
+
+
+def rotary_table(transformer: FluxTransformer2DModel, txt_ids: torch.Tensor, img_ids: torch.Tensor) -> Rotary:
+    """Cosines and sines [tokens, head_dim] float32 of the text's and the image's position ids [tokens, 3]."""
+    if txt_ids.ndim != 2 or img_ids.ndim != 2:
+        raise UserError(f"position ids are [tokens, 3], not {list(txt_ids.shape)} and {list(img_ids.shape)}")
+    return transformer.pos_embed(torch.cat((txt_ids, img_ids), dim=0))
+
+
+def modulated(transformer: FluxTransformer2DModel) -> list[tuple[Any, ...]]:
+    """The AdaLN's Linears: those of each double block, of each single block, and the one before the output."""
+    return [
+        *((block.norm1.linear, block.norm1_context.linear) for block in transformer.transformer_blocks),
+        *((block.norm.linear,) for block in transformer.single_transformer_blocks),
+        (transformer.norm_out.linear,),
+    ]

@@ -1,0 +1,164 @@
+"""A function's calls as CUDA graphs: the host launches all of a call's kernels at once, and their gaps close.
+
+One graph for each kind of call, captured at the first one: fixed addresses in, fixed kernels, fixed addresses out. So
+a call's tensors are copied to where the graph reads, and what it gives is copied from where the next replay writes.
+All graphs share one memory pool: none runs beside another, so that one's intermediates may lie where another's lay.
+
+Source: https://pytorch.org/docs/stable/notes/cuda.html#cuda-graphs.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch.utils import _pytree as pytree
+
+from utils.errors import UserError
+
+LIMIT = 8  # graphs of one pipeline: transformer and decoder at four sizes
+_WARM_UP_CALLS = 2  # the first compiles and autotunes, which a capture can't hold; the second finds it done
+
+Value = TypeVar("Value")
+
+
+class _Tensor:
+    """Marks a tensor's place among the other arguments."""
+
+
+_TENSOR = _Tensor()
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """A call's arguments taken apart, nested ones too: its tensors, everything else, and how they stood together."""
+
+    tensors: tuple[torch.Tensor, ...]
+    others: tuple[Any, ...]
+    structure: pytree.TreeSpec
+
+    @classmethod
+    def of(cls, args: tuple, kwargs: dict[str, Any]) -> Arguments:
+        leaves, structure = pytree.tree_flatten((args, kwargs))
+        tensors = tuple(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
+        others = tuple(_TENSOR if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves)
+        return cls(tensors, others, structure)
+
+    @property
+    def key(self) -> Hashable:
+        """What a graph is specialised to: each tensor's shape, strides, dtype and device, and every other argument.
+
+        Raises:
+            UserError: an argument is neither a tensor nor hashable.
+        """
+        tensors = tuple((t.shape, t.stride(), t.dtype, t.device) for t in self.tensors)
+        others = tuple((type(x), x.hex() if isinstance(x, float) else x) for x in self.others)  # 1, 1.0 and True differ
+        try:
+            hash(others)
+        except TypeError as error:
+            raise UserError(f"cuda_graph: graphs can't be told apart by an argument of this call ({error})") from None
+        return str(self.structure), tensors, others
+
+    def put_together(self, tensors: Sequence[torch.Tensor]) -> tuple[tuple, dict[str, Any]]:
+        """The call's args and kwargs, with `tensors` in place of its own."""
+        new = iter(tensors)
+        leaves = [next(new) if other is _TENSOR else other for other in self.others]
+        return pytree.tree_unflatten(leaves, self.structure)
+
+
+class LeastRecentlyUsed(Generic[Value]):
+    """At most `limit` values by key; the one asked for longest ago makes way, after the new one has been made."""
+
+    def __init__(self, limit: int):
+        if limit < 1:
+            raise ValueError(f"limit is at least 1, not {limit}")
+        self.limit = limit
+        self.values: OrderedDict[Hashable, Value] = OrderedDict()
+
+    def get(self, key: Hashable, make: Callable[[], Value]) -> Value:
+        """The value of `key`, made if it isn't there; nothing is kept of a `make` that raises."""
+        if key not in self.values:
+            self.values[key] = make()
+            if len(self.values) > self.limit:
+                self.values.popitem(last=False)
+        self.values.move_to_end(key)
+        return self.values[key]
+
+
+class Graphs(LeastRecentlyUsed["Captured"]):
+    """The graphs of one pipeline, in one memory pool."""
+
+    def capture(self, function: Callable, arguments: Arguments) -> Captured:
+        device = _device(arguments.tensors)
+        # A pool ends with its last graph: it is that of the graphs that are there, and the first one begins another.
+        # The stream stays the same, for cuBLAS keeps a workspace for each that it has seen.
+        one = next(iter(self.values.values()), None)
+        if one is None:
+            return Captured(function, arguments, None, torch.cuda.Stream(device))
+        return Captured(function, arguments, one.graph.pool(), one.side)
+
+
+class Captured:
+    """One graph: `function` called with arguments like `arguments`, warmed up and captured on the stream `side`."""
+
+    def __init__(self, function: Callable, arguments: Arguments, pool: Any, side: torch.cuda.Stream):
+        self.side = side
+        self.inputs = [_like(tensor) for tensor in arguments.tensors]
+        torch._foreach_copy_(self.inputs, arguments.tensors)
+        args, kwargs = arguments.put_together(self.inputs)
+        current = torch.cuda.current_stream(side.device)
+        side.wait_stream(current)
+        with torch.cuda.stream(side):
+            for _ in range(_WARM_UP_CALLS):
+                function(*args, **kwargs)
+        current.wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        # thread_local: another thread's work, such as a compiler's, is none of this capture's business.
+        with torch.cuda.graph(self.graph, pool=pool, stream=side, capture_error_mode="thread_local"):
+            self.outputs = function(*args, **kwargs)
+
+    def replay(self, tensors: tuple[torch.Tensor, ...]) -> Any:
+        """The function's result for `tensors`, in memory of its own. Waits for nothing."""
+        torch._foreach_copy_(self.inputs, tensors)
+        self.graph.replay()
+        return pytree.tree_map_only(torch.Tensor, torch.clone, self.outputs)
+
+
+class Graphed:
+    """Stands in for `function`, which computes on one CUDA device, without autograd, and changes none of its inputs.
+
+    What it reads besides its arguments, such as weights, must stay where it is: new values are written in place.
+
+    Raises:
+        UserError: at a call whose tensors aren't on one CUDA device, or whose other arguments aren't hashable.
+    """
+
+    def __init__(self, function: Callable, graphs: Graphs):
+        self.function, self.graphs = function, graphs
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        arguments = Arguments.of(args, kwargs)
+        # Buffers made in inference mode couldn't be written to outside it.
+        with torch.inference_mode(False), torch.no_grad():
+            key = (self.function, arguments.key)
+            captured = self.graphs.get(key, lambda: self.graphs.capture(self.function, arguments))
+            return captured.replay(arguments.tensors)
+
+
+def _device(tensors: Sequence[torch.Tensor]) -> torch.device:
+    devices = {tensor.device for tensor in tensors}
+    if len(devices) != 1 or next(iter(devices)).type != "cuda":
+        found = ", ".join(sorted(map(str, devices))) or "no tensor"
+        raise UserError(f"cuda_graph: all tensors of a call must be on one CUDA device, found {found}")
+    return devices.pop()
+
+
+def _like(tensor: torch.Tensor) -> torch.Tensor:
+    """An empty tensor of the same shape, dtype and strides; contiguous for one expanded from fewer elements."""
+    expanded = any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    if expanded:
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
