@@ -22,7 +22,7 @@ class Settings:
     vae_batch: int = 32
     vae_lr: float = 5e-4
     kl_weight: float = 2e-4
-    flow_steps: int = 24_000
+    flow_steps: int = 60_000
     flow_batch: int = 256
     flow_lr: float = 8e-4
     muon: int = 1

@@ -5,16 +5,17 @@ Four stages, each resumed where it was stopped when the command is given again w
 1. `autoencoder`: AutoencoderKL on rendered scenes, L1 + KL.
 2. `encode`: the pool's latents (their mean), and the VAE's scaling and shift factors from them.
 3. `flow`: transformer and both text encoders together, rectified flow as FLUX's: x_t = (1 - t) x_0 + t noise,
-   the model predicts noise - x_0 (arXiv 2209.03003, 2403.03206), t mostly logit-normal.
+   the model predicts noise - x_0 (arXiv 2209.03003, 2403.03206), t mostly logit-normal. Beside it the transformer
+   learns to tell what lies where (`layout`), and the text encoders what a caption claims (`claims`).
 4. `reflow`: the same on pairs (noise, image) that the model itself made from noise with many steps and
-   classifier-free guidance (arXiv 2207.12598; one caption in ten is trained on as empty). It straightens the model's
-   paths, so that few steps suffice (arXiv 2209.03003, section 2.2), and distils the guidance into it (arXiv
-   2210.03142), as FLUX.1's own training does, so that one evaluation a step suffices.
+   classifier-free guidance (arXiv 2207.12598; one caption in ten is trained on as empty), where the checker finds the
+   image right. It straightens the model's paths, so that few steps suffice (arXiv 2209.03003, section 2.2), and distils
+   the guidance into it (arXiv 2210.03142), as FLUX.1's own training does, so that one evaluation a step suffices.
 
 `--init FOLDER` starts from a trained pipeline instead of random weights; with `--vae-steps 0` its autoencoder is kept.
 
-The weights saved are an exponential moving average, in bfloat16. Written for one GPU (about 25 minutes on an H100);
-runs on a CPU too, as the tests do with `--preset smoke`.
+The weights saved are an exponential moving average, in bfloat16. Written for one GPU (most of an hour on
+an H200); runs on a CPU too, as the tests do with `--preset smoke`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
+import itertools
 import json
+import math
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -53,15 +56,22 @@ def save_pipeline(pipe: FluxPipeline, out: Path) -> None:
 
 
 def plot_losses(work: Path) -> None:
-    """`losses.png` from `losses.csv`, one panel a stage."""
+    """`losses.png` from `losses.csv`, one panel a stage: the velocity's error where it is logged apart."""
     with (work / "losses.csv").open() as file:
-        rows = [row for row in csv.DictReader(file) if row["name"] == "loss"]
+        rows = list(csv.DictReader(file))
     stages = list(dict.fromkeys(row["stage"] for row in rows))
-    figure, panels = plt.subplots(1, len(stages), figsize=(4 * len(stages), 3), squeeze=False, layout="constrained")
-    for panel, stage in zip(panels[0], stages, strict=True):
-        points = [(int(row["step"]), float(row["value"])) for row in rows if row["stage"] == stage]
+    across = min(3, len(stages))
+    down = math.ceil(len(stages) / across)
+    figure, panels = plt.subplots(down, across, figsize=(4 * across, 3 * down), squeeze=False, layout="constrained")
+    for panel, stage in itertools.zip_longest(panels.flat, stages):
+        if stage is None:
+            panel.axis("off")
+            continue
+        of_stage = [row for row in rows if row["stage"] == stage]
+        name = "velocity" if any(row["name"] == "velocity" for row in of_stage) else "loss"
+        points = [(int(row["step"]), float(row["value"])) for row in of_stage if row["name"] == name]
         panel.plot(*zip(*points, strict=True), linewidth=1)
-        panel.set(title=stage, xlabel="step", ylabel="loss", yscale="log")
+        panel.set(title=stage, xlabel="step", ylabel=f"{name}'s error" if name == "velocity" else name, yscale="log")
         panel.grid(alpha=0.3, which="both")
     figure.savefig(work / "losses.png", dpi=120)
     plt.close(figure)
