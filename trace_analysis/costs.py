@@ -68,6 +68,19 @@ class Shapes:
         return found[1] if found else None
 
 
+class ShapesCache:
+    """Shapes.of, with one object for equal arguments: a trace has few shapes and many calls."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, Shapes] = {}
+
+    def __call__(self, arguments: dict[str, Any]) -> Shapes:
+        key = f"{arguments['Input Dims']}{arguments.get('Input type')}{arguments.get('Concrete Inputs')}"
+        if key not in self._known:
+            self._known[key] = Shapes.of(arguments)
+        return self._known[key]
+
+
 def _dims(entry: Any) -> Dims:
     if not all(type(side) is int and side >= 0 for side in entry):
         raise ValueError

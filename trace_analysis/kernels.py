@@ -48,9 +48,12 @@ class KernelKinds:
     def __init__(self, trace: Trace, host: Host, device: Device):
         self.trace, self.host, self.device = trace, host, device
         self.costs: dict[int, Cost] = {}
+        known: dict[tuple[int, int], Cost | None] = {}  # by name and by shapes, of which equal ones are one object
         for event, shapes in trace.shapes.items():
-            found = cost(trace.name_of(event), shapes)
-            if found is not None:
+            key = int(trace.name[event]), id(shapes)
+            if key not in known:
+                known[key] = cost(trace.name_of(event), shapes)
+            if (found := known[key]) is not None:
                 self.costs[event] = found
         self.operator = self._operators()
         self.is_kernel = trace.category[device.event] == _code(trace, "kernel")

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from trace_analysis.costs import Shapes, has_cost
+from trace_analysis.costs import Shapes, ShapesCache, has_cost
 from trace_analysis.stream import TraceStream
 from utils.errors import UsageError
 
@@ -31,7 +31,7 @@ class Trace:
     Columns, one entry an event: `name` and `category` index `names` and `categories` (int32), `start` and `end` are
     integer nanoseconds on the trace's own clock (int64), `lane` indexes `lanes` (int32): process and thread on the
     host, device and stream on a GPU. `correlation` ties a call to what it launched; NONE where there is none (int64).
-    shapes: inputs of the operators whose cost is known; copied: bytes of copies and memsets; both by event.
+    shapes: inputs of the operators whose cost is known, equal ones being one object; copied: bytes of copies and memsets; both by event.
     properties: the file's other keys, "deviceProperties" among them.
     incomplete: what was wrong with a file that was read only in part.
     skipped: events with a duration that couldn't be read (no name, a time out of range, ...).
@@ -79,6 +79,7 @@ class _Columns:
         self.categories: dict[str, int] = {}
         self.lanes: dict[tuple[Any, Any], int] = {}
         self.shapes: dict[int, Shapes] = {}
+        self.shapes_of = ShapesCache()
         self.copied: dict[int, int] = {}
         self.skipped = 0
 
@@ -122,7 +123,7 @@ def _add(columns: _Columns, row: dict[str, Any]) -> None:
         if type(size) is int and size >= 0:
             columns.copied[number] = size
     elif category == "cpu_op" and "Input Dims" in arguments and has_cost(name):
-        columns.shapes[number] = Shapes.of(arguments)
+        columns.shapes[number] = columns.shapes_of(arguments)
     columns.lane.append(columns.lanes.setdefault(lane, len(columns.lanes)))  # a TypeError for a list
     columns.name.append(columns.names.setdefault(name, len(columns.names)))
     columns.category.append(columns.categories.setdefault(category, len(columns.categories)))
