@@ -100,7 +100,7 @@ class GapFinder:
 
     def __init__(self, trace: Trace, host: Host, device: Device):
         self.trace, self.host, self.device = trace, host, device
-        self.cause = _causes(trace, host)
+        self.cause = event_causes(trace, host)
         self.start = trace.start[device.event]
         first_of_launch = np.zeros(len(self.start), bool)
         first_of_launch[np.unique(device.launch, return_index=True)[1]] = True
@@ -197,7 +197,7 @@ class GapFinder:
         return None
 
 
-def _causes(trace: Trace, host: Host) -> np.ndarray:
+def event_causes(trace: Trace, host: Host) -> np.ndarray:
     """Of each event of the host the index in CAUSES, by its own name and those around it; int64 [n]."""
     pairs = np.unique(trace.category.astype(np.int64) * len(trace.names) + trace.name)
     table = np.full(len(trace.categories) * len(trace.names), CAUSES.index(UNKNOWN), np.int64)

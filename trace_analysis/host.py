@@ -15,7 +15,7 @@ from trace_analysis.load import HOST, NONE, Trace
 # Python packages between the user's code and the operators; the first part of a frame's path.
 _LIBRARIES = frozenset({"torch", "diffusers", "transformers", "accelerate", "torchao", "triton", "numpy", "tqdm"})
 _FRAME = re.compile(r"(?P<file>[^:]*\.py)\((?P<line>\d+)\): .+")
-_INSTALLED = re.compile(r"(?:^|/)(?:site-packages|dist-packages|python3\.\d+)/")
+_INSTALLED = re.compile(r"(?:^|(?<=/))(?:site-packages|dist-packages|python3\.\d+)/")
 
 
 @dataclass(frozen=True)

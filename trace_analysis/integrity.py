@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from trace_analysis.device import GRAPH_LAUNCH, KERNEL_LAUNCH, Device, calls_named
-from trace_analysis.load import NONE, Trace
+from trace_analysis.load import GPU, NONE, Trace
 
 # Parts of a report that a finding can make unreliable.
 STEPS, GAPS, SYNCS, RATES, KERNELS = "steps", "gaps", "syncs", "rates", "kernels"
@@ -37,8 +37,8 @@ def findings(trace: Trace, device: Device | None, steps: np.ndarray, marker: str
         checks += [
             lambda: _clock_skew(trace, device),
             lambda: _without_launch(trace, device),
-            lambda: _without_kernel(trace, device),
-            lambda: _empty_graphs(trace, device),
+            lambda: _without_kernel(trace),
+            lambda: _empty_graphs(trace),
             lambda: _properties(trace, device),
             lambda: _other_devices(device),
         ]
@@ -96,24 +96,29 @@ def _without_launch(trace: Trace, device: Device) -> Finding | None:
     return Finding("no_launch", message, (STEPS, GAPS, KERNELS) if missing > len(device.launch) // 100 else ())
 
 
-def _without_kernel(trace: Trace, device: Device) -> Finding | None:
+def _without_kernel(trace: Trace) -> Finding | None:
     """Every launch runs a kernel, unless it is recorded into a CUDA graph."""
     launches = calls_named(trace, KERNEL_LAUNCH)
     launches = launches[trace.correlation[launches] != NONE]
-    empty = int((~np.isin(launches, device.launch)).sum())
+    empty = _without_work(trace, launches)
     if not empty or len(calls_named(trace, _CAPTURE)):
         return None
     message = f"{empty} of {len(launches)} kernel launches have no kernel in the trace: records were dropped"
     return Finding("dropped_kernels", message, (STEPS, GAPS, RATES, KERNELS) if empty > len(launches) // 100 else ())
 
 
-def _empty_graphs(trace: Trace, device: Device) -> Finding | None:
+def _empty_graphs(trace: Trace) -> Finding | None:
     launches = calls_named(trace, GRAPH_LAUNCH)
-    empty = int((~np.isin(launches, device.launch)).sum())
+    empty = _without_work(trace, launches)
     if not empty:
         return None
     message = f"{empty} of {len(launches)} CUDA graph launches have no kernels in the trace: records were dropped"
     return Finding("graph_without_kernels", message, (STEPS, GAPS, RATES, KERNELS))
+
+
+def _without_work(trace: Trace, launches: np.ndarray) -> int:
+    """How many of these calls left nothing on any GPU."""
+    return int((~np.isin(trace.correlation[launches], trace.correlation[trace.of(GPU)])).sum())
 
 
 def _properties(trace: Trace, device: Device) -> Finding | None:

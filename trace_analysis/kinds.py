@@ -34,7 +34,7 @@ _TABLE: tuple[tuple[str, str], ...] = (
     (r"gemm.*(e4m3|e5m2)|(e4m3|e5m2).*gemm|float_e4m3|float_e5m2|gemm.*fp8|fp8.*gemm|f8f8|_scaled_mm", "gemm fp8"),
     (r"gemm.*(s8|int8)|(s8|int8).*gemm|i8i8|imma|_int_mm", "gemm int8"),
     (r"gemm.*(bf16|bfloat16)|(bf16|bfloat16).*gemm|gemvx?.*__nv_bfloat16|s\d+16\d*bf16", "gemm bf16"),
-    (r"gemm.*(f16|half)|(f16|half).*gemm|hgemm|h\d+gemm|gemv.*__half", "gemm fp16"),
+    (r"gemm.*(f16|fp16|half)|(f16|fp16|half).*gemm|hgemm|h\d+gemm|gemv.*__half", "gemm fp16"),
     (r"sgemm|gemm.*(tf32|f32|float)|(tf32|f32).*gemm|gemv.*float", "gemm fp32"),
     (r"gemm|gemv|splitK_?[Rr]educe|cublasLt|triton_(tem|mm)|triton_.*_mm|cutlass", GEMM),
     (r"CatArray|copy_device_to_device|direct_copy_kernel|triton_poi_fused_cat_\d|triton_poi_fused_clone_\d", COPY),

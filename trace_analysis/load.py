@@ -31,7 +31,8 @@ class Trace:
     Columns, one entry an event: `name` and `category` index `names` and `categories` (int32), `start` and `end` are
     integer nanoseconds on the trace's own clock (int64), `lane` indexes `lanes` (int32): process and thread on the
     host, device and stream on a GPU. `correlation` ties a call to what it launched; NONE where there is none (int64).
-    shapes: inputs of the operators whose cost is known, equal ones being one object; copied: bytes of copies and memsets; both by event.
+    shapes: inputs of the operators whose cost is known, by event; equal ones are one object.
+    copied: bytes of copies and memsets, by event.
     properties: the file's other keys, "deviceProperties" among them.
     incomplete: what was wrong with a file that was read only in part.
     skipped: events with a duration that couldn't be read (no name, a time out of range, ...).

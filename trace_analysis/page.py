@@ -102,18 +102,21 @@ def _timeline(analysis: Analysis) -> str:
     if step is None or step.device is None or device is None:
         return "<h2>One denoising step</h2><p>n/a: there is no step with work on a GPU that can be trusted.</p>"
     zero = int(analysis.trace.start[0])
-    finish = zero + step.device.window_start_ns + step.device.window_ns
-    begin = zero + min(step.device.window_start_ns, step.host_start_ns)
+    begin = zero + step.device.window_start_ns
+    finish = begin + step.device.window_ns
     streams = _streams(analysis, begin, finish)
     threads = [] if GAPS in report.unreliable else _threads(analysis, begin, finish)
-    milliseconds = (finish - begin) / 1e6
-    note = f"Step {step.index}, the median one: {milliseconds:.3f} ms from its beginning on the host or on the GPU."
+    milliseconds = step.device.window_ns / 1e6
+    ahead = (step.device.window_start_ns - step.host_start_ns) / 1e6
+    note = f"Step {step.index}, the median one: {milliseconds:.3f} ms on the GPU"
+    note += f", begun {ahead:.3f} ms after its host range." if ahead > 0 else "."
     parts = [
         f"<h2>One denoising step</h2><p>{escape(note)}</p>",
         f"<p>The GPU, by kind of kernel</p>{chart(streams, milliseconds, _COLOURS)}",
     ]
     if threads:
-        parts.append(f"<p>The threads that launch, by what they do</p>{chart(threads, milliseconds, _CAUSE_COLOURS)}")
+        drawn = chart(threads, milliseconds, _CAUSE_COLOURS)
+        parts.append(f"<p>The threads that launch, at the same time, by what they do</p>{drawn}")
     return "\n".join(parts)
 
 

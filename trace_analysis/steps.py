@@ -118,8 +118,10 @@ class _Measure:
             self.start, self.end = trace.start[device.event], trace.end[device.event]
             known = device.launch != NONE
             self.launched = np.where(known, trace.start[device.launch], np.iinfo(np.int64).min)
-            self.before = np.argsort(self.launched, kind="stable")
-            self.ended = np.maximum.accumulate(self.end[self.before])  # of all launched so far
+            order = np.argsort(self.launched, kind="stable")
+            order = order[known[order]]
+            self.before = self.launched[order]
+            self.ended = np.maximum.accumulate(self.end[order])  # of all launched so far
 
     def span(self, name: str, index: int, start: int, end: int, begin: int | None) -> tuple[Span, int | None]:
         """A span, and where its window ends. `begin`: the window's start if something else decides it."""
@@ -130,7 +132,7 @@ class _Measure:
         if not mine.any():
             return Span(*host, None), begin
         if begin is None:
-            earlier = int(np.searchsorted(self.launched[self.before], start))
+            earlier = int(np.searchsorted(self.before, start))
             begin = max(start, int(self.ended[earlier - 1]) if earlier else start)
         finish = max(begin, int(self.end[mine].max()))
         if name == "timed region":

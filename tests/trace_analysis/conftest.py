@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
 from collections.abc import Callable
@@ -64,6 +65,43 @@ class Writer:
         """A kernel and its launch, a call of 4 us."""
         self.run(name, start, duration, self.call("cudaLaunchKernel", launched, 4), stream)
 
+    def addmm(
+        self, start: float, duration: float, rows: int, columns: int, inner: int, dtype: str = "c10::BFloat16"
+    ) -> None:
+        """The operator on [columns], [rows, inner] and [inner, columns], with its shapes."""
+        inputs = {
+            "Input Dims": [[columns], [rows, inner], [inner, columns], [], []],
+            "Input type": [dtype, dtype, dtype, "Scalar", "Scalar"],
+            "Concrete Inputs": ["", "", "", "1", "1"],
+        }
+        self.host("aten::addmm", start, duration, **inputs)
+
+    def item(self, start: float, duration: float) -> None:
+        """tensor.item(): the copy and the wait inside aten::_local_scalar_dense; the copy's last us is 4 before the
+        end, the wait from the 6th us to 2 before the end."""
+        self.host("aten::item", start, duration)
+        self.host("aten::_local_scalar_dense", start + 1, duration - 2)
+        copy = self.call("cudaMemcpyAsync", start + 2, 3)
+        self.run("Memcpy DtoH (Device -> Pinned)", start + duration - 5, 1, copy, category="gpu_memcpy", bytes=4)
+        self.call("cudaStreamSynchronize", start + 6, duration - 8)
+
+    def random(self, seed: int) -> None:
+        """Steps back to back; kernels on three streams, launched at random, that overlap and lag behind; and copies
+        without a launch, called "lost"."""
+        rng = random.Random(seed)
+        at = 0.0
+        for _ in range(rng.randint(1, 5)):
+            length = rng.randint(50, 200)
+            self.step(at, length)
+            at += length
+        for _ in range(rng.randint(5, 60)):
+            launched = round(rng.uniform(-20, at + 20), 3)
+            begin = round(launched + rng.choice([0, 0.5, rng.uniform(0, 150)]), 3)
+            name = rng.choice(["gemm_bf16", "flash_fwd", "elementwise", "weird"])
+            self.kernel(name, launched, begin, round(rng.uniform(0, 40), 3), stream=rng.choice([7, 8, 9]))
+        for _ in range(5):
+            self.run("lost", round(rng.uniform(0, at), 3), 5.0, 10**6, category="gpu_memcpy")
+
     def write(self, name: str = "trace.json", events: list[dict] | None = None) -> Path:
         path = self.folder / name
         path.write_text(json.dumps({**self.properties, "traceEvents": self.events if events is None else events}))
@@ -112,7 +150,7 @@ def two_steps(writer: Writer) -> Writer:
     w.step(0, 50, "prompt_encoding")
     w.kernel("void at::native::elementwise_kernel<embed>", 20, 40, 20)
     w.step(100, 100)
-    w.host("aten::addmm", 105, 20, **gemm_inputs(64, 128, 256))
+    w.addmm(105, 20, 64, 128, 256)
     w.kernel("nvjet_tst_128x256_64x4_1x2_h_bz_coopA_TNT", 120, 130, 30)
     w.kernel("flash_fwd_kernel", 130, 160, 20)
     w.kernel("vectorized_layer_norm_kernel", 140, 175, 20, stream=8)
@@ -122,12 +160,3 @@ def two_steps(writer: Writer) -> Writer:
     w.step(310, 20, "decoding")
     w.kernel("cudnn_convolution_fprop", 320, 330, 20)
     return w
-
-
-def gemm_inputs(rows: int, columns: int, inner: int, dtype: str = "c10::BFloat16") -> dict[str, Any]:
-    """The arguments of an aten::addmm, of [columns], [rows, inner] and [inner, columns]."""
-    return {
-        "Input Dims": [[columns], [rows, inner], [inner, columns], [], []],
-        "Input type": [dtype, dtype, dtype, "Scalar", "Scalar"],
-        "Concrete Inputs": ["", "", "", "1", "1"],
-    }
