@@ -14,8 +14,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TextIO
+
+import torch
 
 from utils import environment
 from utils.errors import UserError, run_command
@@ -42,8 +45,9 @@ loaded = time.perf_counter()
 text = Analysis(trace).report.to_json()
 ended = time.perf_counter()
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-print(json.dumps({"load_s": loaded - begun, "report_s": ended - loaded, "peak_bytes": peak, "steps": len(json.loads(text)["steps"])}))
-"""  # noqa: E501
+steps = len(json.loads(text)["steps"])
+print(json.dumps({"load_s": loaded - begun, "report_s": ended - loaded, "peak_bytes": peak, "steps": steps}))
+"""
 
 
 def write_trace(path: Path, events: int) -> int:
@@ -120,14 +124,20 @@ def main() -> None:
     arguments = parser.parse_args()
 
     def run() -> None:
-        import torch  # for what it says of the machine
-
+        started_at = datetime.now(UTC).isoformat(timespec="seconds")
+        machine = environment.capture(torch.device("cpu"))
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         rows = []
         for events in arguments.sizes:
             rows.append(measure(events))
             print(json.dumps(rows[-1]), flush=True)
-        found = {"schema": 1, "rows": rows, "environment": environment.capture(torch.device("cpu"))}
+        found = {
+            "schema": 1,
+            "rows": rows,
+            "environment": machine,
+            "command": "python -m benchmark.trace_reading",
+            "started_at": started_at,
+        }
         write_text(arguments.output, json.dumps(found, indent=1) + "\n")
 
     run_command(run, debug=False)

@@ -20,6 +20,7 @@ from trace_analysis.steps import Span
 from trace_analysis.tables import Table, ms, printable, report_tables
 
 _BARS = 60  # steps shown as bars, at most
+_LONG = 40  # characters of a cell that stay on one line
 _COLOURS = {
     **dict.fromkeys((f"gemm {dtype}" for dtype in ("bf16", "fp16", "fp32")), "#4269d0"),
     "gemm fp8": "#2a9d8f",
@@ -37,7 +38,7 @@ _COLOURS = {
 _CAUSE_COLOURS = dict(
     zip(
         CAUSES,
-        ("#d1495b", "#7b2cbf", "#bc6c25", "#f4a261", "#2a9d8f", "#457b9d", "#8d99ae", "#4361ee", "#90be6d", "#ffb703",
+        ("#d1495b", "#7b2cbf", "#bc6c25", "#f4a261", "#2a9d8f", "#457b9d", "#00b4d8", "#4361ee", "#90be6d", "#ffb703",
          "#adb5bd", "#ced4da", "#000000"),
         strict=True,
     )
@@ -49,7 +50,7 @@ h1{font-size:22px;margin:0 0 2px;overflow-wrap:anywhere} h2{font-size:16px;margi
 p{margin:6px 0;color:#57606a} .wide{overflow-x:auto}
 table{border-collapse:collapse;font-size:12.5px} th,td{padding:4px 10px;text-align:right;white-space:nowrap}
 th{border-bottom:1px solid #8c959f;font-weight:600} td{border-bottom:1px solid #eaeef2}
-th.word,td.word{text-align:left} td.word{white-space:normal;overflow-wrap:anywhere;min-width:90px}
+th.word,td.word{text-align:left} td.long{white-space:normal;overflow-wrap:anywhere;min-width:220px}
 td.figure{font-variant-numeric:tabular-nums}
 svg{display:block;font-size:12px} .legend{display:flex;flex-wrap:wrap;gap:4px 16px;font-size:12.5px;margin:8px 0}
 .legend span::before{content:"";display:inline-block;width:11px;height:11px;border-radius:2px;margin-right:6px;
@@ -172,8 +173,9 @@ def _bars(report: Report) -> str:
             at += time
         lines.append(Line(f"{step.name} {step.index}", tuple(pieces)))
     left = len(report.steps) - len(steps)
-    note = f"<p>{left} steps aren't shown.</p>" if left else ""
-    return f"<h2>Every step</h2>{chart(lines, longest / 1e6, _COLOURS)}{note}"
+    notes = "<p>Where kernels run beside each other, a bar is longer than the step.</p>"
+    notes += f"<p>{left} steps aren't shown.</p>" if left else ""
+    return f"<h2>Every step</h2>{chart(lines, longest / 1e6, _COLOURS)}{notes}"
 
 
 def _parts(step: Span) -> dict[str, int]:
@@ -182,14 +184,19 @@ def _parts(step: Span) -> dict[str, int]:
 
 
 def _table(table: Table) -> str:
-    classes = ["word" if i < table.text else "figure" for i in range(len(table.header))]
     parts = [f"<h2>{escape(table.title)}</h2>"]
     if table.rows:
-        head = "".join(f'<th class="{c}">{escape(cell)}</th>' for c, cell in zip(classes, table.header, strict=True))
-        rows = "".join(
-            "<tr>" + "".join(f'<td class="{c}">{escape(cell)}</td>' for c, cell in zip(classes, row, strict=True))
-            for row in table.rows
-        )
-        parts.append(f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>')
+        head = _row("th", table.header, table.text)
+        rows = "".join(_row("td", row, table.text) for row in table.rows)
+        parts.append(f'<div class="wide"><table><thead>{head}</thead><tbody>{rows}</tbody></table></div>')
     parts += [f"<p>{escape(note)}</p>" for note in table.notes]
     return "\n".join(parts)
+
+
+def _row(tag: str, cells: tuple[str, ...], words: int) -> str:
+    """The first `words` cells are text, of which long ones may be broken into lines."""
+    shown = []
+    for i, cell in enumerate(cells):
+        kind = "figure" if i >= words else "word long" if len(cell) > _LONG else "word"
+        shown.append(f'<{tag} class="{kind}">{escape(cell)}</{tag}>')
+    return f"<tr>{''.join(shown)}</tr>"

@@ -235,3 +235,13 @@ def test_columns_agree(two_steps) -> None:
     assert np.all(np.diff(trace.start) >= 0)
     assert len(trace.of({"kernel"})) == 6
     assert trace.has_gpu
+
+
+def test_a_bar_shows_what_takes_long(
+    two_steps, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    load(two_steps.write())
+    assert capfd.readouterr().err == ""
+    monkeypatch.setattr(stream, "_SLOW_S", 0)
+    load(two_steps.write())
+    assert "reading trace.json" in capfd.readouterr().err
