@@ -128,21 +128,23 @@ def _gemm(first: int) -> Callable[[str, Shapes], Cost | None]:
     return found
 
 
-def _attention(operator: str, shapes: Shapes) -> Cost | None:
-    """softmax(q k^T) v of [batch, heads, tokens, channels]; a causal mask halves the work."""
-    batch, heads, queries, channels = shapes.dims[0]
-    keys, out_channels = shapes.dims[1][2], shapes.dims[2][3]
-    flops = 2 * batch * heads * queries * keys * (channels + out_channels)
-    causal = any(value == "True" for value in shapes.concrete[3:7]) and "flash" in operator
-    if causal:
-        flops //= 2
-    size = _size(shapes, 0)
-    moved = size * (
-        batch * heads * (queries + keys) * channels + batch * shapes.dims[2][1] * keys * out_channels
-        + batch * heads * queries * out_channels
-    )  # fmt: skip
-    text = f"{batch} x {heads} heads x {queries} x {keys} tokens x {channels}" + (", causal" if causal else "")
-    return Cost("attention", shapes.dtype(0), text, flops, moved)
+def _attention(causal_at: int) -> Callable[[str, Shapes], Cost | None]:
+    """softmax(q k^T) v of [batch, heads, tokens, channels]; a causal mask (argument `causal_at`) halves the work."""
+
+    def found(operator: str, shapes: Shapes) -> Cost | None:
+        batch, heads, queries, channels = shapes.dims[0]
+        _, key_heads, keys, out_channels = shapes.dims[2]
+        flops = 2 * batch * heads * queries * keys * (channels + out_channels)
+        causal = shapes.concrete[causal_at] == "True"
+        if causal:
+            flops //= 2
+        tensors = math.prod(shapes.dims[0]) + math.prod(shapes.dims[1]) + math.prod(shapes.dims[2])
+        moved = _size(shapes, 0) * (tensors + batch * heads * queries * out_channels)
+        grouped = "" if key_heads == heads else f" ({key_heads} of keys)"
+        text = f"{batch} x {heads} heads{grouped} x {queries} x {keys} tokens x {channels}"
+        return Cost("attention", shapes.dtype(0), text + (", causal" if causal else ""), flops, moved)
+
+    return found
 
 
 def _convolution(operator: str, shapes: Shapes) -> Cost | None:
@@ -225,9 +227,9 @@ _COSTS: dict[str, Callable[[str, Shapes], Cost | None]] = {
     "aten::_addmm_activation": _gemm(1),
     "aten::_scaled_mm": _gemm(0),
     "aten::_int_mm": _gemm(0),
-    "aten::_scaled_dot_product_flash_attention": _attention,
-    "aten::_scaled_dot_product_efficient_attention": _attention,
-    "aten::_scaled_dot_product_cudnn_attention": _attention,
+    "aten::_scaled_dot_product_flash_attention": _attention(4),
+    "aten::_scaled_dot_product_efficient_attention": _attention(6),
+    "aten::_scaled_dot_product_cudnn_attention": _attention(6),
     "aten::_convolution": _convolution,
     "aten::copy_": _copy,
     "aten::native_layer_norm": _norm,

@@ -10,6 +10,7 @@ import torch
 from trace_analysis.gaps import CAUSES, RECOMPILATION, Gaps, event_causes
 from trace_analysis.load import load
 from trace_analysis.report import Analysis
+from utils.ranges import SCHEDULER_STEP
 
 
 def gap_before(writer: Any, doing: list[tuple[str, str, float, float]]) -> Gaps:
@@ -59,6 +60,10 @@ CASES: dict[str, tuple[list[tuple[str, str, float, float]], dict[str, float]]] =
             ("cpu_op", "aten::mul", 30, 20),
         ],
         {"scheduler": 90},
+    ),
+    "the scheduler, by its range": (
+        [("user_annotation", SCHEDULER_STEP, 10, 40), ("cpu_op", "aten::mul", 30, 20)],
+        {"scheduler": 40, "Python": 50},
     ),
     "copies of inputs": (
         [("cpu_op", "aten::copy_", 10, 50), ("cuda_runtime", "cudaMemcpyAsync", 20, 5)],

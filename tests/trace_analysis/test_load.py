@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from trace_analysis import stream
+from trace_analysis import markdown, stream, tables
 from trace_analysis.load import Trace, load
+from trace_analysis.page import page
 from trace_analysis.report import Analysis
 from utils.errors import UsageError
 
@@ -174,6 +175,29 @@ def test_bad_content_is_refused(tmp_path: Path, case: str) -> None:
         load(path)
     assert str(path) in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def test_damage_anywhere_ends_in_a_report_or_in_one_line(two_steps) -> None:
+    """Bytes changed, taken out and put in at random: a whole report, or a UsageError, never anything else."""
+    whole = two_steps.write().read_bytes()
+    path = two_steps.folder / "damaged.json"
+    rng = random.Random(0)
+    refused = []
+    for _ in range(400):
+        data = bytearray(whole)
+        for _ in range(rng.choice([1, 3, 30])):
+            at = rng.randrange(len(data))
+            data[at : at + rng.choice([0, 1, 1, 20])] = rng.choice([b"", b'"', b"9", b"-", b"[", b"}", b"e5", b"\xff"])
+        path.write_bytes(data)
+        try:
+            analysis = Analysis(load(path))
+            markdown.document("x", tables.report_tables(analysis.report))
+            page(analysis)
+            json.loads(analysis.report.to_json())
+        except UsageError as error:
+            refused.append(str(error))
+    assert 0 < len(refused) < 200
+    assert not any("\n" in message for message in refused)
 
 
 def test_an_event_without_end_does_not_fill_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
