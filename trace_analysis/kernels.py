@@ -102,16 +102,11 @@ class KernelKinds:
         return tuple(sorted(found, key=lambda row: (-row.time_ns, row.name, row.block or ""))[:top])
 
     def _operators(self) -> np.ndarray:
-        known = np.full(len(self.trace) + 1, NONE, np.int64)  # the last one is what NONE as an index finds
-        for event in self.costs:
-            known[event] = event
-        found = np.full(len(self.device.launch), NONE, np.int64)
-        at = self.device.launch.copy()
-        while (at != NONE).any():
-            here = known[at]
-            found = np.where((found == NONE) & (here != NONE), here, found)
-            at = np.where(found == NONE, np.where(at == NONE, NONE, self.host.parent[at]), NONE)
-        return found
+        nearest: list[int] = []  # of each event
+        for event, parent in enumerate(self.host.parent.tolist()):  # in the order of time: those around come first
+            nearest.append(event if event in self.costs else NONE if parent == NONE else nearest[parent])
+        nearest.append(NONE)  # what NONE as an index finds
+        return np.array(nearest, np.int64)[self.device.launch]
 
     def _dtype(self, operator: int) -> str | None:
         return self.costs[operator].dtype if operator != NONE else None

@@ -88,8 +88,8 @@ def _facts(report: Report) -> str:
         facts.append((str(len(report.syncs)), "synchronisations in the loop"))
     if report.gaps is not None and report.gaps.idle_ns:
         facts.append((f"{100 * report.gaps.causes.get(UNKNOWN, 0) / report.gaps.idle_ns:.1f} %", "of idle unexplained"))
-    if report.rates is not None and report.rates.above is not None:
-        facts.append((f"{report.rates.above:.2f} x", "the floor, of kernels with shapes"))
+    if report.rates is not None and report.rates.steps_above is not None:
+        facts.append((f"{report.rates.steps_above:.2f} x", "the floor of kernels with shapes"))
     if report.findings:
         facts.append((str(len(report.findings)), "findings on integrity"))
     cells = "".join(f'<div class="fact"><b>{escape(b)}</b><span>{escape(s)}</span></div>' for b, s in facts)

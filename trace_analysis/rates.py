@@ -45,7 +45,8 @@ class Rate:
 class Rates:
     """gpu, peak_source: None for a GPU without published peaks in the table.
 
-    floor_ns: of all steps together, of the covered operators; above: the covered kernels' time over the floor.
+    floor_ns: of all steps together, of the covered operators; kernels_above: those operators' kernels' time over it;
+    steps_above: the steps' windows over it, with all that isn't covered and all idle in them.
     covered: share of the steps' kernel time (0 to 1). shapes_from: the trace that the shapes were joined from.
     """
 
@@ -53,7 +54,8 @@ class Rates:
     peak_source: str | None
     rows: tuple[Rate, ...]
     floor_ns: int | None
-    above: float | None
+    kernels_above: float | None
+    steps_above: float | None
     covered: float
     shapes_from: str | None
 
@@ -107,8 +109,8 @@ def joined(kinds: KernelKinds, reference: KernelKinds, step: np.ndarray) -> Pric
     return Priced(call, costs, reference.trace.path.name)
 
 
-def rates(kinds: KernelKinds, found: Priced, mine: np.ndarray) -> Rates:
-    """Of the activities chosen by `mine` (bool [n])."""
+def rates(kinds: KernelKinds, found: Priced, mine: np.ndarray, windows_ns: int) -> Rates:
+    """Of the activities chosen by `mine` (bool [n]), which ran in windows of `windows_ns` in all."""
     gpu = _gpu(kinds)
     peak = PEAKS.get(gpu) if gpu else None
     times: dict[int, int] = defaultdict(int)
@@ -131,7 +133,8 @@ def rates(kinds: KernelKinds, found: Priced, mine: np.ndarray) -> Rates:
         peak_source=peak.source if peak else None,
         rows=tuple(sorted(rows, key=lambda row: (-row.time_ns, row.operator, row.shape, row.dtype or ""))),
         floor_ns=floor if floored else None,
-        above=covered / floor if floor else None,
+        kernels_above=covered / floor if floor else None,
+        steps_above=windows_ns / floor if floor else None,
         covered=covered / total if total else 0.0,
         shapes_from=found.shapes_from,
     )

@@ -127,6 +127,7 @@ class Analysis:
             return parts
         trace, steps = self.trace, self.step_events
         mine = self.in_spans(steps) if len(steps) else np.ones(len(self.device.event), bool)
+        windows = self.windows(self.spans.steps if len(steps) else (self.spans.whole,))
         if integrity.KERNELS not in bad:
             stages = [
                 (name, int(trace.start[event]), int(trace.end[event]))
@@ -139,9 +140,10 @@ class Analysis:
             parts["syncs"] = syncs(trace, self.host, self.device, steps)
         if integrity.GAPS not in bad:
             finder = GapFinder(trace, self.host, self.device)
-            parts["gaps"] = finder.gaps(self.windows(self.spans.steps if len(steps) else (self.spans.whole,)))
+            parts["gaps"] = finder.gaps(windows)
         if integrity.RATES not in bad:
-            parts["rates"] = rates(self.kernels, self._priced(shapes_from), mine)
+            windows_ns = sum(end - start for _, start, end in windows)
+            parts["rates"] = rates(self.kernels, self._priced(shapes_from), mine, windows_ns)
         return parts
 
     def _priced(self, shapes_from: Analysis | None):

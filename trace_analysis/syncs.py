@@ -9,7 +9,7 @@ import numpy as np
 
 from trace_analysis.device import COPY_CALL, Device, calls_named
 from trace_analysis.host import Host, source
-from trace_analysis.load import NONE, Trace
+from trace_analysis.load import Trace
 
 SYNC_CALL = re.compile(r"cu(da)?(Stream|Device|Event|Ctx|Thread)Synchronize")
 
@@ -18,7 +18,7 @@ SYNC_CALL = re.compile(r"cu(da)?(Stream|Device|Event|Ctx|Thread)Synchronize")
 class Sync:
     """One wait. Times in nanoseconds, starts from the trace's first event.
 
-    call: "cudaStreamSynchronize", ... or a copy that returned only when it was done.
+    call: "cudaStreamSynchronize", ... or a blocking copy.
     step: index of the denoising step.
     operators: those around the call, the outermost first.
     outside_torch, own: source lines, where stacks were recorded: innermost frame outside PyTorch, innermost in the
@@ -37,15 +37,18 @@ class Sync:
 
 
 def sync_calls(trace: Trace, device: Device) -> np.ndarray:
-    """All waits of a trace, in the order of time; indices, int64."""
-    waits = calls_named(trace, SYNC_CALL)
-    copies = calls_named(trace, COPY_CALL)
-    done: dict[int, int] = {}  # of a call, when what it launched had ended
-    for event, launch in zip(device.event.tolist(), device.launch.tolist(), strict=True):
-        if launch != NONE:
-            done[launch] = max(done.get(launch, 0), int(trace.end[event]))
-    blocking = [call for call in copies.tolist() if call in done and trace.end[call] >= done[call]]
-    return np.sort(np.concatenate((waits, np.array(blocking, np.int64))))
+    """All waits of a trace, in the order of time; indices, int64.
+
+    Of copies those that aren't asynchronous, and those from or to pageable memory that returned only when done.
+    """
+    blocking = []
+    copies = set(calls_named(trace, COPY_CALL).tolist())
+    for event, call in zip(device.event.tolist(), device.launch.tolist(), strict=True):
+        if call in copies and trace.name_of(call).startswith(("cudaMemcpy", "cuMemcpy")):
+            waited = "Pageable" in trace.name_of(event) and trace.end[call] >= trace.end[event]
+            if waited or "Async" not in trace.name_of(call):
+                blocking.append(call)
+    return np.unique(np.concatenate((calls_named(trace, SYNC_CALL), np.array(blocking, np.int64))))
 
 
 def syncs(trace: Trace, host: Host, device: Device, steps: np.ndarray) -> tuple[Sync, ...]:

@@ -182,10 +182,10 @@ def _rates(report: Report, where: str, reasons: dict[str, str]) -> Table:
         notes.append(
             f"Peaks of {gpu}: {rates.peak_source}." if rates.peak_source else f"{gpu}: no published peak known."
         )
-        if rates.floor_ns is not None and rates.above is not None:
+        if rates.floor_ns is not None and rates.kernels_above is not None and rates.steps_above is not None:
             notes.append(
                 f"Floor of what is covered ({percent(rates.covered)} of the kernels' time): {ms(rates.floor_ns)} ms; "
-                f"it took {rates.above:.2f} times that."
+                f"its kernels took {rates.kernels_above:.2f} times that, the whole steps {rates.steps_above:.2f} times."
             )
         if rates.shapes_from:
             notes.append(f"Shapes of the kernels in CUDA graphs from {rates.shapes_from}, by their order.")

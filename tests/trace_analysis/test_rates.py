@@ -131,7 +131,8 @@ def test_rate_against_the_gpus_peak(writer) -> None:
     assert row.tflops == pytest.approx(flops / 800e-6 / 1e12)
     assert row.of_peak == pytest.approx(row.tflops / 989.4)
     assert row.floor_ns == rates.floor_ns == pytest.approx(flops / 989.4e12 * 1e9, abs=1)
-    assert rates.above == pytest.approx(800_000 / row.floor_ns)
+    assert rates.kernels_above == pytest.approx(800_000 / row.floor_ns)
+    assert rates.steps_above == pytest.approx(1_050_000 / row.floor_ns)  # the window: 0..1050
     assert rates.covered == pytest.approx(0.8)
 
 
@@ -139,7 +140,7 @@ def test_no_peak_of_an_unknown_gpu_or_dtype(writer) -> None:
     large_gemm(writer)
     writer.properties["deviceProperties"] = [{"id": 0, "name": "NVIDIA H100 80GB HBM3 MIG 1g.10gb"}]
     rates = writer.analyse().report.rates
-    assert (rates.peak_source, rates.floor_ns, rates.above) == (None, None, None)
+    assert (rates.peak_source, rates.floor_ns, rates.steps_above) == (None, None, None)
     assert (rates.rows[0].of_peak, rates.rows[0].floor_ns, rates.rows[0].bound) == (None, None, None)
     assert rates.rows[0].tflops is not None
     writer.events.clear()

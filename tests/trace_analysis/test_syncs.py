@@ -34,15 +34,20 @@ def test_an_item_is_named_with_its_cost(writer) -> None:
 
 
 def test_a_copy_that_returns_when_it_is_done_blocks(writer) -> None:
-    writer.step(0, 200)
-    waits = writer.call("cudaMemcpyAsync", 20, 30)
-    writer.run("Memcpy DtoH (Device -> Pageable)", 40, 9, waits, category="gpu_memcpy")
-    runs_on = writer.call("cudaMemcpyAsync", 60, 3)
-    writer.run("Memcpy HtoD (Pinned -> Device)", 61, 9, runs_on, category="gpu_memcpy")
-    writer.kernel("gemm", 70, 75, 100)
-    (found,) = writer.analyse().report.syncs
-    assert (found.call, found.start_ns, found.time_ns) == ("cudaMemcpyAsync", 20_000, 30_000)
-    assert found.idle_after_ns == 12_000  # from 49 to 61
+    def copy(call: str, kind: str, start: float, duration: float, begin: float) -> None:
+        writer.run(f"Memcpy {kind}", begin, 9, writer.call(call, start, duration), category="gpu_memcpy")
+
+    writer.step(0, 300)
+    copy("cudaMemcpyAsync", "DtoH (Device -> Pageable)", 20, 30, 40)
+    copy("cudaMemcpyAsync", "HtoD (Pageable -> Device)", 60, 3, 61)  # goes on after the call
+    copy("cudaMemcpyAsync", "DtoD (Device -> Device)", 80, 15, 82)  # done by chance when the call returns
+    copy("cudaMemcpyAsync", "DtoH (Device -> Pinned)", 100, 15, 102)
+    copy("cudaMemcpy", "DtoH (Device -> Pinned)", 120, 30, 125)
+    writer.kernel("gemm", 160, 165, 100)
+    pageable, plain = writer.analyse().report.syncs
+    assert (pageable.call, pageable.start_ns, pageable.time_ns) == ("cudaMemcpyAsync", 20_000, 30_000)
+    assert pageable.idle_after_ns == 12_000  # from 49 to 61
+    assert (plain.call, plain.start_ns, plain.idle_after_ns) == ("cudaMemcpy", 120_000, 31_000)  # from 134 to 165
 
 
 @pytest.mark.parametrize(
