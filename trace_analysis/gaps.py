@@ -28,7 +28,7 @@ CAUSES = (
     SYNC, RECOMPILATION, ALLOCATOR, GUARDS, GRAPH, SCHEDULER, COPIES,
     LAUNCH, OPERATOR, COMPILED, PYTHON, DEVICE, UNKNOWN,
 )  # fmt: skip
-_KEEPING = 7
+_KEEPING = CAUSES.index(LAUNCH)  # so many causes keep what is inside
 
 _PYTHON, _OPERATOR, _RANGE = (frozenset({name}) for name in ("python_function", "cpu_op", "user_annotation"))
 # Categories and names of events, and the cause they stand for; the first that fits.
