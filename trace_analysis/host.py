@@ -14,6 +14,8 @@ from trace_analysis.load import HOST, NONE, Trace
 
 # Python packages between the user's code and the operators; the first part of a frame's path.
 _LIBRARIES = frozenset({"torch", "diffusers", "transformers", "accelerate", "torchao", "triton", "numpy", "tqdm"})
+# The wrappers that put the ranges into a trace: between the user's code and the pipeline, but nobody's.
+_RANGES = "utils/ranges.py"
 _FRAME = re.compile(r"(?P<file>[^:]*\.py)\((?P<line>\d+)\): .+")
 _INSTALLED = re.compile(r"(?:^|(?<=/))(?:site-packages|dist-packages|python3\.\d+)/")
 
@@ -135,6 +137,7 @@ def _in_library(file: str) -> bool:
     first = _INSTALLED.split(file)[-1].split("/")[0]
     return (
         file.startswith("<")
+        or file.endswith(_RANGES)
         or _INSTALLED.search(file) is not None
         or first in _LIBRARIES
         or first.removesuffix(".py") in sys.stdlib_module_names

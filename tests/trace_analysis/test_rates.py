@@ -191,6 +191,21 @@ def test_shapes_are_joined_by_the_order_of_kernels(writers) -> None:
     ]
 
 
+def test_shapes_from_on_the_command_line(writers, command: Callable) -> None:
+    graph, eager, other = writers("graph"), writers("eager"), writers("other")
+    graph_of(graph, ["norm", GEMM])
+    eager_of(eager, ["norm", GEMM])
+    eager_of(other, [GEMM, "norm"])
+    path = graph.write()
+    done = command("report", path, "--shapes-from", eager.write())
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "256 x 3072 x 3072" in done.stdout
+    assert "from trace.json, by their order" in done.stdout
+    done = command("report", path, "--shapes-from", other.write())
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert "are not those of the graph" in done.stderr
+
+
 def test_other_orders_are_refused(writers) -> None:
     graph, eager, none = writers("graph"), writers("eager"), writers("none")
     graph_of(graph, ["norm", GEMM, "flash_fwd_kernel"])

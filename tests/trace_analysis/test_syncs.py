@@ -14,6 +14,7 @@ def test_an_item_is_named_with_its_cost(writer) -> None:
     writer.step(0, 200)
     writer.frame("my_script.py(12): main", -5, 300)
     writer.frame("diffusers/pipelines/flux/pipeline_flux.py(600): __call__", -4, 280)
+    writer.frame("utils/ranges.py(40): scheduled", 48, 64)
     writer.frame(SCHEDULER, 50, 60)
     writer.frame("torch/_tensor.py(1000): __hash__", 54, 50)
     writer.frame("<built-in method item of Tensor object at 0x7f>", 55, 45)
