@@ -10,6 +10,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import re
 from collections import defaultdict
 from decimal import Decimal
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from trace_analysis.host import source
 from trace_analysis.load import load
 from trace_analysis.report import Analysis
 
@@ -175,3 +177,19 @@ def test_order_of_events_does_not_matter(golden, tmp_path: Path) -> None:
     with gzip.open(path, "wt", compresslevel=1) as file:
         json.dump(found, file)
     assert Analysis(load(path)).report == analysis.report
+
+
+def test_stacks_name_the_schedulers_line() -> None:
+    """The lookup of the first step's index, which on a GPU waits for everything queued."""
+    analysis = Analysis(load(FOLDER / "cpu-eager-sync-stacks.json.gz"))
+    calls = [i for i in range(len(analysis.trace)) if analysis.trace.name_of(i) in ("aten::nonzero", "aten::item")]
+    assert len(calls) == 2
+    for call in calls:
+        found = source(analysis.host.frames(call))
+        assert found.outside_torch is not None
+        assert re.fullmatch(
+            r"diffusers/schedulers/scheduling_flow_match_euler_discrete\.py\(\d+\): index_for_timestep",
+            found.outside_torch,
+        )
+        assert found.own is not None
+        assert re.fullmatch(r"record_golden\.py\(\d+\): call", found.own)
