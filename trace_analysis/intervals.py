@@ -34,6 +34,13 @@ class Union:
         beyond = np.where(index > 0, np.maximum(self.end[last] - np.asarray(moment), 0), 0)
         return self._before[index] - beyond
 
+    def holds(self, moment: np.ndarray) -> np.ndarray:
+        """Whether each moment is covered; bool."""
+        if not len(self.start):
+            return np.zeros(len(moment), bool)
+        last = np.searchsorted(self.start, moment, side="right") - 1
+        return (last >= 0) & (moment < self.end[np.maximum(last, 0)])
+
     def within(self, start: int, end: int) -> int:
         """Nanoseconds covered from `start` to `end`."""
         return int(self.until(end) - self.until(start)) if end > start else 0
@@ -46,3 +53,21 @@ class Union:
         ends = np.concatenate((self.start[low:high], [end]))
         filled = ends > begins
         return begins[filled], ends[filled]
+
+
+class Total:
+    """Nanoseconds of some intervals between any two moments, those that overlap counted each."""
+
+    def __init__(self, start: np.ndarray, end: np.ndarray):
+        self.start, self.end = np.sort(start), np.sort(end)
+        self._starts = np.concatenate(([0], np.cumsum(self.start)))
+        self._ends = np.concatenate(([0], np.cumsum(self.end)))
+
+    def within(self, start: int, end: int) -> int:
+        """Sums beyond 64 bits wrap, and wrap back in the difference."""
+        return int((self._until(end) - self._until(start))[0]) if end > start else 0
+
+    def _until(self, moment: int) -> np.ndarray:
+        begun = np.searchsorted(self.start, [moment], side="right")
+        ended = np.searchsorted(self.end, [moment], side="right")
+        return moment * (begun - ended) - self._starts[begun] + self._ends[ended]

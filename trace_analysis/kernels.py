@@ -67,7 +67,7 @@ class KernelKinds:
         self.time = trace.end[device.event] - trace.start[device.event]
 
     def times(self, mine: np.ndarray) -> dict[str, int]:
-        """Nanoseconds by kind of the activities chosen by `mine` (bool [n]), in the order of KINDS."""
+        """Nanoseconds by kind of the activities chosen by `mine` (bool [n], or indices), in the order of KINDS."""
         sums = np.zeros(len(KINDS), np.int64)
         np.add.at(sums, self.kind[mine], self.time[mine])
         return {kind: int(time) for kind, time in zip(KINDS, sums, strict=True) if time}

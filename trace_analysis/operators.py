@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from trace_analysis.host import Host
+from trace_analysis.intervals import Union
 from trace_analysis.load import Trace
 
 
@@ -23,10 +24,7 @@ def operator_times(trace: Trace, host: Host, ranges: np.ndarray | None = None) -
     """Every operator by its own time, the longest first; `ranges`: only calls that begin in these events."""
     events = trace.of({"cpu_op"})
     if ranges is not None:
-        inside = np.zeros(len(events), bool)
-        for event in ranges:
-            inside |= (trace.start[events] >= trace.start[event]) & (trace.start[events] < trace.end[event])
-        events = events[inside]
+        events = events[Union(trace.start[ranges], trace.end[ranges]).holds(trace.start[events])]
     names, codes = np.unique(trace.name[events], return_inverse=True)
     own = np.zeros(len(names), np.int64)
     np.add.at(own, codes, host.own[events])

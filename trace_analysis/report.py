@@ -13,6 +13,7 @@ from trace_analysis.device import Device, device
 from trace_analysis.gaps import GapFinder, Gaps
 from trace_analysis.host import Host
 from trace_analysis.integrity import Finding
+from trace_analysis.intervals import Union
 from trace_analysis.kernels import TOP, KernelKinds, KernelTime, KindTime, blocks
 from trace_analysis.load import NONE, Trace
 from trace_analysis.operators import OperatorTime, operator_times
@@ -84,10 +85,7 @@ class Analysis:
         assert self.device is not None
         known = self.device.launch != NONE
         launched = np.where(known, self.trace.start[self.device.launch], np.iinfo(np.int64).min)
-        mine = np.zeros(len(launched), bool)
-        for event in events:
-            mine |= (launched >= self.trace.start[event]) & (launched < self.trace.end[event])
-        return mine
+        return Union(self.trace.start[events], self.trace.end[events]).holds(launched)
 
     def windows(self, steps: tuple[Span, ...]) -> list[tuple[int, int, int]]:
         """Index, start and end on the trace's clock of the device windows of these steps."""

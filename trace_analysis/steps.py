@@ -11,6 +11,7 @@ import numpy as np
 
 from trace_analysis.device import COPY_CALL, GRAPH_LAUNCH, KERNEL_LAUNCH, Device, calls_named
 from trace_analysis.host import Host
+from trace_analysis.intervals import Total
 from trace_analysis.kernels import KernelKinds
 from trace_analysis.load import NONE, Trace
 
@@ -118,22 +119,24 @@ class _Measure:
             self.start, self.end = trace.start[device.event], trace.end[device.event]
             known = device.launch != NONE
             self.launched = np.where(known, trace.start[device.launch], np.iinfo(np.int64).min)
-            order = np.argsort(self.launched, kind="stable")
-            order = order[known[order]]
-            self.before = self.launched[order]
-            self.ended = np.maximum.accumulate(self.end[order])  # of all launched so far
+            self.all = Total(self.start, self.end)
+            self.order = np.argsort(self.launched, kind="stable")
+            self.in_order = self.launched[self.order]
+            # Where what was launched so far had ended; what has no launch here was launched before the trace began.
+            counted = np.where(known[self.order], self.end[self.order], np.iinfo(np.int64).min)
+            self.ended = np.maximum.accumulate(counted)
 
     def span(self, name: str, index: int, start: int, end: int, begin: int | None) -> tuple[Span, int | None]:
         """A span, and where its window ends. `begin`: the window's start if something else decides it."""
         host = (name, index, start - int(self.trace.start[0]), end - start, self._operators(start, end))
         if self.device is None:
             return Span(*host, None), None
-        mine = (self.launched >= start) & (self.launched < end)
-        if not mine.any():
+        low, high = np.searchsorted(self.in_order, (start, end)).tolist()
+        mine = self.order[low:high]
+        if not len(mine):
             return Span(*host, None), begin
         if begin is None:
-            earlier = int(np.searchsorted(self.before, start))
-            begin = max(start, int(self.ended[earlier - 1]) if earlier else start)
+            begin = max(start, int(self.ended[low - 1]) if low else start)
         finish = max(begin, int(self.end[mine].max()))
         if name == "timed region":
             finish = max(finish, end)
@@ -145,7 +148,7 @@ class _Measure:
         host = ("whole trace", 0, 0, end - start, self._operators(start, end + 1))
         if self.device is None:
             return Span(*host, None)
-        mine = np.ones(len(self.start), bool)
+        mine = np.arange(len(self.start))
         time = self._device_time(mine, int(self.start[0]), int(self.end.max()), start, end + 1)
         return Span(*host, time)
 
@@ -156,8 +159,8 @@ class _Measure:
     def _device_time(self, mine: np.ndarray, begin: int, finish: int, start: int, end: int) -> DeviceTime:
         assert self.device is not None
         assert self.kinds is not None
-        clipped = np.minimum(self.end, finish) - np.maximum(self.start, begin)
-        foreign = int(np.maximum(clipped[~mine], 0).sum())
+        own = np.minimum(self.end[mine], finish) - np.maximum(self.start[mine], begin)
+        foreign = self.all.within(begin, finish) - int(np.maximum(own, 0).sum())
         kinds = self.kinds.times(mine)
         busy = self.device.busy.within(begin, finish)
         calls = {
@@ -171,6 +174,6 @@ class _Measure:
             overlap_ns=sum(kinds.values()) + foreign - busy,
             foreign_ns=foreign,
             kinds=kinds,
-            kernels=int((mine & self.kinds.is_kernel).sum()),
+            kernels=int(self.kinds.is_kernel[mine].sum()),
             **calls,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -152,3 +153,15 @@ def test_the_median_step_leaves_the_first_out(writer) -> None:
 def test_torch_is_not_imported() -> None:
     line = "import sys, trace_analysis.__main__; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", line], cwd=ROOT).returncode == 0
+
+
+def test_thousands_of_steps_and_deep_nesting_take_no_long_time(writer) -> None:
+    for number in range(3000):
+        writer.step(10 * number, 10)
+        writer.kernel("gemm", 10 * number + 1, 10 * number + 6, 3)
+    for depth in range(5000):
+        writer.host("deep", depth / 1000, 30_000 - 2 * depth / 1000, thread=2)
+    started = time.perf_counter()
+    found = writer.analyse().report
+    assert time.perf_counter() - started < 5
+    assert [step.device.kernels for step in found.steps] == [1] * 3000

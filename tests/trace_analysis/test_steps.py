@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 
-from trace_analysis.intervals import Union, union
+from trace_analysis.intervals import Total, Union, union
 from trace_analysis.load import load
 from trace_analysis.report import Analysis
 from trace_analysis.steps import DeviceTime
@@ -162,8 +162,13 @@ def test_union_against_counting_points() -> None:
             covered[low:high] = True
         found = Union(start, end)
         assert np.all(union(start, end)[0] == found.start)
+        moments = np.arange(70)
+        assert np.all(found.holds(moments) == covered)
+        total = Total(start, end)
         for low, high in rng.integers(0, 70, (10, 2)):
             assert found.within(low, high) == covered[low:high].sum()
+            clipped = np.minimum(end, high) - np.maximum(start, low)
+            assert total.within(low, high) == np.maximum(clipped, 0).sum()
             begins, ends = found.holes(low, max(low, high))
             assert (ends - begins).sum() == (~covered[low:high]).sum()
             assert all(not covered[b:e].any() for b, e in zip(begins, ends, strict=True))
