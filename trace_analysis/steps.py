@@ -99,7 +99,7 @@ def spans(
     every = np.concatenate([steps, *(events for _, events in stages)])
     if len(every):
         start, end = int(trace.start[every].min()), int(trace.end[every].max())
-        whole, _ = measure.span("timed region", 0, start, end, start)
+        whole, _ = measure.span("timed region", 0, start, end, start, until=end)
     else:
         whole = measure.everything()
     return Spans(tuple(found), tuple(sorted(others, key=lambda span: span.host_start_ns)), whole)
@@ -126,8 +126,11 @@ class _Measure:
             counted = np.where(known[self.order], self.end[self.order], np.iinfo(np.int64).min)
             self.ended = np.maximum.accumulate(counted)
 
-    def span(self, name: str, index: int, start: int, end: int, begin: int | None) -> tuple[Span, int | None]:
-        """A span, and where its window ends. `begin`: the window's start if something else decides it."""
+    def span(
+        self, name: str, index: int, start: int, end: int, begin: int | None, until: int = 0
+    ) -> tuple[Span, int | None]:
+        """A span, and where its window ends. `begin`: the window's start if something else decides it; `until`: the
+        least that it reaches to, whatever was launched."""
         host = (name, index, start - int(self.trace.start[0]), end - start, self._operators(start, end))
         if self.device is None:
             return Span(*host, None), None
@@ -137,9 +140,7 @@ class _Measure:
             return Span(*host, None), begin
         if begin is None:
             begin = max(start, int(self.ended[low - 1]) if low else start)
-        finish = max(begin, int(self.end[mine].max()))
-        if name == "timed region":
-            finish = max(finish, end)
+        finish = max(begin, until, int(self.end[mine].max()))
         return Span(*host, self._device_time(mine, begin, finish, start, end)), finish
 
     def everything(self) -> Span:
