@@ -155,7 +155,7 @@ def test_no_peak_of_an_unknown_gpu_or_dtype(writer) -> None:
 def test_peaks_are_plausible() -> None:
     for peak in PEAKS.values():
         assert peak.tflops["bf16"] == peak.tflops["fp16"]
-        assert peak.tflops["int8"] / peak.tflops["bf16"] == pytest.approx(4 if "Ada " in peak.source else 2, rel=0.03)
+        assert peak.tflops["int8"] / peak.tflops["bf16"] == pytest.approx(2, rel=0.03)
         assert peak.source
 
 
