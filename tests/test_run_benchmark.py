@@ -138,8 +138,8 @@ def test_one_recipe_with_trace_and_image(script: Callable, tmp_path: Path) -> No
     with gzip.open(tmp_path / "trace.json.gz", "rt") as file:
         events = json.load(file)["traceEvents"]
     ranges = sorted((e["ts"], e["name"]) for e in events if e.get("cat") == "user_annotation")
-    stages = ["prompt_encoding", "denoising_step", "denoising_step", "decoding", "postprocessing"]
-    assert [name for _, name in ranges] == stages
+    steps = ["denoising_step", "scheduler_step"] * 2
+    assert [name for _, name in ranges] == ["prompt_encoding", *steps, "decoding", "postprocessing"]
     assert any(e.get("cat") == "python_function" for e in events), "stacks"
     assert any("Input Dims" in e.get("args", {}) for e in events), "shapes"
 

@@ -1,141 +1,192 @@
-"""A Chrome trace as torch.profiler (Kineto) writes it, from its file to `Event`s."""
+"""A Chrome trace as torch.profiler (Kineto) writes it, from its file to columns.
+
+The format: pytorch/kineto, libkineto/src/output_json.cpp and CuptiActivity.cpp.
+"""
 
 from __future__ import annotations
 
-import gzip
-import json
-import re
-import zlib
-from collections.abc import Collection, Iterator
+from array import array
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from trace_analysis.costs import Shapes, ShapesCache, has_cost
+from trace_analysis.stream import TraceStream
 from utils.errors import UsageError
 
-_GZIP = b"\x1f\x8b"
-_MICROSECONDS = re.compile(r"(\d{1,17})(?:\.(\d+))?")
+GPU = frozenset({"kernel", "gpu_memcpy", "gpu_memset"})
+CALLS = frozenset({"cuda_runtime", "cuda_driver"})
+HOST = frozenset({"cpu_op", "user_annotation", "python_function", *CALLS})
+NONE = -1
+_LATEST = 4 * 10**15  # microseconds; a sum of two is still an int64 of nanoseconds
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
-    """One event with a duration. Times are integer nanoseconds, on the trace's own clock.
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """The events with a duration, in the order of time (of two with the same times, the outer one first).
 
-    category: Kineto's: cpu_op, user_annotation, cuda_runtime, kernel, gpu_memcpy, python_function, ...
-    process, thread: numbers on the host; on a GPU the device and the stream.
-    arguments: what else Kineto says: "External id", "correlation", "Input Dims", ...
+    Columns, one entry an event: `name` and `category` index `names` and `categories` (int32), `start` and `end` are
+    integer nanoseconds on the trace's own clock (int64), `lane` indexes `lanes` (int32): process and thread on the
+    host, device and stream on a GPU. `correlation` ties a call to what it launched; NONE where there is none (int64).
+    shapes: inputs of the operators whose cost is known, by event; equal ones are one object.
+    copied: bytes of copies and memsets, by event.
+    properties: the file's other keys, "deviceProperties" among them.
+    incomplete: what was wrong with a file that was read only in part.
+    skipped: events with a duration that couldn't be read (no name, a time out of range, ...).
     """
 
-    category: str
-    name: str
-    start_ns: int
-    duration_ns: int
-    process: int | str
-    thread: int | str
-    arguments: dict[str, Any]
-
-    @property
-    def end_ns(self) -> int:
-        return self.start_ns + self.duration_ns
-
-
-@dataclass(frozen=True)
-class Trace:
-    """The events of one trace, in the file's order, which means nothing."""
-
     path: Path
-    events: tuple[Event, ...]
+    names: tuple[str, ...]
+    categories: tuple[str, ...]
+    lanes: tuple[tuple[Any, Any], ...]
+    name: np.ndarray
+    category: np.ndarray
+    start: np.ndarray
+    end: np.ndarray
+    lane: np.ndarray
+    correlation: np.ndarray
+    shapes: dict[int, Shapes]
+    copied: dict[int, int]
+    properties: dict[str, Any]
+    incomplete: str | None
+    skipped: int
 
-    def of(self, categories: Collection[str]) -> Iterator[Event]:
-        return (event for event in self.events if event.category in categories)
+    def __len__(self) -> int:
+        return len(self.start)
+
+    def of(self, categories: Collection[str]) -> np.ndarray:
+        """Indices of the events of these categories, in the order of time; int64."""
+        codes = [code for code, name in enumerate(self.categories) if name in categories]
+        return np.flatnonzero(np.isin(self.category, codes))
+
+    def name_of(self, event: int) -> str:
+        return self.names[self.name[event]]
 
     @property
     def has_gpu(self) -> bool:
-        return any(True for _ in self.of({"kernel"}))
+        return not GPU.isdisjoint(self.categories)
+
+
+class _Columns:
+    """What `load` collects, before it is sorted."""
+
+    def __init__(self) -> None:
+        self.start, self.end, self.correlation, self.external = array("q"), array("q"), array("q"), array("q")
+        self.name, self.category, self.lane = array("i"), array("i"), array("i")
+        self.names: dict[str, int] = {}
+        self.categories: dict[str, int] = {}
+        self.lanes: dict[tuple[Any, Any], int] = {}
+        self.shapes: dict[int, Shapes] = {}
+        self.shapes_of = ShapesCache()
+        self.copied: dict[int, int] = {}
+        self.skipped = 0
 
 
 def load(path: Path) -> Trace:
-    """Read a trace, gzipped or plain; its first bytes decide which, not its name.
+    """Read a trace, gzipped or plain; its first bytes decide which, not its name. Shows a bar past 2 s.
+
+    A file that ends too early, as a killed profiler leaves one, is read as far as it is whole; `incomplete` says so.
 
     Raises:
-        UsageError: it can't be read, or isn't a whole Chrome trace, or holds no events with a duration.
+        UsageError: it can't be read, isn't a Chrome trace, or holds no events with a duration.
     """
-    found = _parse(path, _read(path))
-    rows = found.get("traceEvents") if isinstance(found, dict) else None
-    if not isinstance(rows, list):
-        raise UsageError(f"{path} is JSON but not a trace: it has no list `traceEvents` as torch.profiler writes it")
-    events = []
-    for number, row in enumerate(rows):
+    stream, columns = TraceStream(path), _Columns()
+    for number, row in enumerate(stream):
         if not isinstance(row, dict):
             raise UsageError(f"{path} is not a trace: its event {number} is not an object")
         if row.get("ph") == "X":  # complete events; the others name threads, draw arrows and mark moments
             try:
-                events.append(_event(row))
-            except ValueError as error:
-                raise UsageError(f"{path} is not a trace of torch.profiler: its event {number} has {error}") from None
-    if not events:
-        raise UsageError(f"{path} holds no events: was anything run while the profiler was on?")
-    return Trace(path, tuple(events))
+                _add(columns, row)
+            except (ValueError, TypeError):
+                columns.skipped += 1
+    if not columns.start:
+        damaged = f" ({columns.skipped} can't be read)" if columns.skipped else ""
+        raise UsageError(f"{path} holds no events with a duration{damaged}: was anything run while profiling?")
+    return _sorted(path, stream, columns)
 
 
-def _read(path: Path) -> str:
-    try:
-        data = path.read_bytes()
-        if data.startswith(_GZIP):
-            data = gzip.decompress(data)
-    except FileNotFoundError:
-        raise UsageError(f"there is no file {path}") from None
-    except IsADirectoryError:
-        raise UsageError(f"{path} is a folder: give the trace file in it") from None
-    except EOFError:
-        raise UsageError(f"{path} is truncated: its gzip stream ends too early; record the trace again") from None
-    except (gzip.BadGzipFile, zlib.error) as error:
-        raise UsageError(f"{path} is damaged: {error}; record the trace again") from None
-    except OSError as error:
-        raise UsageError(f"{path} can't be read: {error.strerror or error}") from None
-    return data.decode(errors="replace")
+def _add(columns: _Columns, row: dict[str, Any]) -> None:
+    """One event. Raises ValueError or TypeError where something is wrong about it."""
+    name, category, arguments = row.get("name"), row.get("cat", ""), row.get("args") or {}
+    if not isinstance(name, str) or not isinstance(category, str) or not isinstance(arguments, dict):
+        raise ValueError
+    start, duration = _nanoseconds(row.get("ts")), _nanoseconds(row.get("dur"))
+    if duration < 0:
+        raise ValueError
+    lane = row.get("pid", 0), row.get("tid", 0)
+    number = len(columns.start)
+    if category in GPU:
+        lane = arguments.get("device", lane[0]), arguments.get("stream", lane[1])
+        size = arguments.get("bytes")
+        if type(size) is int and size >= 0:
+            columns.copied[number] = size
+    elif category == "cpu_op" and "Input Dims" in arguments and has_cost(name):
+        columns.shapes[number] = columns.shapes_of(arguments)
+    columns.lane.append(columns.lanes.setdefault(lane, len(columns.lanes)))  # a TypeError for a list
+    columns.name.append(columns.names.setdefault(name, len(columns.names)))
+    columns.category.append(columns.categories.setdefault(category, len(columns.categories)))
+    columns.start.append(start)
+    columns.end.append(start + duration)
+    columns.correlation.append(_identifier(arguments.get("correlation")))
+    columns.external.append(_identifier(arguments.get("External id")))
 
 
-def _parse(path: Path, text: str) -> Any:
-    if not text.strip():
-        raise UsageError(f"{path} is empty: record the trace again")
-    try:
-        # Times stay text until they are integers: a float holds no nanoseconds of a clock that started in 1970.
-        return json.loads(text, parse_float=str)
-    except RecursionError:
-        raise UsageError(f"{path} is not a trace: its JSON is nested too deep") from None
-    except ValueError as error:  # what JSONDecodeError is, and an integer of thousands of digits
-        where = f"at character {error.pos} of {len(text)}" if isinstance(error, json.JSONDecodeError) else str(error)
-        kind = "truncated or damaged" if text.lstrip()[0] in "{[" else "not"
-        compressed = ", nor gzip" if path.suffix == ".gz" and kind == "not" else ""
-        raise UsageError(f"{path} is {kind} JSON{compressed} ({where}): record the trace again") from None
+def _identifier(value: Any) -> int:
+    return value if type(value) is int and 0 <= value < 2**63 else NONE
 
 
-def _event(row: dict[str, Any]) -> Event:
-    """One event of the file. Raises ValueError with what is wrong about it."""
-    name, category = row.get("name"), row.get("cat", "")
-    process, thread, arguments = row.get("pid", 0), row.get("tid", 0), row.get("args", {})
-    if not isinstance(name, str) or not isinstance(category, str):
-        raise ValueError("no name")
-    if not isinstance(process, int | str) or not isinstance(thread, int | str):
-        raise ValueError("no process or thread")
-    if not isinstance(arguments, dict):
-        raise ValueError("arguments that are no object")
-    return Event(
-        category, name, _nanoseconds(row, "ts"), _nanoseconds(row, "dur"), process, thread, arguments
-    )  # fmt: skip
+def _nanoseconds(value: Any) -> int:
+    """A time of the file, in microseconds there, exactly; digits beyond the nanosecond are cut."""
+    if type(value) is str:
+        whole, point, fraction = value.partition(".")
+        if point and fraction.isdecimal() and whole.lstrip("-").isdecimal() and len(whole) < 18:
+            sign = -1 if whole[0] == "-" else 1
+            return int(whole) * 1000 + sign * int(f"{fraction}00"[:3])
+        value = float(value)  # with an exponent, or wrong
+    elif type(value) is not int:  # nothing, a word, a list
+        raise ValueError
+    if not -_LATEST < value < _LATEST:  # false for NaN, too
+        raise ValueError
+    return round(value * 1000)
 
 
-def _nanoseconds(row: dict[str, Any], key: str) -> int:
-    """The time under `key`, in microseconds in the file, exactly; digits beyond the nanosecond are cut."""
-    text = str(row.get(key))
-    plain = _MICROSECONDS.fullmatch(text)
-    if plain is not None:
-        return int(plain[1]) * 1000 + int((plain[2] or "").ljust(3, "0")[:3])
-    try:
-        number = float(text)  # with an exponent, or wrong
-    except ValueError:
-        raise ValueError(f"no time `{key}`") from None
-    if not 0 <= number < 1e17:  # false for NaN, too
-        raise ValueError(f"a time `{key}` out of range")
-    return round(number * 1000)
+def _sorted(path: Path, stream: TraceStream, columns: _Columns) -> Trace:
+    """Everything in an order that doesn't depend on the file's."""
+    names, name = _in_order(columns.names, columns.name)
+    categories, category = _in_order(columns.categories, columns.category)
+    lanes, lane = _in_order(columns.lanes, columns.lane)
+    start, end, correlation, external = (
+        np.frombuffer(column, np.int64)
+        for column in (columns.start, columns.end, columns.correlation, columns.external)
+    )
+    order = np.lexsort((correlation, name, lane, category, external, -end, start))
+    place = np.empty(len(order), np.int64)
+    place[order] = np.arange(len(order))
+    return Trace(
+        path=path,
+        names=names,
+        categories=categories,
+        lanes=lanes,
+        name=name[order],
+        category=category[order],
+        start=start[order],
+        end=end[order],
+        lane=lane[order],
+        correlation=correlation[order],
+        shapes={int(place[event]): shapes for event, shapes in columns.shapes.items()},
+        copied={int(place[event]): size for event, size in columns.copied.items()},
+        properties=stream.properties,
+        incomplete=stream.incomplete,
+        skipped=columns.skipped,
+    )
+
+
+def _in_order(table: dict[Any, int], codes: array) -> tuple[tuple[Any, ...], np.ndarray]:
+    """A table's entries sorted by their text, and the codes for that order."""
+    entries = sorted(table, key=str)
+    rank = np.empty(len(table), np.int32)
+    rank[[table[entry] for entry in entries]] = np.arange(len(table), dtype=np.int32)
+    return tuple(entries), rank[np.frombuffer(codes, np.int32)]

@@ -1,85 +1,169 @@
-"""What one trace says, as dataclasses, as JSON and as text."""
+"""What one trace says, as dataclasses and as JSON."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections import Counter
+from dataclasses import asdict, dataclass, replace
 
-from trace_analysis.kernels import KernelTime, kernel_times, without_launch
-from trace_analysis.load import Trace
+import numpy as np
+
+from trace_analysis import integrity
+from trace_analysis.device import Device, device
+from trace_analysis.gaps import GapFinder, Gaps
+from trace_analysis.host import Host
+from trace_analysis.integrity import Finding
+from trace_analysis.intervals import Union
+from trace_analysis.kernels import TOP, KernelKinds, KernelTime, KindTime, blocks
+from trace_analysis.load import NONE, Trace
 from trace_analysis.operators import OperatorTime, operator_times
-from trace_analysis.ranges import DENOISING_STEP, Moments, RangeTime, named, range_times
+from trace_analysis.rates import Rates, joined, priced, rates
+from trace_analysis.steps import DENOISING_STEP, STAGES, Span, Spans, host_ranges, spans
+from trace_analysis.syncs import Sync, syncs
 
-SCHEMA = 1
-TOP = 10
-_NAME_WIDTH = 100  # characters of a kernel's name that are printed
+SCHEMA = 2
 
 
 @dataclass(frozen=True)
 class Report:
-    """Times in nanoseconds.
+    """Times are integer nanoseconds, starts count from the trace's first event.
 
-    scope: what operators and kernels are of: "denoising_step", or "trace" for all of a trace without such ranges.
-    operators: the TOP by own time on the host, of a trace of a CPU; None of a GPU's.
-    kernels: the TOP by device time, of a trace of a GPU; None of a CPU's.
-    kernels_without_launch: those that belong to no range because their launch isn't in the trace.
+    marker: the name of the steps' ranges. scope: what kinds, kernels, operators, gaps and rates are of: "steps", or
+    "trace" for all of a trace without steps.
+    median_step: index of the step with the median device window (host time without a GPU), the first one left out
+    where there are three or more.
+    operators: the TOP by own time on the host, of a trace without a GPU; None of one with.
+    kinds, kernels, syncs, gaps, rates: None of a trace without a GPU, and where `findings` call them unreliable.
     """
 
     trace: str
-    ranges: tuple[RangeTime, ...]
+    marker: str
     scope: str
+    events: int
+    has_gpu: bool
+    findings: tuple[Finding, ...]
+    steps: tuple[Span, ...]
+    stages: tuple[Span, ...]
+    whole: Span
+    median_step: int | None
     operators: tuple[OperatorTime, ...] | None
+    kinds: tuple[KindTime, ...] | None
     kernels: tuple[KernelTime, ...] | None
-    kernels_without_launch: int | None
+    syncs: tuple[Sync, ...] | None
+    gaps: Gaps | None
+    rates: Rates | None
+
+    @property
+    def unreliable(self) -> frozenset[str]:
+        return frozenset(part for finding in self.findings for part in finding.unreliable)
 
     def to_json(self) -> str:
         return json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1)
 
-    def to_text(self) -> str:
-        lines = [_row("range", "count", "total ms", "median ms")]
-        lines += [_row(r.name, r.count, _ms(r.total_ns), _ms(r.median_ns)) for r in self.ranges]
-        where = "in the denoising steps"
-        if self.scope != DENOISING_STEP:
-            where = f"in the whole trace, which holds no range {DENOISING_STEP}"
-        if self.operators is not None:
-            lines += ["", f"operators' own time on the host, {where}"]
-            lines += _table("operator", [(o.name, o.count, o.own_ns) for o in self.operators])
-        if self.kernels is not None:
-            lines += ["", f"kernels' time on the GPU, {where}"]
-            lines += _table("kernel", [(k.name, k.count, k.device_ns) for k in self.kernels])
-            if self.kernels_without_launch:
-                lines.append(f"{self.kernels_without_launch} kernels have no launch in the trace: no range holds them")
-        return "\n".join(lines)
+
+class Analysis:
+    """A trace with everything that its report, its page and its comparison with another one are made from.
+
+    marker: the name of the ranges around denoising steps.
+    shapes_from: a trace without CUDA graphs, for the shapes of the kernels in this one's.
+
+    Raises:
+        UsageError: the kernels of `shapes_from` are not in the order of the graph's.
+    """
+
+    def __init__(self, trace: Trace, marker: str = DENOISING_STEP, shapes_from: Analysis | None = None):
+        self.trace, self.marker = trace, marker
+        self.host = Host(trace)
+        self.device: Device | None = device(trace)
+        self.kernels = None if self.device is None else KernelKinds(trace, self.host, self.device)
+        self.step_events = host_ranges(trace, marker)
+        self.spans: Spans = spans(trace, self.host, self.device, self.kernels, marker)
+        self.report = self._report(shapes_from)
+
+    def in_spans(self, events: np.ndarray) -> np.ndarray:
+        """Which of the device's activities were launched in these ranges; bool [n]."""
+        assert self.device is not None
+        known = self.device.launch != NONE
+        launched = np.where(known, self.trace.start[self.device.launch], np.iinfo(np.int64).min)
+        return Union(self.trace.start[events], self.trace.end[events]).holds(launched)
+
+    def windows(self, steps: tuple[Span, ...]) -> list[tuple[int, int, int]]:
+        """Index, start and end on the trace's clock of the device windows of these steps."""
+        zero = int(self.trace.start[0])
+        return [
+            (s.index, zero + s.device.window_start_ns, zero + s.device.window_start_ns + s.device.window_ns)
+            for s in steps
+            if s.device is not None
+        ]
+
+    def _report(self, shapes_from: Analysis | None) -> Report:
+        trace, steps = self.trace, self.step_events
+        found = integrity.findings(trace, self.device, steps, self.marker)
+        bad = {part for finding in found for part in finding.unreliable}
+        shown = self.spans.steps, self.spans.stages, (self.spans.whole,)
+        if integrity.STEPS in bad:
+            shown = tuple(tuple(replace(span, device=None) for span in each) for each in shown)  # type: ignore[assignment]
+        return Report(
+            trace=trace.path.name,
+            marker=self.marker,
+            scope="steps" if len(steps) else "trace",
+            events=len(trace),
+            has_gpu=self.device is not None,
+            findings=found,
+            steps=shown[0],
+            stages=shown[1],
+            whole=shown[2][0],
+            median_step=_median_step(shown[0]),
+            operators=None if self.device else operator_times(trace, self.host, steps if len(steps) else None)[:TOP],
+            **self._gpu_parts(bad, shapes_from),
+        )
+
+    def _gpu_parts(self, bad: set[str], shapes_from: Analysis | None) -> dict:
+        """The report's fields that need a GPU; None for those that can't be had."""
+        parts: dict = dict.fromkeys(("kinds", "kernels", "syncs", "gaps", "rates"))
+        if self.device is None or self.kernels is None:
+            return parts
+        trace, steps = self.trace, self.step_events
+        mine = self.in_spans(steps) if len(steps) else np.ones(len(self.device.event), bool)
+        windows = self.windows(self.spans.steps if len(steps) else (self.spans.whole,))
+        if integrity.KERNELS not in bad:
+            stages = [
+                (name, int(trace.start[event]), int(trace.end[event]))
+                for name in STAGES
+                for event in host_ranges(trace, name)
+            ]
+            parts["kinds"] = self.kernels.kind_table(mine)
+            parts["kernels"] = self.kernels.largest(mine, blocks(trace, self.host, self.device, stages))
+        if integrity.SYNCS not in bad and len(steps):
+            parts["syncs"] = syncs(trace, self.host, self.device, steps)
+        if integrity.GAPS not in bad:
+            finder = GapFinder(trace, self.host, self.device)
+            parts["gaps"] = finder.gaps(windows)
+        if integrity.RATES not in bad:
+            windows_ns = sum(end - start for _, start, end in windows)
+            parts["rates"] = rates(self.kernels, self._priced(shapes_from), mine, windows_ns)
+        return parts
+
+    def _priced(self, shapes_from: Analysis | None):
+        assert self.kernels is not None
+        if shapes_from is None or shapes_from.kernels is None or not len(shapes_from.step_events):
+            return priced(self.kernels)
+        last = shapes_from.step_events[-1:]
+        return joined(self.kernels, shapes_from.kernels, shapes_from.in_spans(last))
 
 
-def report(trace: Trace) -> Report:
-    """The ranges' host times, and inside the denoising steps the longest operators (CPU) or kernels (GPU)."""
-    steps = named(trace, DENOISING_STEP)
-    when = Moments(steps) if steps else None
-    return Report(
-        trace=trace.path.name,
-        ranges=range_times(trace),
-        scope=DENOISING_STEP if steps else "trace",
-        operators=None if trace.has_gpu else operator_times(trace, when)[:TOP],
-        kernels=kernel_times(trace, when)[:TOP] if trace.has_gpu else None,
-        kernels_without_launch=without_launch(trace) if trace.has_gpu else None,
-    )
+def report(trace: Trace, marker: str = DENOISING_STEP) -> Report:
+    return Analysis(trace, marker).report
 
 
-def _table(title: str, rows: Sequence[tuple[str, int, int]]) -> list[str]:
-    return [_row(title, "count", "ms"), *(_row(_printable(name), count, _ms(time)) for name, count, time in rows)]
+def sync_counts(found: tuple[Sync, ...]) -> Counter[tuple[str, str, str | None]]:
+    """How often each wait occurs: by call, outermost operator and source line."""
+    return Counter((s.call, s.operators[0] if s.operators else "", s.own or s.outside_torch) for s in found)
 
 
-def _row(name: str, *cells: object) -> str:
-    return "".join(f"{cell!s:>12}" for cell in cells) + f"  {name}"
-
-
-def _ms(nanoseconds: int) -> str:
-    return f"{nanoseconds / 1e6:.3f}"
-
-
-def _printable(name: str) -> str:
-    """A name from the file as it may stand on a terminal: no control characters, not endless."""
-    text = "".join(c if c.isprintable() else "?" for c in name[: _NAME_WIDTH + 1])
-    return text if len(text) <= _NAME_WIDTH else text[: _NAME_WIDTH - 3] + "..."
+def _median_step(steps: tuple[Span, ...]) -> int | None:
+    """The lower one of two in the middle."""
+    counted = steps[1:] if len(steps) > 2 else steps
+    measured = [s for s in counted if s.device is not None] or list(counted)
+    ordered = sorted(measured, key=lambda s: (s.device.window_ns if s.device else s.host_ns, s.index))
+    return ordered[(len(ordered) - 1) // 2].index if ordered else None

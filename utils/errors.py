@@ -6,7 +6,6 @@ import sys
 import warnings
 from collections.abc import Callable
 
-import torch
 from tqdm import tqdm
 
 
@@ -52,12 +51,17 @@ def run_command(main: Callable[[], None], debug: bool) -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """PyTorch has no class of its own for a CPU allocation that fails."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
+    """PyTorch has no class of its own for a CPU allocation that fails. It is asked only where it was imported."""
+    torch = sys.modules.get("torch")
+    on_device = torch is not None and isinstance(error, torch.OutOfMemoryError)
+    return on_device or isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def out_of_memory() -> str:
     """What to do when memory ran out, with the peak where the device knows it."""
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return "out of memory"
     peak = ""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         peak = f" (peak {torch.cuda.max_memory_reserved() / 2**30:.1f} GiB on {torch.cuda.get_device_name()})"

@@ -16,12 +16,24 @@ import torch
 from diffusers import DiffusionPipeline
 
 STAGES = ("prompt_encoding", "denoising_step", "decoding", "postprocessing")
+SCHEDULER_STEP = "scheduler_step"
 Range = Callable[[str], AbstractContextManager]
 
 
-def annotate(pipe: DiffusionPipeline) -> AbstractContextManager[None]:
-    """In the body, every call of `pipe` leaves the ranges STAGES in a profiler trace; undone afterwards."""
-    return watch(pipe, torch.profiler.record_function)
+@contextmanager
+def annotate(pipe: DiffusionPipeline) -> Iterator[None]:
+    """In the body, every call of `pipe` leaves the ranges STAGES in a profiler trace; undone afterwards.
+
+    Within each denoising step, the scheduler's part is the range SCHEDULER_STEP.
+    """
+    step = pipe.scheduler.step
+
+    def scheduled(*args: Any, **kwargs: Any) -> Any:
+        with torch.profiler.record_function(SCHEDULER_STEP):
+            return step(*args, **kwargs)
+
+    with _replaced(pipe.scheduler, "step", scheduled), watch(pipe, torch.profiler.record_function):
+        yield
 
 
 @contextmanager

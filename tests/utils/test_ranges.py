@@ -17,7 +17,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 import recipes
 from recipes import Recipe
-from utils.ranges import annotate, watch
+from utils.ranges import SCHEDULER_STEP, annotate, watch
 
 
 class Log:
@@ -63,7 +63,8 @@ def test_ranges_in_a_profiler_trace(tiny: Callable, draw: Callable, tmp_path: Pa
         draw(pipe, steps=2)
     recorded.export_chrome_trace(str(tmp_path / "trace.json"))
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
-    ours = sorted((e for e in events if e.get("cat") == "user_annotation"), key=lambda e: e["ts"])
+    every = sorted((e for e in events if e.get("cat") == "user_annotation"), key=lambda e: e["ts"])
+    ours = [e for e in every if e["name"] != SCHEDULER_STEP]
     stages = [stage for kind, stage in expected(2) if kind == "open"]
     assert [e["name"] for e in ours] == stages
     for one, following in itertools.pairwise(ours):
@@ -73,6 +74,12 @@ def test_ranges_in_a_profiler_trace(tiny: Callable, draw: Callable, tmp_path: Pa
     convolutions = [e["ts"] for e in events if e.get("name") == "aten::conv2d"]
     steps = [e for e in ours if e["name"] == "denoising_step"]
     assert all(any(s["ts"] <= t <= s["ts"] + s["dur"] for t in products) for s in steps)
+    # Each step ends with its scheduler's.
+    scheduled = [e for e in every if e["name"] == SCHEDULER_STEP]
+    assert len(scheduled) == 2
+    for step, inner in zip(steps, scheduled, strict=True):
+        assert step["ts"] <= inner["ts"]
+        assert inner["ts"] + inner["dur"] <= step["ts"] + step["dur"]
     (decoding,) = (e for e in ours if e["name"] == "decoding")
     assert convolutions
     assert all(decoding["ts"] <= t <= decoding["ts"] + decoding["dur"] for t in convolutions)
