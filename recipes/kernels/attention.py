@@ -1,0 +1,149 @@
+"""Attention in float8 (e4m3), forward, not causal: online softmax over blocks of keys, both products on tensor cores.
+
+Query, key and value come with a descale each (batch, head). The probabilities of a block lie in 0..1 relative to the
+running maximum and are scaled by 256, half of e4m3's range, which a shift in the exponent does for free; their sum is
+taken before they are rounded. The values come with the tokens innermost, which is how Hopper's float8 wgmma reads its
+right operand: from [tokens, head_dim] every block would have to be transposed.
+
+FLOPs: 4 x tokens^2 x head_dim a head; 24 heads of 128 at 4608 tokens: 261 GFLOP.
+
+Source: Dao, arXiv 2307.08691 (FlashAttention-2); Shah et al., arXiv 2407.08608 (FlashAttention-3, its float8 part).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch.library import triton_op, wrap_triton
+
+_CONFIGS = [
+    triton.Config({"QUERIES": queries, "KEYS": keys}, num_warps=warps, num_stages=stages)
+    for queries, keys, warps, stages in (
+        (128, 128, 8, 2),
+        (128, 128, 8, 3),
+        (128, 64, 8, 3),
+        (128, 64, 4, 3),
+        (64, 128, 4, 2),
+        (64, 128, 4, 3),
+        (64, 64, 4, 3),
+    )
+]
+
+
+def reference(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, descales: torch.Tensor, tokens: int
+) -> torch.Tensor:
+    """In float32, from the same float8 inputs as `attention_float8`; its rounding of probabilities left out."""
+    q, k = (x.float() * d[:, None, :, None] for x, d in zip((query, key), descales, strict=False))
+    v = value.float()[..., :tokens].permute(0, 3, 1, 2) * descales[2][:, None, :, None]
+    weights = torch.einsum("bqhd,bkhd->bhqk", q, k).mul(query.shape[-1] ** -0.5).softmax(-1)
+    return torch.einsum("bhqk,bkhd->bqhd", weights, v)
+
+
+@triton_op("flux_fast::attention_float8", mutates_args=())
+def attention_float8(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, descales: torch.Tensor
+) -> torch.Tensor:
+    """softmax(q k^T / sqrt(head_dim)) v in bfloat16, from float8_e4m3fn.
+
+    query [batch, tokens, heads, head_dim] and key [batch, keys, heads, head_dim], head_dim contiguous; value [batch,
+    heads, head_dim, at least `keys`, of which those beyond are not read]; descales [3, batch, heads] float32, of
+    query, key and value. head_dim is a power of two, 32 or more. Returns [batch, tokens, heads, head_dim], contiguous.
+    """
+    batch, tokens, heads, head_dim = query.shape
+    if any(x.stride(-1) != 1 for x in (query, key, value)) or not descales.is_contiguous():
+        raise ValueError("float8 attention reads query, key and value along a contiguous last dimension")
+    out = query.new_empty((batch, tokens, heads, head_dim), dtype=torch.bfloat16)
+
+    def grid(meta: dict[str, int]) -> tuple[int, int]:
+        return triton.cdiv(tokens, meta["QUERIES"]), batch * heads
+
+    wrap_triton(_attention_kernel)[grid](
+        query, key, value, descales, out, tokens, key.shape[1], heads, batch * heads, math.log2(math.e) / math.sqrt(head_dim),
+        query.stride(0), query.stride(1), query.stride(2), key.stride(0), key.stride(1), key.stride(2),
+        value.stride(0), value.stride(1), value.stride(2), HEAD_DIM=head_dim,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _one_block(
+    q, key, value, start, keys, factor, acc, total, maximum, key_row, value_dim,
+    HEAD_DIM: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr,  # noqa: N803
+):  # fmt: skip
+    """One block of keys: accumulator [queries, head_dim], sum and maximum [queries] after it."""
+    columns, dims = start + tl.arange(0, KEYS), tl.arange(0, HEAD_DIM)
+    key_place = key + columns[None, :] * key_row + dims[:, None]
+    value_place = value + columns[:, None] + dims[None, :] * value_dim
+    if MASKED:
+        k = tl.load(key_place, mask=(columns < keys)[None, :], other=0.0)
+        v = tl.load(value_place, mask=(columns < keys)[:, None], other=0.0)
+    else:
+        k = tl.load(key_place)
+        v = tl.load(value_place)
+    scores = tl.dot(q, k)
+    if MASKED:
+        scores = tl.where((columns < keys)[None, :], scores, float("-inf"))
+    new_maximum = tl.maximum(maximum, tl.max(scores, axis=1) * factor)
+    p = tl.exp2(scores * factor - (new_maximum - 8.0)[:, None])
+    correction = tl.exp2(maximum - new_maximum)
+    total = total * correction + tl.sum(p, axis=1)
+    acc = tl.dot(p.to(tl.float8e4nv), v, acc * correction[:, None])
+    return acc, total, new_maximum
+
+
+@triton.autotune(_CONFIGS, key=["tokens", "keys", "programs"])
+@triton.jit
+def _attention_kernel(
+    query,
+    key,
+    value,
+    descales,
+    out,
+    tokens,
+    keys,
+    heads,
+    programs,
+    softmax_scale,
+    query_batch,
+    query_row,
+    query_head,
+    key_batch,
+    key_row,
+    key_head,
+    value_batch,
+    value_head,
+    value_dim,
+    HEAD_DIM: tl.constexpr,  # noqa: N803
+    QUERIES: tl.constexpr,  # noqa: N803
+    KEYS: tl.constexpr,  # noqa: N803
+):
+    program = tl.program_id(1)
+    batch, head = (program // heads).to(tl.int64), program % heads
+    rows = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
+    dims = tl.arange(0, HEAD_DIM)
+    is_row = (rows < tokens)[:, None]
+    place = query + batch * query_batch + head * query_head + rows[:, None] * query_row + dims[None, :]
+    q = tl.load(place, mask=is_row, other=0.0)
+    key += batch * key_batch + head * key_head
+    value += batch * value_batch + head * value_head
+    # The scores' descale and the softmax's scale in one factor; log2(e) is in softmax_scale, because of exp2.
+    factor = softmax_scale * tl.load(descales + program) * tl.load(descales + programs + program)
+    acc = tl.zeros((QUERIES, HEAD_DIM), tl.float32)
+    total = tl.zeros((QUERIES,), tl.float32)
+    maximum = tl.full((QUERIES,), float("-inf"), tl.float32)
+    whole = keys // KEYS * KEYS
+    for start in range(0, whole, KEYS):
+        acc, total, maximum = _one_block(
+            q, key, value, start, keys, factor, acc, total, maximum, key_row, value_dim, HEAD_DIM, KEYS, False
+        )
+    if whole < keys:
+        acc, total, maximum = _one_block(
+            q, key, value, whole, keys, factor, acc, total, maximum, key_row, value_dim, HEAD_DIM, KEYS, True
+        )
+    result = acc * (tl.load(descales + 2 * programs + program) / total)[:, None]
+    place = out + ((batch * tokens + rows[:, None]) * heads + head) * HEAD_DIM + dims[None, :]
+    tl.store(place, result.to(out.dtype.element_ty), is_row)
