@@ -19,6 +19,8 @@ import triton
 import triton.language as tl
 from torch.library import triton_op, wrap_triton
 
+from recipes.float8_heads import to_float8
+
 _CONFIGS = [
     triton.Config({"QUERIES": queries, "KEYS": keys}, num_warps=warps, num_stages=stages)
     for queries, keys, warps, stages in (
@@ -62,31 +64,31 @@ def attention_float8(
         return triton.cdiv(tokens, meta["QUERIES"]), batch * heads
 
     wrap_triton(_attention_kernel)[grid](
-        query, key, value, descales, out, tokens, key.shape[1], heads, batch * heads, math.log2(math.e) / math.sqrt(head_dim),
+        query, key, value, descales, out, tokens, heads, batch * heads, math.log2(math.e) / math.sqrt(head_dim),
         query.stride(0), query.stride(1), query.stride(2), key.stride(0), key.stride(1), key.stride(2),
-        value.stride(0), value.stride(1), value.stride(2), HEAD_DIM=head_dim,
+        value.stride(0), value.stride(1), value.stride(2), KEY_TOKENS=key.shape[1], HEAD_DIM=head_dim,
     )  # fmt: skip
     return out
 
 
 @triton.jit
 def _one_block(
-    q, key, value, start, keys, factor, acc, total, maximum, key_row, value_dim,
-    HEAD_DIM: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr,  # noqa: N803
+    q, key, value, start, factor, acc, total, maximum, key_row, value_dim,
+    KEY_TOKENS: tl.constexpr, HEAD_DIM: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr,  # noqa: N803
 ):  # fmt: skip
     """One block of keys: accumulator [queries, head_dim], sum and maximum [queries] after it."""
     columns, dims = start + tl.arange(0, KEYS), tl.arange(0, HEAD_DIM)
     key_place = key + columns[None, :] * key_row + dims[:, None]
     value_place = value + columns[:, None] + dims[None, :] * value_dim
     if MASKED:
-        k = tl.load(key_place, mask=(columns < keys)[None, :], other=0.0)
-        v = tl.load(value_place, mask=(columns < keys)[:, None], other=0.0)
+        k = tl.load(key_place, mask=(columns < KEY_TOKENS)[None, :], other=0.0)
+        v = tl.load(value_place, mask=(columns < KEY_TOKENS)[:, None], other=0.0)
     else:
         k = tl.load(key_place)
         v = tl.load(value_place)
     scores = tl.dot(q, k)
     if MASKED:
-        scores = tl.where((columns < keys)[None, :], scores, float("-inf"))
+        scores = tl.where((columns < KEY_TOKENS)[None, :], scores, float("-inf"))
     new_maximum = tl.maximum(maximum, tl.max(scores, axis=1) * factor)
     p = tl.exp2(scores * factor - (new_maximum - 8.0)[:, None])
     correction = tl.exp2(maximum - new_maximum)
@@ -95,7 +97,7 @@ def _one_block(
     return acc, total, new_maximum
 
 
-@triton.autotune(_CONFIGS, key=["tokens", "keys", "programs"])
+@triton.autotune(_CONFIGS, key=["tokens", "KEY_TOKENS", "programs"])
 @triton.jit
 def _attention_kernel(
     query,
@@ -104,7 +106,6 @@ def _attention_kernel(
     descales,
     out,
     tokens,
-    keys,
     heads,
     programs,
     softmax_scale,
@@ -117,6 +118,7 @@ def _attention_kernel(
     value_batch,
     value_head,
     value_dim,
+    KEY_TOKENS: tl.constexpr,  # noqa: N803
     HEAD_DIM: tl.constexpr,  # noqa: N803
     QUERIES: tl.constexpr,  # noqa: N803
     KEYS: tl.constexpr,  # noqa: N803
@@ -135,15 +137,26 @@ def _attention_kernel(
     acc = tl.zeros((QUERIES, HEAD_DIM), tl.float32)
     total = tl.zeros((QUERIES,), tl.float32)
     maximum = tl.full((QUERIES,), float("-inf"), tl.float32)
-    whole = keys // KEYS * KEYS
+    whole: tl.constexpr = KEY_TOKENS // KEYS * KEYS
     for start in range(0, whole, KEYS):
         acc, total, maximum = _one_block(
-            q, key, value, start, keys, factor, acc, total, maximum, key_row, value_dim, HEAD_DIM, KEYS, False
+            q, key, value, start, factor, acc, total, maximum, key_row, value_dim, KEY_TOKENS, HEAD_DIM, KEYS, False
         )
-    if whole < keys:
+    if whole < KEY_TOKENS:
         acc, total, maximum = _one_block(
-            q, key, value, whole, keys, factor, acc, total, maximum, key_row, value_dim, HEAD_DIM, KEYS, True
+            q, key, value, whole, factor, acc, total, maximum, key_row, value_dim, KEY_TOKENS, HEAD_DIM, KEYS, True
         )
     result = acc * (tl.load(descales + 2 * programs + program) / total)[:, None]
     place = out + ((batch * tokens + rows[:, None]) * heads + head) * HEAD_DIM + dims[None, :]
     tl.store(place, result.to(out.dtype.element_ty), is_row)
+
+
+def triton_fp8(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Attention over [batch, tokens, heads, head_dim], computed in float8 with a scale for each (batch, head).
+
+    Not causal; returns the query's shape and dtype.
+    """
+    (q, q_descale), (k, k_descale), (v, v_descale) = (to_float8(x) for x in (query, key, value))
+    padded = torch.nn.functional.pad(v.permute(0, 2, 3, 1).contiguous().view(torch.uint8), (0, -v.shape[1] % 16))
+    descales = torch.stack([q_descale, k_descale, v_descale])
+    return attention_float8(q, k, padded.view(torch.float8_e4m3fn), descales).to(query.dtype)

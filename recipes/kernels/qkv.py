@@ -46,15 +46,17 @@ def reference(
     return torch.cat([rotated, qkv[:, :, 2:]], dim=2)
 
 
-def reference_scales(
+def reference_descales(
     qkv: torch.Tensor,
     weights: tuple[torch.Tensor, torch.Tensor],
     text_weights: tuple[torch.Tensor, torch.Tensor] | None,
+    value_per_head: bool,
 ) -> torch.Tensor:
     """Descales [3, batch, heads] float32 of `reference`'s result: the bound for query and key, the values' largest."""
     both = [torch.stack([w, *([] if text_weights is None else [text_weights[i]])]) for i, w in enumerate(weights)]
     bounds = [w.float().abs().max() * qkv.shape[-1] ** 0.5 for w in both]
     amax = qkv[:, :, 2].abs().amax(dim=(1, 3))
+    amax = amax if value_per_head else amax.max().expand_as(amax)
     return torch.stack([*(bound.expand_as(amax) for bound in bounds), amax]).clamp(min=SMALLEST_AMAX) / E4M3_MAX
 
 
@@ -97,11 +99,12 @@ def qkv_norm_rotary_float8(
     sin: torch.Tensor,
     eps: float,
     tokens_innermost: bool,
+    value_per_head: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Query, key and value for float8 attention; the arguments are those of `qk_norm_rotary`.
 
     Returns query and key [batch, tokens, 2, heads, head_dim] and the values, float8_e4m3fn, and the float32 descales
-    [3, batch, heads] of query, key and value. The values are [batch, tokens, heads, head_dim], or, tokens_innermost,
+    [3, batch, heads] of query, key and value; the values' is one for all heads unless value_per_head. The values are [batch, tokens, heads, head_dim], or, tokens_innermost,
     [batch, heads, head_dim, tokens rounded up to 16], where what lies beyond the tokens is not set.
     """
     batch, tokens, _, heads, head_dim = image.shape
@@ -116,14 +119,14 @@ def qkv_norm_rotary_float8(
         by_token = value
     descales = image.new_empty((3, batch, heads), dtype=torch.float32)
     # As integers: positive floats are in the same order, and the atomic maximum is one instruction.
-    amax = image.new_zeros((batch, heads), dtype=torch.int32)
+    amax = image.new_zeros((batch, heads) if value_per_head else (1, 1), dtype=torch.int32)
     _launch(image, text, norm_q, norm_k, text_norm_q, text_norm_k, cos, sin, eps, query_key, amax, descales)
     first = image if text is None else text
     wrap_triton(_value_to_float8_kernel)[(triton.cdiv(tokens, _VALUE_BLOCK), heads, batch)](
         first, image, amax, value, descales, 0 if text is None else text.shape[1], tokens,
         first.stride(0), first.stride(1), image.stride(0), image.stride(1),
         by_token.stride(0), by_token.stride(1), by_token.stride(2), by_token.stride(3),
-        HEADS=heads, HEAD_DIM=head_dim, BLOCK=_VALUE_BLOCK, num_warps=4,
+        HEADS=heads, HEAD_DIM=head_dim, BLOCK=_VALUE_BLOCK, PER_HEAD=value_per_head, num_warps=4,
     )  # fmt: skip
     return query_key, value, descales
 
@@ -151,7 +154,7 @@ def _launch(
         0 if text is None else text.shape[1], tokens,
         first.stride(0), first.stride(1), image.stride(0), image.stride(1), cos.stride(0), sin.stride(0), eps,
         HEADS=heads, HEADS_BLOCK=triton.next_power_of_2(heads), HEAD_DIM=head_dim, PARTS=parts,
-        FLOAT8=descales is not None, num_warps=8,
+        FLOAT8=descales is not None, PER_HEAD=value_amax is not None and value_amax.numel() > 1, num_warps=8,
     )  # fmt: skip
 
 
@@ -191,6 +194,7 @@ def _qkv_kernel(
     HEAD_DIM: tl.constexpr,  # noqa: N803
     PARTS: tl.constexpr,  # noqa: N803
     FLOAT8: tl.constexpr,  # noqa: N803
+    PER_HEAD: tl.constexpr,  # noqa: N803
 ):
     token, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
     heads, dims = tl.arange(0, HEADS_BLOCK), tl.arange(0, HEAD_DIM)
@@ -227,7 +231,10 @@ def _qkv_kernel(
     if FLOAT8:
         x = tl.load(row + 2 * HEADS * HEAD_DIM + tile, mask, other=0.0).to(tl.float32)
         amax = tl.max(tl.abs(x), axis=1).to(tl.int32, bitcast=True)
-        tl.atomic_max(value_amax + batch * HEADS + heads, amax, mask=is_head, sem="relaxed")
+        if PER_HEAD:
+            tl.atomic_max(value_amax + batch * HEADS + heads, amax, mask=is_head, sem="relaxed")
+        else:
+            tl.atomic_max(value_amax, tl.max(amax, axis=0), sem="relaxed")
     elif PARTS == 3:
         x = tl.load(row + 2 * HEADS * HEAD_DIM + tile, mask, other=0.0)
         tl.store(out_row + 2 * HEADS * HEAD_DIM + tile, x, mask)
@@ -253,6 +260,7 @@ def _value_to_float8_kernel(
     HEADS: tl.constexpr,  # noqa: N803
     HEAD_DIM: tl.constexpr,  # noqa: N803
     BLOCK: tl.constexpr,  # noqa: N803
+    PER_HEAD: tl.constexpr,  # noqa: N803
 ):
     head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -263,7 +271,8 @@ def _value_to_float8_kernel(
     )
     mask = (token < tokens)[:, None]
     x = tl.load(row[:, None] + (2 * HEADS + head) * HEAD_DIM + dims[None, :], mask, other=0.0).to(tl.float32)
-    scale = row_scale(tl.load(amax + batch * HEADS + head).to(tl.float32, bitcast=True))
+    largest = tl.load(amax + batch * HEADS + head if PER_HEAD else amax)
+    scale = row_scale(largest.to(tl.float32, bitcast=True))
     if tl.program_id(0) == 0:
         tl.store(descales + (2 * tl.num_programs(2) + batch) * HEADS + head, scale)
     place = batch * out_batch + head * out_head + token[:, None] * out_token + dims[None, :] * out_dim

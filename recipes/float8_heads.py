@@ -1,0 +1,20 @@
+"""Query, key and value in float8 (e4m3) for attention: a scale for each (batch, head), or one for all."""
+
+from __future__ import annotations
+
+import torch
+
+E4M3_MAX = torch.finfo(torch.float8_e4m3fn).max  # 448
+
+
+def to_float8(x: torch.Tensor, per_head: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale each (batch, head), or all of x together, to float8's range.
+
+    x [batch, tokens, heads, head_dim]; returns it as float8_e4m3fn, and the descale [batch, heads] float32 with
+    x = float8 * descale.
+    """
+    amax = x.abs().amax(dim=(1, 3)).float().clamp(min=1e-12)
+    if not per_head:
+        amax = amax.amax().expand(amax.shape)
+    scale = E4M3_MAX / amax
+    return (x.float() * scale[:, None, :, None]).to(torch.float8_e4m3fn), (amax / E4M3_MAX).contiguous()
