@@ -8,7 +8,17 @@ import torch
 from diffusers import DiffusionPipeline, FluxTransformer2DModel
 
 from export.package import PackageStore
-from recipes import attention, channels_last, dtype, execution, float8, fused_qkv, scheduler_sync, step_cache
+from recipes import (
+    attention,
+    channels_last,
+    dtype,
+    execution,
+    float8,
+    fused_kernels,
+    fused_qkv,
+    scheduler_sync,
+    step_cache,
+)
 from recipes.ladder import NOT_PAYING, Rung, climb, command_line_name
 from recipes.optimization import Optimization
 from recipes.recipe import Recipe, RecipeError
@@ -21,6 +31,7 @@ OPTIMIZATIONS: tuple[Optimization, ...] = (
     fused_qkv.OPTIMIZATION,
     channels_last.OPTIMIZATION,
     float8.OPTIMIZATION,
+    fused_kernels.OPTIMIZATION,
     step_cache.OPTIMIZATION,
     execution.OPTIMIZATION,
 )

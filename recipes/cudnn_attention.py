@@ -46,9 +46,7 @@ def _graph(device: int, query: tuple, key: tuple, value: tuple, out: tuple) -> _
     import cudnn
 
     fp8, fp32 = cudnn.data_type.FP8_E4M3, cudnn.data_type.FLOAT
-    graph = cudnn.pygraph(
-        io_data_type=fp8, intermediate_data_type=fp32, compute_data_type=fp32, handle=_handle(device)
-    )
+    graph = cudnn.pygraph(io_data_type=fp8, intermediate_data_type=fp32, compute_data_type=fp32, handle=_handle(device))
     inputs = {
         name: graph.tensor(name=name, dim=list(shape), stride=list(strides), data_type=fp8)
         for name, (shape, strides) in (("q", query), ("k", key), ("v", value))

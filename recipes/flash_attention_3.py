@@ -21,22 +21,26 @@ HUB_KERNEL = "kernels-community/flash-attn3"
 HUB_VERSION = 1  # the one that diffusers 0.42 loads for its backend _flash_3_hub
 
 
-@functools.cache
 def _flash_attn_func() -> Callable[..., torch.Tensor]:
-    """The kernel's own function: of the installed module, else of a build for this PyTorch from the hub.
-
-    Raises:
-        UserError: the hub can't be reached, or has no build for this PyTorch, CUDA and GPU.
-    """
+    """The kernel's own function: of the installed module, else of a build for this PyTorch from the hub."""
     if importlib.util.find_spec("flash_attn_interface"):
         from flash_attn_interface import flash_attn_func
 
         return flash_attn_func
+    return _from_hub()
+
+
+@functools.cache
+def _from_hub() -> Callable[..., torch.Tensor]:
+    """
+    Raises:
+        UserError: the hub can't be reached, or has no build for this PyTorch, CUDA and GPU.
+    """
     from kernels import get_kernel
 
     try:
         return get_kernel(HUB_KERNEL, version=HUB_VERSION).flash_attn_func
-    except (OSError, ValueError, FileNotFoundError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(
             f"FlashAttention-3 can't be loaded from {HUB_KERNEL} ({error}): install flash_attn_interface "
             "(see requirements-gpu.txt) or use attention=cudnn"

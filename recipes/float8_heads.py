@@ -18,3 +18,9 @@ def to_float8(x: torch.Tensor, per_head: bool = True) -> tuple[torch.Tensor, tor
         amax = amax.amax().expand(amax.shape)
     scale = E4M3_MAX / amax
     return (x.float() * scale[:, None, :, None]).to(torch.float8_e4m3fn), (amax / E4M3_MAX).contiguous()
+
+
+def tokens_innermost(x: torch.Tensor) -> torch.Tensor:
+    """x [batch, tokens, heads, head_dim] float8_e4m3fn as [batch, heads, head_dim, tokens], zeros up to a multiple of 16."""
+    by_bytes = x.view(torch.uint8).permute(0, 2, 3, 1)  # padding knows no float8
+    return torch.nn.functional.pad(by_bytes, (0, -x.shape[1] % 16)).contiguous().view(x.dtype)

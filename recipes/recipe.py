@@ -68,10 +68,11 @@ class Recipe:
     max_autotune: bool = False
     fused_qkv: bool = False
     channels_last: bool = False
-    attention: Literal["native", "cudnn", "fa3_fp8"] = "native"
+    attention: Literal["native", "cudnn", "fa3", "fa3_fp8", "cudnn_fp8", "triton_fp8"] = "native"
     quantization: Literal["none", "float8_per_row", "float8_per_tensor"] = "none"
     inductor_flags: InductorFlags = InductorFlags()
     cache: FirstBlockCache | None = None
+    fused_kernels: bool = False
 
     def __post_init__(self) -> None:
         for name, hint in typing.get_type_hints(Recipe).items():
@@ -90,6 +91,19 @@ class Recipe:
                 raise RecipeError(f"{idle[0]} has no effect with execution=eager: use execution=compile or aoti")
         if self.cache is not None and self.execution != "eager":
             raise RecipeError("cache needs execution=eager: its decision at each step can't be compiled into one graph")
+
+        if self.fused_kernels:
+            self._check_fused_kernels()
+
+    def _check_fused_kernels(self) -> None:
+        for name, values in {
+            "dtype": ("bfloat16",),
+            "fused_qkv": (True,),
+            "quantization": ("none", "float8_per_row"),
+        }.items():
+            if getattr(self, name) not in values:
+                wanted = " or ".join(str(value).lower() for value in values)
+                raise RecipeError(f"fused_kernels needs {name}={wanted}")
 
     def differences(self, other: Recipe) -> list[str]:
         """The names of the fields in which two recipes differ."""

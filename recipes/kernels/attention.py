@@ -19,9 +19,9 @@ import triton
 import triton.language as tl
 from torch.library import triton_op, wrap_triton
 
-from recipes.float8_heads import to_float8
+from recipes.float8_heads import to_float8, tokens_innermost
 
-_CONFIGS = [
+CONFIGS = [
     triton.Config({"QUERIES": queries, "KEYS": keys}, num_warps=warps, num_stages=stages)
     for queries, keys, warps, stages in (
         (128, 128, 8, 2),
@@ -97,7 +97,7 @@ def _one_block(
     return acc, total, new_maximum
 
 
-@triton.autotune(_CONFIGS, key=["tokens", "KEY_TOKENS", "programs"])
+@triton.autotune(CONFIGS, key=["tokens", "KEY_TOKENS", "programs"])
 @triton.jit
 def _attention_kernel(
     query,
@@ -157,6 +157,5 @@ def triton_fp8(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> t
     Not causal; returns the query's shape and dtype.
     """
     (q, q_descale), (k, k_descale), (v, v_descale) = (to_float8(x) for x in (query, key, value))
-    padded = torch.nn.functional.pad(v.permute(0, 2, 3, 1).contiguous().view(torch.uint8), (0, -v.shape[1] % 16))
     descales = torch.stack([q_descale, k_descale, v_descale])
-    return attention_float8(q, k, padded.view(torch.float8_e4m3fn), descales).to(query.dtype)
+    return attention_float8(q, k, tokens_innermost(v), descales).to(query.dtype)

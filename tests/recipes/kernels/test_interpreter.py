@@ -1,0 +1,30 @@
+"""The kernels' tests on the CPU: in a process of their own, since Triton is an interpreter from its import on or not."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from utils.files import ROOT
+
+TESTS = ("test_kernels.py", "test_fused_blocks.py")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="needs the package triton, which isn't installed")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the same tests run on the GPU")
+@pytest.mark.parametrize("name", TESTS)
+def test_kernels_in_the_interpreter(name: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/recipes/kernels/{name}"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed is not None
+    assert int(passed[1]) > 3, done.stdout
