@@ -70,13 +70,12 @@ def cases() -> list[Case]:
         streams = [normal(1, n, 3, HEADS, HEAD_DIM) if n else None for n in (image_tokens, TEXT if text else 0)]
         return (*streams, *norms, angles.cos(), angles.sin(), EPS)
 
-    def unfused_qkv(image, text, norm_q, norm_k, text_q, text_k, cos, sin, eps):  # type: ignore[no-untyped-def]
+    def unfused_qkv(image, text, norm_q, norm_k, text_q, text_k, cos, sin, eps):
         out = qkv.reference(image, text, (norm_q, norm_k), None if text is None else (text_q, text_k), cos, sin, eps)
         return out[:, :, : 2 if text is None else 3].bfloat16()
 
-    def unfused_qkv_float8(*arguments: Any) -> Any:
-        *plain, tokens_innermost, value_per_head = arguments
-        out = qkv.reference(*plain[:2], plain[2:4], None if plain[1] is None else plain[4:6], *plain[6:])
+    def unfused_qkv_float8(image, text, norm_q, norm_k, text_q, text_k, cos, sin, eps, tokens_innermost, per_head):
+        out = qkv.reference(image, text, (norm_q, norm_k), None if text is None else (text_q, text_k), cos, sin, eps)
         amax = out.abs().amax(dim=(1, 4)).clamp(min=1e-12)  # [batch, 3, heads]
         scaled = (out * (rows.E4M3_MAX / amax)[:, None, :, :, None]).to(torch.float8_e4m3fn)
         value = scaled[:, :, 2].permute(0, 2, 3, 1).contiguous() if tokens_innermost else scaled[:, :, 2].contiguous()

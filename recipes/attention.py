@@ -10,12 +10,12 @@ from recipes.attention_processor import Processor
 from recipes.optimization import Needs, Optimization
 from recipes.recipe import Recipe
 
-_HOPPER = {"device": "cuda", "capability": (9, 0), "capability_below": (10, 0)}
+_FLASH_ATTENTION_3 = Needs("cuda", capability=(9, 0), capability_below=(10, 0), packages=flash_attention_3.PACKAGES)
 _NEEDS = {
     "native": Needs(),
     "cudnn": Needs(device="cuda", capability=(8, 0)),
-    "fa3": Needs(**_HOPPER, packages=flash_attention_3.PACKAGES),
-    "fa3_fp8": Needs(**_HOPPER, packages=flash_attention_3.PACKAGES),
+    "fa3": _FLASH_ATTENTION_3,
+    "fa3_fp8": _FLASH_ATTENTION_3,
     "cudnn_fp8": Needs(device="cuda", capability=(9, 0), packages=("cudnn",)),
     "triton_fp8": Needs(device="cuda", capability=(8, 9), packages=("triton",)),
 }

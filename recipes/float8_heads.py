@@ -21,6 +21,7 @@ def to_float8(x: torch.Tensor, per_head: bool = True) -> tuple[torch.Tensor, tor
 
 
 def tokens_innermost(x: torch.Tensor) -> torch.Tensor:
-    """x [batch, tokens, heads, head_dim] float8_e4m3fn as [batch, heads, head_dim, tokens], zeros up to a multiple of 16."""
+    """x [batch, tokens, heads, head_dim] float8_e4m3fn as [batch, heads, head_dim, tokens], the tokens' number padded
+    with zeros to a multiple of 16."""
     by_bytes = x.view(torch.uint8).permute(0, 2, 3, 1)  # padding knows no float8
     return torch.nn.functional.pad(by_bytes, (0, -x.shape[1] % 16)).contiguous().view(x.dtype)

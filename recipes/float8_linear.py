@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -14,7 +16,7 @@ class Float8Linear(nn.Module):
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
-        quantized = linear.weight
+        quantized: Any = linear.weight  # a torchao Float8Tensor
         self.weight = nn.Parameter(quantized.qdata, requires_grad=False)  # [out features, in features] float8_e4m3fn
         self.weight_scale = nn.Parameter(quantized.scale, requires_grad=False)  # [out features, 1] float32
         self.bias = linear.bias

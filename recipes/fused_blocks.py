@@ -23,6 +23,7 @@ from recipes.attention_backends import Backend
 from recipes.kernels import adaln, cast, gelu, qkv, residual
 
 Rotary = tuple[Tensor, Tensor]
+Kernels = Any  # Plain or Float8: what one's adaln and gelu give, its linear takes
 
 
 class Rows(NamedTuple):
@@ -139,16 +140,15 @@ def _refuse(joint_attention_kwargs: dict[str, Any] | None) -> None:
         raise NotImplementedError(f"fused kernels take no {name}: use a recipe with fused_kernels=false")
 
 
-def _modulation(norm: nn.Module, temb: Tensor, parts: int) -> tuple[Tensor, ...]:
+def _modulation(norm: Any, temb: Tensor, parts: int) -> tuple[Tensor, ...]:
     """`parts` of [batch, dim]: shift, scale and gate of the attention, then those of the feed-forward."""
     return norm.linear(norm.silu(temb)).chunk(parts, dim=1)
 
 
-def _attention(
-    kernels: Plain | Float8, attn: FluxAttention, image: Tensor, text: Tensor | None, rotary: Rotary
-) -> Tensor:
+def _attention(kernels: Kernels, attn: FluxAttention, image: Tensor, text: Tensor | None, rotary: Rotary) -> Tensor:
     """image and text [batch, tokens, 3 * dim], fused projections; returns [batch, tokens, dim], text first."""
-    image_qkv, text_qkv = (None if x is None else x.unflatten(-1, (3, -1, attn.head_dim)) for x in (image, text))
+    heads = (3, -1, attn.head_dim)
+    image_qkv, text_qkv = image.unflatten(-1, heads), None if text is None else text.unflatten(-1, heads)
     added = (None, None) if text is None else (attn.norm_added_q.weight, attn.norm_added_k.weight)
     arguments = (image_qkv, text_qkv, attn.norm_q.weight, attn.norm_k.weight, *added, *rotary, attn.norm_q.eps)
     float8 = kernels.attention.float8
@@ -159,13 +159,13 @@ def _attention(
         out = float8.attend(query_key[:, :, 0], query_key[:, :, 1], value, descales)
     else:
         parts = qkv.qk_norm_rotary(*arguments)
-        value = image_qkv[:, :, 2] if text is None else parts[:, :, 2]
+        value = (image_qkv if text is None else parts)[:, :, 2]
         out = kernels.attention.attend(parts[:, :, 0], parts[:, :, 1], value)
     return out.flatten(2, 3)
 
 
 def _feed_forward(
-    kernels: Plain | Float8, ff: nn.Module, update: Tensor, before: Tensor, modulation: tuple[Tensor, ...], eps: float
+    kernels: Kernels, ff: Any, update: Tensor, before: Tensor, modulation: tuple[Tensor, ...], eps: float
 ) -> Tensor:
     """A stream's gated attention output, AdaLN and feed-forward. modulation: gate, shift, scale, gate."""
     gate, shift, scale, gate_after = modulation

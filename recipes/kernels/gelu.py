@@ -1,4 +1,4 @@
-"""GELU (tanh form) with a row scale and the cast to float8 in one pass; for the single block beside the attention output.
+"""GELU (tanh form), row scale and cast to float8 in one pass; for the single block beside the attention output.
 
 The single block's output projection takes [attention output, GELU(mlp)]: both parts are written into one buffer with
 one scale a row, so that there is no concatenation. Per row: 2 bytes read and 1 written a value; 4608 rows of 15360

@@ -72,7 +72,7 @@ def qk_norm_rotary(
     sin: torch.Tensor,
     eps: float,
 ) -> torch.Tensor:
-    """Query and key after RMSNorm and rotary embedding, text tokens before image tokens; the values too if there is text.
+    """Query and key after RMSNorm and rotary embedding, text before image tokens; the values too if there is text.
 
     image [batch, image tokens, 3, heads, head_dim], text the same or None, each token's 3 x heads x head_dim
     contiguous; the norms' weights [head_dim]; cos and sin [tokens, head_dim] float32, each pair of columns one angle's.
@@ -104,8 +104,9 @@ def qkv_norm_rotary_float8(
     """Query, key and value for float8 attention; the arguments are those of `qk_norm_rotary`.
 
     Returns query and key [batch, tokens, 2, heads, head_dim] and the values, float8_e4m3fn, and the float32 descales
-    [3, batch, heads] of query, key and value; the values' is one for all heads unless value_per_head. The values are [batch, tokens, heads, head_dim], or, tokens_innermost,
-    [batch, heads, head_dim, tokens rounded up to 16], where what lies beyond the tokens is not set.
+    [3, batch, heads] of query, key and value; the values' is one for all heads unless value_per_head. The values are
+    [batch, tokens, heads, head_dim], or, tokens_innermost, [batch, heads, head_dim, tokens rounded up to 16], where
+    what lies beyond the tokens is not set.
     """
     batch, tokens, _, heads, head_dim = image.shape
     tokens += 0 if text is None else text.shape[1]

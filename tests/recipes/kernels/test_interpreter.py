@@ -1,4 +1,4 @@
-"""The kernels' tests on the CPU: in a process of their own, since Triton is an interpreter from its import on or not."""
+"""The kernels' tests on the CPU: in a process of their own, since Triton's import decides."""
 
 from __future__ import annotations
 

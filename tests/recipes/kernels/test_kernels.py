@@ -200,7 +200,7 @@ ATTENTION_SIZES = [
 
 
 def choose(config: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the kernel have one of its configurations; in the interpreter with blocks that small sizes have several of."""
+    """Let the kernel have one of its configurations; in the interpreter with blocks smaller than the inputs."""
     if INTERPRETED:
         monkeypatch.setattr(attention.CONFIGS[config], "kwargs", {"QUERIES": 32, "KEYS": 32})
     monkeypatch.setattr(attention._attention_kernel, "configs", [attention.CONFIGS[config]])
