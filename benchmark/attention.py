@@ -8,10 +8,8 @@ inputs, casts included: of standard normal ones, and of ones whose query and key
 from __future__ import annotations
 
 import math
-import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,14 +17,13 @@ import torch
 from utils.quiet import quiet
 
 with quiet():
+    from benchmark import series
     from benchmark.device_timing import graph_ms
-    from benchmark.runner import command_text
     from recipes import attention, float8_heads
     from recipes.attention_backends import backend
     from recipes.recipe import Recipe
-    from utils import command_line, environment, results
-    from utils.errors import UsageError, one_line, run_command
-    from utils.files import check_folder
+    from utils import command_line
+    from utils.errors import UsageError, run_command
 
 BACKENDS = ("native", "cudnn", "fa3", "fa3_fp8", "triton_fp8", "cudnn_fp8")
 HEADS, HEAD_DIM = 24, 128
@@ -76,59 +73,37 @@ def measure(name: str, tokens: int, device: torch.device) -> dict[str, Any]:
     return {"ms": ms, "tflops": flops / ms["median"] / 1e9, "relative_error": errors}
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    lines = ["tokens  backend       ms     TFLOP/s  error: random  rms-normed"]
-    for row in rows:
-        start = f"{row['tokens']:>6}  {row['backend']:<10}"
-        if "ms" in row:
-            error = row["relative_error"]
-            rate = f"{row['ms']['median']:7.3f}  {row['tflops']:9.0f}"
-            lines.append(f"{start}  {rate}  {error['random']:13.4f}  {error['rms_normed']:10.4f}")
-        else:
-            lines.append(f"{start}  {row.get('skipped') or 'failed: ' + row['failed']}")
-    return "\n".join(lines)
+def line(row: dict[str, Any]) -> str:
+    text = f"{row['tokens']:>6}  {row['backend']:<10}"
+    if "ms" in row:
+        error = row["relative_error"]
+        text += f"  {row['ms']['median']:7.3f}  {row['tflops']:9.0f}"
+        text += f"  {error['random']:13.4f}  {error['rms_normed']:10.4f}"
+    return text
 
 
 def main() -> None:
     parser = command_line.Parser(description=__doc__)
     parser.add_argument("--tokens", type=int, nargs="+", default=[4352, 4608, 8704])
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS))
-    parser.add_argument("--output", type=Path, required=True, help="the result file, written after each measurement")
-    parser.add_argument("--seconds", type=float, default=105, help="begin no further measurement after that long")
-    parser.add_argument("--commit", help="the commit to record where no git is at hand")
-    parser.add_argument("--debug", action="store_true", help="show an error's traceback")
+    series.add_options(parser)
     arguments = parser.parse_args()
 
     def benchmark() -> None:
-        if not torch.cuda.is_available():
-            raise UsageError("attention backends are timed on a GPU, and there is none")
         if min(arguments.tokens) < 1:
             raise UsageError(f"--tokens {min(arguments.tokens)}: give at least 1")
-        check_folder(arguments.output)
-        device, begun = torch.device("cuda"), time.monotonic()
-        machine = environment.capture(device, arguments.commit)
-        rows: list[dict[str, Any]] = []
-        for tokens in arguments.tokens:
-            for name in arguments.backends:
-                row: dict[str, Any] = {"backend": name, "tokens": tokens}
-                refusal = attention.OPTIMIZATION.refusal(Recipe(attention=name), device)
-                if refusal is not None:
-                    row["skipped"] = refusal
-                elif time.monotonic() - begun > arguments.seconds:
-                    row["skipped"] = f"no time left of {arguments.seconds:.0f} s"
-                else:
-                    try:
-                        row |= measure(name, tokens, device)
-                    except Exception as error:  # the others are worth their measurement
-                        row["failed"] = f"{type(error).__name__}: {one_line(error)}"
-                        if arguments.debug:
-                            sys.excepthook(*sys.exc_info())
-                rows.append(row)
-                print(table([row]).splitlines()[1], file=sys.stderr, flush=True)
-                state = environment.device_state(device)
-                about = {"environment": {**machine, "after": state}, "command": command_text()}
-                results.write(arguments.output, {"heads": HEADS, "head_dim": HEAD_DIM, "attention": rows, **about})
-        print(table(rows))
+        device = series.check(arguments)
+        measurements = [
+            series.Measurement(
+                {"backend": name, "tokens": tokens, "heads": HEADS, "head_dim": HEAD_DIM},
+                partial(measure, name, tokens, device),
+                attention.OPTIMIZATION.refusal(Recipe(attention=name), device),
+            )
+            for tokens in arguments.tokens
+            for name in arguments.backends
+        ]
+        header = "tokens  backend          ms    TFLOP/s  error: random  rms-normed"
+        series.run("attention", measurements, header, line, arguments, device)
 
     run_command(benchmark, arguments.debug)
 

@@ -7,11 +7,9 @@ of the fused form once; inputs rotate through more memory than the second-level 
 from __future__ import annotations
 
 import math
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,11 +17,10 @@ import torch
 from utils.quiet import quiet
 
 with quiet():
+    from benchmark import series
     from benchmark.device_timing import graph_ms
-    from benchmark.runner import command_text
-    from utils import command_line, environment, results
-    from utils.errors import UsageError, one_line, run_command
-    from utils.files import check_folder
+    from utils import command_line
+    from utils.errors import run_command
 
 TEXT, IMAGE, DIM, HEADS, HEAD_DIM = 512, 4096, 3072, 24, 128
 ROTATE_BYTES = 256 * 2**20
@@ -157,49 +154,24 @@ def measure(case: Case) -> dict[str, Any]:
     return {**row, "unfused_ms": unfused, "speed_up": unfused["median"] / fused["median"]}
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    lines = ["kernel                           fused us   GB/s  unfused us  speed-up"]
-    for row in rows:
-        if "fused_ms" in row:
-            fused, unfused = 1000 * row["fused_ms"]["median"], 1000 * row["unfused_ms"]["median"]
-            figures = f"{fused:9.1f}  {row['fused_gb_per_s']:5.0f}  {unfused:10.1f}  {row['speed_up']:8.2f}"
-        else:
-            figures = row.get("skipped") or "failed: " + row["failed"]
-        lines.append(f"{row['kernel']:<31}  {figures}")
-    return "\n".join(lines)
+def line(row: dict[str, Any]) -> str:
+    text = f"{row['kernel']:<31}"
+    if "fused_ms" in row:
+        fused, unfused = 1000 * row["fused_ms"]["median"], 1000 * row["unfused_ms"]["median"]
+        text += f"  {fused:8.1f}  {row['fused_gb_per_s']:5.0f}  {unfused:10.1f}  {row['speed_up']:8.2f}"
+    return text
 
 
 def main() -> None:
     parser = command_line.Parser(description=__doc__)
-    parser.add_argument("--output", type=Path, required=True, help="the result file, written after each measurement")
-    parser.add_argument("--seconds", type=float, default=105, help="begin no further measurement after that long")
-    parser.add_argument("--commit", help="the commit to record where no git is at hand")
-    parser.add_argument("--debug", action="store_true", help="show an error's traceback")
+    series.add_options(parser)
     arguments = parser.parse_args()
 
     def benchmark() -> None:
-        if not torch.cuda.is_available():
-            raise UsageError("kernels are timed on a GPU, and there is none")
-        check_folder(arguments.output)
-        device, begun = torch.device("cuda"), time.monotonic()
-        machine = environment.capture(device, arguments.commit)
-        rows: list[dict[str, Any]] = []
-        for case in cases():
-            row: dict[str, Any] = {"kernel": case.name}
-            if time.monotonic() - begun > arguments.seconds:
-                row["skipped"] = f"no time left of {arguments.seconds:.0f} s"
-            else:
-                try:
-                    row |= measure(case)
-                except Exception as error:  # the others are worth their measurement
-                    row["failed"] = f"{type(error).__name__}: {one_line(error)}"
-                    if arguments.debug:
-                        sys.excepthook(*sys.exc_info())
-            rows.append(row)
-            print(table([row]).splitlines()[1], file=sys.stderr, flush=True)
-            about = {"environment": {**machine, "after": environment.device_state(device)}, "command": command_text()}
-            results.write(arguments.output, {"kernels": rows, **about})
-        print(table(rows))
+        device = series.check(arguments)
+        measurements = [series.Measurement({"kernel": case.name}, partial(measure, case)) for case in cases()]
+        header = f"{'kernel':<31}  fused us   GB/s  unfused us  speed-up"
+        series.run("kernels", measurements, header, line, arguments, device)
 
     run_command(benchmark, arguments.debug)
 
