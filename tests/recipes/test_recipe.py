@@ -23,7 +23,7 @@ def test_frozen_and_usable_as_key() -> None:
     [
         ({"dtype": "float16"}, "dtype is one of float32, bfloat16, not 'float16'"),
         ({"execution": "jit"}, "execution is one of eager, compile, aoti"),
-        ({"attention": True}, "attention is one of native, cudnn, fa3_fp8, not True"),
+        ({"attention": True}, "attention is one of native, cudnn, fa3, fa3_fp8, cudnn_fp8, triton_fp8, not True"),
         ({"quantization": "int8"}, "quantization is one of"),
         ({"fused_qkv": "yes"}, "fused_qkv is true or false, not 'yes'"),
         ({"fused_qkv": 1}, "fused_qkv is true or false, not 1"),
@@ -35,6 +35,12 @@ def test_frozen_and_usable_as_key() -> None:
         ({"inductor_flags": InductorFlags(epilogue_fusion=False)}, "inductor_flags has no effect"),
         ({"execution": "compile", "cache": FirstBlockCache()}, "cache needs execution=eager"),
         ({"execution": "aoti", "cache": FirstBlockCache()}, "cache needs execution=eager"),
+        ({"fused_kernels": True, "fused_qkv": True}, "fused_kernels needs dtype=bfloat16"),
+        ({"fused_kernels": True, "dtype": "bfloat16"}, "fused_kernels needs fused_qkv=true"),
+        (
+            {"fused_kernels": True, "dtype": "bfloat16", "fused_qkv": True, "quantization": "float8_per_tensor"},
+            "fused_kernels needs quantization=none or float8_per_row",
+        ),
     ],
 )
 def test_refuses(changes: dict, words: str) -> None:
@@ -69,11 +75,15 @@ def test_hash_differs_for_every_field() -> None:
         Recipe(fused_qkv=True),
         Recipe(channels_last=True),
         Recipe(attention="cudnn"),
+        Recipe(attention="fa3"),
         Recipe(attention="fa3_fp8"),
+        Recipe(attention="cudnn_fp8"),
+        Recipe(attention="triton_fp8"),
         Recipe(quantization="float8_per_row"),
         Recipe(quantization="float8_per_tensor"),
         Recipe(cache=FirstBlockCache()),
         Recipe(cache=FirstBlockCache(0.2)),
+        Recipe(dtype="bfloat16", fused_qkv=True, fused_kernels=True),
     ]
     changed = {name for recipe in variants for name in recipe.differences(Recipe())}
     assert changed == {field.name for field in dataclasses.fields(Recipe)}, "a field is missing from this test"
