@@ -111,7 +111,8 @@ class Recipe:
 
     def without(self, name: str) -> Recipe:
         """This recipe with field `name` at its default, and with it the fields that mean nothing then."""
-        names = (name, *COMPILER_FIELDS) if name == "execution" else (name,)
+        dependent = {"execution": COMPILER_FIELDS, "dtype": ("fused_kernels",), "fused_qkv": ("fused_kernels",)}
+        names = (name, *dependent.get(name, ()))
         return replace(self, **{n: default(n) for n in names})
 
     def to_dict(self) -> dict[str, Any]:

@@ -111,3 +111,6 @@ def test_without_puts_back_the_default_and_what_depends_on_it() -> None:
     recipe = Recipe(dtype="bfloat16", execution="compile", max_autotune=True, compile_scope="whole", fused_qkv=True)
     assert recipe.without("fused_qkv") == replace(recipe, fused_qkv=default("fused_qkv"))
     assert recipe.without("execution") == Recipe(dtype="bfloat16", fused_qkv=True)
+    fused = Recipe(dtype="bfloat16", fused_qkv=True, fused_kernels=True)
+    assert fused.without("fused_qkv") == Recipe(dtype="bfloat16")
+    assert fused.without("dtype") == Recipe(fused_qkv=True)
