@@ -80,6 +80,7 @@ def many_recipes() -> list[Recipe]:
         "quantization": ("none", "float8_per_tensor"),
         "inductor_flags": (InductorFlags(), InductorFlags(epilogue_fusion=True, conv_1x1_as_mm=False)),
         "cache": (None, FirstBlockCache(0.125)),
+        "fused_kernels": (False, True),
     }
     assert set(values) == {field.name for field in fields(Recipe)}
     recipes = []
