@@ -127,9 +127,11 @@ def single_block(
     image, text = hidden_states, encoder_hidden_states
     shift, scale, gate = _modulation(self.norm, temb, 3)
     normed = kernels.adaln(image, text, shift, scale, self.norm.norm.eps)
-    attended = _attention(kernels, attn, kernels.linear(attn.to_qkv, normed), None, image_rotary_emb)
-    both = kernels.concat_gelu(attended, kernels.linear(self.proj_mlp, normed))
-    joint = residual.gated_residual(kernels.linear(self.proj_out, both), gate, image, text)
+    projected = kernels.linear(self.proj_qkv_mlp, normed)
+    projected_qkv, projected_mlp = projected.split([3 * attn.inner_dim, self.mlp_hidden_dim], dim=2)
+    attended = _attention(kernels, attn, projected_qkv, None, image_rotary_emb)
+    update = kernels.linear(self.proj_out, kernels.concat_gelu(attended, projected_mlp))
+    joint = residual.gated_residual(update, gate, image, text)
     text, image = joint.split([text.shape[1], image.shape[1]], dim=1)
     return text, image
 

@@ -2,13 +2,15 @@
 
 What Inductor leaves apart, because a row's scale has to be known before the row can be cast: AdaLN, GELU and gated
 residual, each with the cast to float8; RMSNorm, rotary embedding and the joining of both streams; no concatenation
-before the single block's output projection. With Linears in bfloat16 nothing is cast, and nothing is lost.
+before the single block's output projection, and, since the kernels read parts of a wider row as well, one GEMM for its
+query, key, value and MLP. With Linears in bfloat16 nothing is cast, and nothing is lost.
 """
 
 from __future__ import annotations
 
 from types import MethodType
 
+import torch
 from diffusers import DiffusionPipeline, FluxTransformer2DModel
 from torch import nn
 
@@ -34,9 +36,22 @@ def _apply(pipe: DiffusionPipeline, recipe: Recipe) -> str:
         for block in blocks:
             block.kernels = kernels
             block.forward = MethodType(forward, block)
+    for block in transformer.single_transformer_blocks:
+        block.proj_qkv_mlp = _joined(block.attn.to_qkv, block.proj_mlp)
+        del block.attn.to_qkv, block.proj_mlp
     return f"{type(kernels).__name__.lower()} kernels in {len(transformer.transformer_blocks)} double and " + (
         f"{len(transformer.single_transformer_blocks)} single blocks"
     )
+
+
+def _joined(first: nn.Module, second: nn.Module) -> nn.Module:
+    """`first`, giving the output features of `second` too, after its own."""
+    for name, parameter in list(first.named_parameters()):
+        both = torch.cat([parameter.detach(), second.get_parameter(name).detach()])
+        setattr(first, name, nn.Parameter(both, requires_grad=False))
+    if isinstance(first, nn.Linear):
+        first.out_features = len(first.weight)
+    return first
 
 
 def _take_rows(transformer: FluxTransformer2DModel) -> None:

@@ -68,7 +68,7 @@ def test_float8_is_as_exact_as_unfused(load: Callable, apply: Callable, error: C
     apply(fused, recipe)
     assert 1e-3 < error(fused) <= 1.2 * error(plain)
     linears = [name for name, module in fused.transformer.named_modules() if isinstance(module, Float8Linear)]
-    assert len(linears) == 2 * 8 + 4 * 3, "every Linear of the blocks but the modulation's"
+    assert len(linears) == 2 * 8 + 4 * 2, "every Linear of the blocks but the modulation's"
 
 
 def test_float8_weights_are_not_copied(load: Callable, apply: Callable) -> None:
@@ -79,6 +79,17 @@ def test_float8_weights_are_not_copied(load: Callable, apply: Callable) -> None:
     linear = pipe.transformer.transformer_blocks[0].ff.net[2]
     assert linear.weight.data_ptr() == weight.qdata.data_ptr()
     assert linear.weight_scale.data_ptr() == weight.scale.data_ptr()
+
+
+@pytest.mark.parametrize("quantization", ["none", "float8_per_row"])
+def test_parameters_are_as_many_as_before(load: Callable, apply: Callable, quantization: str) -> None:
+    plain, fused = load(), load()
+    apply(plain, Recipe(dtype="bfloat16", fused_qkv=True))
+    apply(fused, replace(FUSED, quantization=quantization))
+    before, after = ({n: p.numel() for n, p in x.transformer.named_parameters()} for x in (plain, fused))
+    scales = sum(size for name, size in after.items() if name.endswith("weight_scale"))
+    assert sum(after.values()) - scales == sum(before.values())
+    assert (scales > 0) == (quantization != "none")
 
 
 def test_attention_alone_in_float8(load: Callable, apply: Callable, error: Callable) -> None:
