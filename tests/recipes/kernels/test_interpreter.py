@@ -13,7 +13,7 @@ import torch
 
 from utils.files import ROOT
 
-TESTS = ("test_kernels.py", "test_fused_blocks.py")
+TESTS = ("test_kernels.py", "test_fused_blocks.py", "test_benchmark_cases.py")
 
 
 @pytest.mark.slow
@@ -25,6 +25,4 @@ def test_kernels_in_the_interpreter(name: str) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    passed = re.search(r"(\d+) passed", done.stdout)
-    assert passed is not None
-    assert int(passed[1]) > 3, done.stdout
+    assert re.search(r"[1-9]\d* passed", done.stdout), done.stdout
