@@ -23,11 +23,15 @@ class Float8Attend:
 
     attend(query, key, value, descales [3, batch, heads]): bfloat16 [batch, tokens, heads, head_dim].
     tokens_innermost: the layout of the values that it takes; value_per_head: whether their scale is a head's own.
+    rows: the same as `attend`, where it gives float8 itself: that, and its float32 scale [batch, tokens, 1].
     """
 
     attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
     tokens_innermost: bool
     value_per_head: bool
+    rows: (
+        Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None
+    ) = None
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,8 @@ def backend(name: str) -> Backend:
     if name == "cudnn_fp8":
         from recipes import cudnn_attention
 
-        return Backend(cudnn_attention.cudnn_fp8, Float8Attend(cudnn_attention.attention_from_float8, False, False))
+        float8 = Float8Attend(cudnn_attention.attention_from_float8, False, False, cudnn_attention.rows_from_float8)
+        return Backend(cudnn_attention.cudnn_fp8, float8)
     assert name == "triton_fp8", name
     from recipes.kernels import attention
 

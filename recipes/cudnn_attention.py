@@ -102,15 +102,26 @@ def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scalars: torc
     return query.new_empty(query.shape)
 
 
-def attention_from_float8(
+def rows_from_float8(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, descales: torch.Tensor
-) -> torch.Tensor:
-    """Attention over float8_e4m3fn [batch, tokens, heads, head_dim] in bfloat16; descales [3, batch, heads], all heads
-    of a part having the same."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention over float8_e4m3fn [batch, tokens, heads, head_dim], in the same, and its scale [batch, tokens, 1].
+
+    descales [3, batch, heads] float32, of which all of a part are the same.
+    """
     q, k, v = descales[:, 0, 0].unbind(0)
     s = torch.full_like(q, _PROBABILITIES_SCALE)
     scalars = torch.stack([q, k, v, 1 / s, s, 1 / v])[:, None].expand(-1, 4).contiguous()
-    return (cudnn_attention_float8(query, key, value, scalars).float() * v).to(torch.bfloat16)
+    out = cudnn_attention_float8(query, key, value, scalars)
+    return out, v.expand(*out.shape[:2], 1).contiguous()
+
+
+def attention_from_float8(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, descales: torch.Tensor
+) -> torch.Tensor:
+    """`rows_from_float8` in bfloat16."""
+    out, scale = rows_from_float8(query, key, value, descales)
+    return (out.float() * scale[..., None]).to(torch.bfloat16)
 
 
 def cudnn_fp8(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

@@ -53,8 +53,8 @@ class Plain:
     def concat_gelu(self, attended: Tensor, hidden: Tensor) -> Tensor:
         return gelu.concat_gelu(attended, hidden)
 
-    def rows(self, x: Tensor) -> Tensor:
-        return x
+    def streams(self, attended: Tensor, tokens: list[int]) -> list[Tensor]:
+        return list(attended.split(tokens, dim=1))
 
     def linear(self, linear: nn.Module, x: Tensor) -> Tensor:
         return linear(x)
@@ -78,11 +78,14 @@ class Float8:
     def gelu(self, hidden: Tensor) -> Rows:
         return Rows(*gelu.gelu_float8(hidden))
 
-    def concat_gelu(self, attended: Tensor, hidden: Tensor) -> Rows:
-        return Rows(*gelu.concat_gelu_float8(attended, hidden))
+    def concat_gelu(self, attended: Tensor | Rows, hidden: Tensor) -> Rows:
+        values, scale = attended if isinstance(attended, Rows) else (attended, None)
+        return Rows(*gelu.concat_gelu_float8(values, hidden, scale))
 
-    def rows(self, x: Tensor) -> Rows:
-        return Rows(*cast.rows_float8(x))
+    def streams(self, attended: Tensor | Rows, tokens: list[int]) -> list[Rows]:
+        if isinstance(attended, Rows):
+            return [Rows(*parts) for parts in zip(*(x.split(tokens, dim=1) for x in attended), strict=True)]
+        return [Rows(*cast.rows_float8(stream)) for stream in attended.split(tokens, dim=1)]
 
     def linear(self, linear: nn.Module, x: Rows) -> Tensor:
         return linear(x.values, x.scale)
@@ -105,9 +108,9 @@ def double_block(
     text_normed = kernels.adaln(text, None, *of_text[:2], self.norm1_context.norm.eps)
     image_qkv, text_qkv = kernels.linear(attn.to_qkv, image_normed), kernels.linear(attn.to_added_qkv, text_normed)
     attended = _attention(kernels, attn, image_qkv, text_qkv, image_rotary_emb)
-    of_text_tokens, of_image_tokens = attended.split([text.shape[1], image.shape[1]], dim=1)
-    image_update = kernels.linear(attn.to_out[0], kernels.rows(of_image_tokens))
-    text_update = kernels.linear(attn.to_add_out, kernels.rows(of_text_tokens))
+    of_text_tokens, of_image_tokens = kernels.streams(attended, [text.shape[1], image.shape[1]])
+    image_update = kernels.linear(attn.to_out[0], of_image_tokens)
+    text_update = kernels.linear(attn.to_add_out, of_text_tokens)
     image = _feed_forward(kernels, self.ff, image_update, image, of_image[2:], self.norm2.eps)
     text = _feed_forward(kernels, self.ff_context, text_update, text, of_text[2:], self.norm2_context.eps)
     return text, image
@@ -147,20 +150,24 @@ def _modulation(norm: Any, temb: Tensor, parts: int) -> tuple[Tensor, ...]:
     return norm.linear(norm.silu(temb)).chunk(parts, dim=1)
 
 
-def _attention(kernels: Kernels, attn: FluxAttention, image: Tensor, text: Tensor | None, rotary: Rotary) -> Tensor:
+def _attention(
+    kernels: Kernels, attn: FluxAttention, image: Tensor, text: Tensor | None, rotary: Rotary
+) -> Tensor | Rows:
     """image and text [batch, tokens, 3 * dim], fused projections; returns [batch, tokens, dim], text first."""
     heads = (3, -1, attn.head_dim)
     image_qkv, text_qkv = image.unflatten(-1, heads), None if text is None else text.unflatten(-1, heads)
     added = (None, None) if text is None else (attn.norm_added_q.weight, attn.norm_added_k.weight)
-    arguments = (image_qkv, text_qkv, attn.norm_q.weight, attn.norm_k.weight, *added, *rotary, attn.norm_q.eps)
+    of_qkv = (image_qkv, text_qkv, attn.norm_q.weight, attn.norm_k.weight, *added, *rotary, attn.norm_q.eps)
     float8 = kernels.attention.float8
     if float8 is not None:
-        query_key, value, descales = qkv.qkv_norm_rotary_float8(
-            *arguments, float8.tokens_innermost, float8.value_per_head
-        )
-        out = float8.attend(query_key[:, :, 0], query_key[:, :, 1], value, descales)
+        query_key, value, descales = qkv.qkv_norm_rotary_float8(*of_qkv, float8.tokens_innermost, float8.value_per_head)
+        arguments = (query_key[:, :, 0], query_key[:, :, 1], value, descales)
+        if float8.rows is not None and isinstance(kernels, Float8):
+            values, scale = float8.rows(*arguments)
+            return Rows(values.flatten(2, 3), scale)
+        out = float8.attend(*arguments)
     else:
-        parts = qkv.qk_norm_rotary(*arguments)
+        parts = qkv.qk_norm_rotary(*of_qkv)
         value = (image_qkv if text is None else parts)[:, :, 2]
         out = kernels.attention.attend(parts[:, :, 0], parts[:, :, 1], value)
     return out.flatten(2, 3)

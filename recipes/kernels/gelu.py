@@ -17,14 +17,21 @@ from torch.library import triton_op, wrap_triton
 from recipes.kernels.rows import block_and_warps, check_rows, gelu_tanh, row_scale, rows_to_float8, to_e4m3
 
 
-def reference(attention: torch.Tensor | None, hidden: torch.Tensor) -> torch.Tensor:
-    """[attention, GELU(hidden)] along the last dimension, in float32."""
+def reference(
+    attention: torch.Tensor | None, hidden: torch.Tensor, attention_scale: torch.Tensor | None = None
+) -> torch.Tensor:
+    """[attention * attention_scale, GELU(hidden)] along the last dimension, in float32."""
     activated = torch.nn.functional.gelu(hidden.float(), approximate="tanh")
-    return activated if attention is None else torch.cat([attention.float(), activated], dim=-1)
+    if attention is None:
+        return activated
+    scaled = attention.float() if attention_scale is None else attention.float() * attention_scale
+    return torch.cat([scaled, activated], dim=-1)
 
 
-def reference_float8(attention: torch.Tensor | None, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return rows_to_float8(reference(attention, hidden))
+def reference_float8(
+    attention: torch.Tensor | None, hidden: torch.Tensor, attention_scale: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return rows_to_float8(reference(attention, hidden, attention_scale))
 
 
 @triton_op("flux_fast::concat_gelu", mutates_args=())
@@ -40,12 +47,17 @@ def concat_gelu(attention: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
 
 
 @triton_op("flux_fast::concat_gelu_float8", mutates_args=())
-def concat_gelu_float8(attention: torch.Tensor, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`concat_gelu`, as float8_e4m3fn [batch, tokens, dim + hidden dim] and its float32 scale [batch, tokens, 1]."""
+def concat_gelu_float8(
+    attention: torch.Tensor, hidden: torch.Tensor, attention_scale: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`concat_gelu`, as float8_e4m3fn [batch, tokens, dim + hidden dim] and its float32 scale [batch, tokens, 1].
+
+    The attention may be float8 already, with its scale [batch, tokens, 1] float32, contiguous.
+    """
     columns = attention.shape[2] + hidden.shape[2]
     out = hidden.new_empty((*hidden.shape[:2], columns), dtype=torch.float8_e4m3fn)
     scale = hidden.new_empty((*hidden.shape[:2], 1), dtype=torch.float32)
-    _launch(attention, hidden, out, scale)
+    _launch(attention, hidden, out, scale, attention_scale)
     return out, scale
 
 
@@ -59,7 +71,11 @@ def gelu_float8(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _launch(
-    attention: torch.Tensor | None, hidden: torch.Tensor, out: torch.Tensor, scale: torch.Tensor | None
+    attention: torch.Tensor | None,
+    hidden: torch.Tensor,
+    out: torch.Tensor,
+    scale: torch.Tensor | None,
+    attention_scale: torch.Tensor | None = None,
 ) -> None:
     check_rows(attention=attention, hidden=hidden)
     batch, tokens, columns = hidden.shape
@@ -67,16 +83,18 @@ def _launch(
     before = hidden if attention is None else attention
     dim = 0 if attention is None else attention.shape[2]
     wrap_triton(_concat_gelu_kernel)[(tokens, batch)](
-        before, hidden, out, out if scale is None else scale, tokens,
+        before, before if attention_scale is None else attention_scale,
+        hidden, out, out if scale is None else scale, tokens,
         before.stride(0), before.stride(1), hidden.stride(0), hidden.stride(1),
         DIM=dim, DIM_BLOCK=triton.next_power_of_2(max(dim, 1)), HIDDEN=columns, HIDDEN_BLOCK=block,
-        FLOAT8=scale is not None, num_warps=warps,
+        FLOAT8=scale is not None, SCALED=attention_scale is not None, num_warps=warps,
     )  # fmt: skip
 
 
 @triton.jit
 def _concat_gelu_kernel(
     attention,
+    attention_scale,
     hidden,
     out,
     out_scale,
@@ -90,6 +108,7 @@ def _concat_gelu_kernel(
     HIDDEN: tl.constexpr,  # noqa: N803
     HIDDEN_BLOCK: tl.constexpr,  # noqa: N803
     FLOAT8: tl.constexpr,  # noqa: N803
+    SCALED: tl.constexpr,  # noqa: N803
 ):
     token, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
     index = batch * tokens + token
@@ -103,6 +122,8 @@ def _concat_gelu_kernel(
         before_mask = before < DIM
         z = tl.load(attention + batch * attention_batch + token * attention_row + before, before_mask, other=0.0)
         z = z.to(tl.float32)
+        if SCALED:
+            z *= tl.load(attention_scale + index)
     if FLOAT8:
         amax = tl.max(tl.abs(y), axis=0)
         if DIM > 0:

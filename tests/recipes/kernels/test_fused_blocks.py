@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 pytest.importorskip("triton", reason="needs the package triton, which isn't installed")
 
 import recipes
-from recipes import Recipe, attention, float8, fused_kernels, fused_qkv
+from recipes import Recipe, attention, cudnn_attention, float8, fused_kernels, fused_qkv
 from recipes.float8_linear import Float8Linear
 from recipes.kernels.attention import CONFIGS, _attention_kernel
 
@@ -29,6 +29,7 @@ def apply(monkeypatch: pytest.MonkeyPatch) -> Callable[[DiffusionPipeline, Recip
         return recipes.apply
     monkeypatch.setattr(CONFIGS[0], "kwargs", {"QUERIES": 32, "KEYS": 32})
     monkeypatch.setattr(_attention_kernel, "configs", CONFIGS[:1])
+    monkeypatch.setattr(cudnn_attention, "cudnn_attention_float8", as_cudnn_has_it)
 
     def call(pipe: DiffusionPipeline, recipe: Recipe) -> None:
         for optimization in (attention, fused_qkv, float8, fused_kernels):
@@ -36,6 +37,22 @@ def apply(monkeypatch: pytest.MonkeyPatch) -> Callable[[DiffusionPipeline, Recip
                 optimization.OPTIMIZATION.apply(pipe, recipe)
 
     return call
+
+
+def as_cudnn_has_it(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scalars: torch.Tensor) -> torch.Tensor:
+    """`cudnn_attention_float8` in plain PyTorch, for where there is no GPU to run it."""
+    descale_q, descale_k, descale_v, descale_s, scale_s, scale_o = scalars[:, 0]
+    scores = torch.einsum("bqhd,bkhd->bhqk", q.float() * descale_q, k.float() * descale_k) * q.shape[-1] ** -0.5
+    weights = (scores - scores.amax(-1, keepdim=True)).exp()
+    quantized = (weights * scale_s).to(torch.float8_e4m3fn).float() * descale_s
+    out = torch.einsum("bhqk,bkhd->bqhd", quantized / weights.sum(-1, keepdim=True), v.float() * descale_v)
+    return (out * scale_o).to(torch.float8_e4m3fn)
+
+
+def skip_unless_it_runs(recipe: Recipe) -> None:
+    refusal = None if INTERPRETED else recipes.refusal(recipe, torch.device("cuda"))
+    if refusal is not None:
+        pytest.skip(refusal)
 
 
 @pytest.fixture
@@ -60,10 +77,11 @@ def test_bfloat16_is_as_exact_as_unfused(load: Callable, apply: Callable, error:
     assert 0 < error(fused) <= 1.1 * error(plain)
 
 
-@pytest.mark.parametrize("backend", ["native", "triton_fp8"])
+@pytest.mark.parametrize("backend", ["native", "triton_fp8", "cudnn_fp8"])
 def test_float8_is_as_exact_as_unfused(load: Callable, apply: Callable, error: Callable, backend: str) -> None:
     plain, fused = load(), load()
     recipe = replace(FUSED, quantization="float8_per_row", attention=backend)
+    skip_unless_it_runs(recipe)
     apply(plain, replace(recipe, fused_kernels=False))
     apply(fused, recipe)
     assert 1e-3 < error(fused) <= 1.2 * error(plain)
@@ -107,13 +125,14 @@ def test_other_arguments_are_refused(load: Callable, apply: Callable) -> None:
 
 
 @pytest.mark.skipif(INTERPRETED, reason="compiling needs a GPU")
-@pytest.mark.parametrize("backend", ["native", "cudnn", "triton_fp8"])
+@pytest.mark.parametrize("backend", ["native", "cudnn", "triton_fp8", "cudnn_fp8"])
 @pytest.mark.parametrize("quantization", ["none", "float8_per_row"])
 def test_compiles_without_a_break(
     load: Callable, predict: Callable, error_of: Callable, backend: str, quantization: str
 ) -> None:
     eager, compiled = load(), load()
     recipe = replace(FUSED, quantization=quantization, attention=backend)
+    skip_unless_it_runs(recipe)
     recipes.apply(eager, recipe)
     recipes.apply(compiled, replace(recipe, execution="compile"))  # fullgraph: a break is an error
     torch._dynamo.utils.counters.clear()

@@ -88,6 +88,8 @@ def test_gelu(normal: Callable, batch: int, image: int, text: int, dim: int) -> 
         got = gelu.gelu_float8(hidden) if before is None else gelu.concat_gelu_float8(before, hidden)
         assert_float8(got, reference, gelu.reference_float8(before, hidden))
     assert_rounded(gelu.concat_gelu(attended, hidden), gelu.reference(attended, hidden))
+    inputs = (attended.to(torch.float8_e4m3fn), hidden, 1 + normal(batch, image, 1, dtype=torch.float32) ** 2)
+    assert_float8(gelu.concat_gelu_float8(*inputs), gelu.reference(*inputs), gelu.reference_float8(*inputs))
 
 
 def test_gelu_of_extremes(device: torch.device) -> None:
