@@ -1,4 +1,7 @@
-"""A series of measurements on the GPU: saved as they are made, each surviving the others, within a time."""
+"""A series of measurements on the GPU: saved as they are made, each surviving the others, within a time.
+
+Their files are kept as results/<machine>/<name>.json.
+"""
 
 from __future__ import annotations
 

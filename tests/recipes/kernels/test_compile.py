@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 
 pytest.importorskip("triton", reason="needs the package triton, which isn't installed")
 
+from benchmark import kernels
+from benchmark.device_timing import graph_ms
 from recipes.kernels import adaln, attention, cast, gelu, qkv, residual
 
 pytestmark = pytest.mark.gpu
@@ -93,3 +96,19 @@ def test_fake_results_have_the_real_ones_layout(module: nn.Module, inputs: tuple
         (cast.rows_float8, (image,)),
     ):
         torch.library.opcheck(op, arguments, test_utils="test_faketensor")
+
+
+def test_bandwidth(capsys: pytest.CaptureFixture[str]) -> None:
+    """At FLUX.1's sizes every kernel moves its bytes at a third of the memory's bandwidth or more."""
+    device = torch.device("cuda")
+    properties = torch.cuda.get_device_properties(device)
+    # Two transfers a clock; the clock is in kHz, the bus in bits.
+    peak = 2 * properties.memory_clock_rate * properties.memory_bus_width / 8 / 1e6
+    for case in kernels.cases(device):
+        sets = [case.arguments() for _ in range(2)]
+        size = kernels.moved_bytes(sets[0]) + kernels.moved_bytes(case.fused(*sets[0]))
+        ms = graph_ms([partial(case.fused, *arguments) for arguments in sets])["median"]
+        rate = size / ms / 1e6
+        with capsys.disabled():
+            print(f"\n{case.name}: {1000 * ms:.1f} us, {rate:.0f} of {peak:.0f} GB/s", end="")
+        assert rate > peak / 3, case.name
