@@ -87,8 +87,8 @@ def _launch(
     wrap_triton(_adaln_kernel)[(tokens, batch)](
         first, image, shift, scale, out, out if out_scale is None else out_scale,
         0 if text is None else text.shape[1], tokens,
-        first.stride(0), first.stride(1), image.stride(0), image.stride(1), shift.stride(0), scale.stride(0), eps,
-        DIM=dim, BLOCK=block, FLOAT8=out_scale is not None, num_warps=warps,
+        first.stride(0), first.stride(1), image.stride(0), image.stride(1), shift.stride(0), scale.stride(0),
+        EPS=eps, DIM=dim, BLOCK=block, FLOAT8=out_scale is not None, num_warps=warps,
     )  # fmt: skip
 
 
@@ -108,7 +108,7 @@ def _adaln_kernel(
     image_row,
     shift_row,
     scale_row,
-    eps,
+    EPS: tl.constexpr,  # noqa: N803
     DIM: tl.constexpr,  # noqa: N803
     BLOCK: tl.constexpr,  # noqa: N803
     FLOAT8: tl.constexpr,  # noqa: N803
@@ -120,7 +120,7 @@ def _adaln_kernel(
     x = tl.load(row + columns, mask, other=0.0).to(tl.float32)
     factor = tl.load(scale + batch * scale_row + columns, mask, other=0.0).to(tl.float32)
     offset = tl.load(shift + batch * shift_row + columns, mask, other=0.0).to(tl.float32)
-    y = normalized(x, mask, DIM, eps) * (1.0 + factor) + offset
+    y = normalized(x, mask, DIM, EPS) * (1.0 + factor) + offset
     index = batch.to(tl.int64) * tokens + token
     if FLOAT8:
         own_scale = row_scale(tl.max(tl.abs(y), axis=0))

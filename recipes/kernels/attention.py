@@ -64,9 +64,10 @@ def attention_float8(
         return triton.cdiv(tokens, meta["QUERIES"]), batch * heads
 
     wrap_triton(_attention_kernel)[grid](
-        query, key, value, descales, out, tokens, heads, batch * heads, math.log2(math.e) / math.sqrt(head_dim),
+        query, key, value, descales, out, tokens, heads, batch * heads,
         query.stride(0), query.stride(1), query.stride(2), key.stride(0), key.stride(1), key.stride(2),
-        value.stride(0), value.stride(1), value.stride(2), KEY_TOKENS=key.shape[1], HEAD_DIM=head_dim,
+        value.stride(0), value.stride(1), value.stride(2),
+        SOFTMAX_SCALE=math.log2(math.e) / math.sqrt(head_dim), KEY_TOKENS=key.shape[1], HEAD_DIM=head_dim,
     )  # fmt: skip
     return out
 
@@ -108,7 +109,6 @@ def _attention_kernel(
     tokens,
     heads,
     programs,
-    softmax_scale,
     query_batch,
     query_row,
     query_head,
@@ -118,6 +118,7 @@ def _attention_kernel(
     value_batch,
     value_head,
     value_dim,
+    SOFTMAX_SCALE: tl.constexpr,  # noqa: N803
     KEY_TOKENS: tl.constexpr,  # noqa: N803
     HEAD_DIM: tl.constexpr,  # noqa: N803
     QUERIES: tl.constexpr,  # noqa: N803
@@ -132,8 +133,8 @@ def _attention_kernel(
     q = tl.load(place, mask=is_row, other=0.0)
     key += batch * key_batch + head * key_head
     value += batch * value_batch + head * value_head
-    # The scores' descale and the softmax's scale in one factor; log2(e) is in softmax_scale, because of exp2.
-    factor = softmax_scale * tl.load(descales + program) * tl.load(descales + programs + program)
+    # The scores' descale and the softmax's scale in one factor; log2(e) is in SOFTMAX_SCALE, because of exp2.
+    factor = SOFTMAX_SCALE * tl.load(descales + program) * tl.load(descales + programs + program)
     acc = tl.zeros((QUERIES, HEAD_DIM), tl.float32)
     total = tl.zeros((QUERIES,), tl.float32)
     maximum = tl.full((QUERIES,), float("-inf"), tl.float32)

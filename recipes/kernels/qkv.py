@@ -153,16 +153,19 @@ def _launch(
         first, image, norm_q if text_norm_q is None else text_norm_q, norm_k if text_norm_k is None else text_norm_k,
         norm_q, norm_k, cos, sin, out, out if value_amax is None else value_amax, out if descales is None else descales,
         0 if text is None else text.shape[1], tokens,
-        first.stride(0), first.stride(1), image.stride(0), image.stride(1), cos.stride(0), sin.stride(0), eps,
-        HEADS=heads, HEADS_BLOCK=triton.next_power_of_2(heads), HEAD_DIM=head_dim, PARTS=parts,
+        first.stride(0), first.stride(1), image.stride(0), image.stride(1), cos.stride(0), sin.stride(0),
+        EPS=eps, HEADS=heads, HEADS_BLOCK=triton.next_power_of_2(heads), HEAD_DIM=head_dim, PARTS=parts,
         FLOAT8=descales is not None, PER_HEAD=value_amax is not None and value_amax.numel() > 1, num_warps=8,
     )  # fmt: skip
 
 
 @triton.jit
-def _rms_normed_rotated(x, weight, cos_even, cos_odd, sin_even, sin_odd, eps, HEADS: tl.constexpr, DIM: tl.constexpr):  # noqa: N803
+def _rms_normed_rotated(
+    x, weight, cos_even, cos_odd, sin_even, sin_odd,
+    EPS: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr,  # noqa: N803
+):  # fmt: skip
     """x [heads, dim] float32: RMSNorm a head, then each pair of values turned by its angle."""
-    x = x * tl.rsqrt(tl.sum(x * x, axis=1) / DIM + eps)[:, None] * weight[None, :]
+    x = x * tl.rsqrt(tl.sum(x * x, axis=1) / DIM + EPS)[:, None] * weight[None, :]
     even, odd = tl.split(tl.reshape(x, (HEADS, DIM // 2, 2)))
     turned = tl.join(even * cos_even - odd * sin_even, odd * cos_odd + even * sin_odd)
     return tl.reshape(turned, (HEADS, DIM))
@@ -189,7 +192,7 @@ def _qkv_kernel(
     image_row,
     cos_row,
     sin_row,
-    eps,
+    EPS: tl.constexpr,  # noqa: N803
     HEADS: tl.constexpr,  # noqa: N803
     HEADS_BLOCK: tl.constexpr,  # noqa: N803
     HEAD_DIM: tl.constexpr,  # noqa: N803
@@ -216,7 +219,7 @@ def _qkv_kernel(
         text_weight = tl.load((text_norm_q if part == 0 else text_norm_k) + dims).to(tl.float32)
         weight = tl.where(is_text, text_weight, image_weight)
         x = tl.load(row + part * HEADS * HEAD_DIM + tile, mask, other=0.0).to(tl.float32)
-        y = _rms_normed_rotated(x, weight, cos_even, cos_odd, sin_even, sin_odd, eps, HEADS_BLOCK, HEAD_DIM)
+        y = _rms_normed_rotated(x, weight, cos_even, cos_odd, sin_even, sin_odd, EPS, HEADS_BLOCK, HEAD_DIM)
         if FLOAT8:
             # No value of a normed head exceeds sqrt(head_dim) times the largest weight, turned or not. float8 keeps
             # its precision over 15 powers of two: a scale from a bound costs nothing beside one from the true amax.

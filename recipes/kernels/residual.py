@@ -133,8 +133,8 @@ def _launch(
         hidden if normed is None else normed, hidden if normed_scale is None else normed_scale,
         0 if text_residual is None else text_residual.shape[1], tokens,
         x.stride(0), x.stride(1), gate.stride(0), text.stride(0), text.stride(1),
-        residual.stride(0), residual.stride(1), shift.stride(0), scale.stride(0), eps,
-        DIM=dim, BLOCK=block, ADALN=normed is not None, FLOAT8=normed_scale is not None, num_warps=warps,
+        residual.stride(0), residual.stride(1), shift.stride(0), scale.stride(0),
+        EPS=eps, DIM=dim, BLOCK=block, ADALN=normed is not None, FLOAT8=normed_scale is not None, num_warps=warps,
     )  # fmt: skip
 
 
@@ -160,7 +160,7 @@ def _gated_residual_kernel(
     image_row,
     shift_row,
     scale_row,
-    eps,
+    EPS: tl.constexpr,  # noqa: N803
     DIM: tl.constexpr,  # noqa: N803
     BLOCK: tl.constexpr,  # noqa: N803
     ADALN: tl.constexpr,  # noqa: N803
@@ -179,7 +179,7 @@ def _gated_residual_kernel(
     if ADALN:
         factor = tl.load(scale + batch * scale_row + columns, mask, other=0.0).to(tl.float32)
         offset = tl.load(shift + batch * shift_row + columns, mask, other=0.0).to(tl.float32)
-        y = normalized(rounded.to(tl.float32), mask, DIM, eps) * (1.0 + factor) + offset
+        y = normalized(rounded.to(tl.float32), mask, DIM, EPS) * (1.0 + factor) + offset
         if FLOAT8:
             own_scale = row_scale(tl.max(tl.abs(y), axis=0))
             tl.store(normed_scale + index, own_scale)

@@ -55,8 +55,11 @@ def to_e4m3(x, scale):
 
 
 @triton.jit
-def normalized(x, mask, columns: tl.constexpr, eps):
-    """LayerNorm without weights of one row, float32; `mask` marks its `columns` values, the others being 0."""
+def normalized(x, mask, columns: tl.constexpr, eps: tl.constexpr):
+    """LayerNorm without weights of one row, float32; `mask` marks its `columns` values, the others being 0.
+
+    eps is a constant because Inductor hands a kernel's floats over in double precision, which would spread.
+    """
     mean = tl.sum(x, axis=0) / columns
     centred = tl.where(mask, x - mean, 0.0)
     return centred * tl.rsqrt(tl.sum(centred * centred, axis=0) / columns + eps)
