@@ -21,16 +21,17 @@ from torch.library import triton_op, wrap_triton
 
 from recipes.float8_heads import to_float8, tokens_innermost
 
+# Blocks of queries and keys, the order of the two products, warps and stages: what an H100 has registers for.
 CONFIGS = [
-    triton.Config({"QUERIES": queries, "KEYS": keys}, num_warps=warps, num_stages=stages)
-    for queries, keys, warps, stages in (
-        (128, 128, 8, 2),
-        (128, 128, 8, 3),
-        (128, 64, 8, 3),
-        (128, 64, 4, 3),
-        (64, 128, 4, 2),
-        (64, 128, 4, 3),
-        (64, 64, 4, 3),
+    triton.Config({"QUERIES": queries, "KEYS": keys, "LATE": late}, num_warps=warps, num_stages=stages)
+    for queries, keys, late, warps, stages in (
+        (128, 128, False, 8, 3),
+        (128, 128, True, 8, 3),
+        (128, 64, True, 8, 3),
+        (64, 128, False, 4, 2),
+        (64, 128, True, 4, 2),
+        (64, 64, False, 4, 3),
+        (64, 64, True, 4, 3),
     )
 ]
 
@@ -73,29 +74,41 @@ def attention_float8(
 
 
 @triton.jit
-def _one_block(
-    q, key, value, start, factor, acc, total, maximum, key_row, value_dim,
-    KEY_TOKENS: tl.constexpr, HEAD_DIM: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr,  # noqa: N803
+def _scores(
+    q, key, start, key_row,
+    KEY_TOKENS: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, MASKED: tl.constexpr,  # noqa: N803
 ):  # fmt: skip
-    """One block of keys: accumulator [queries, head_dim], sum and maximum [queries] after it."""
-    columns, dims = start + tl.arange(0, KEYS), tl.arange(0, HEAD_DIM)
-    key_place = key + columns[None, :] * key_row + dims[:, None]
-    value_place = value + columns[:, None] + dims[None, :] * value_dim
+    """q k^T [queries, keys] of one block of keys, unscaled; minus infinity beyond the last key."""
+    columns, dims = start + tl.arange(0, KEYS), tl.arange(0, DIM)
+    place = key + columns[None, :] * key_row + dims[:, None]
     if MASKED:
-        k = tl.load(key_place, mask=(columns < KEY_TOKENS)[None, :], other=0.0)
-        v = tl.load(value_place, mask=(columns < KEY_TOKENS)[:, None], other=0.0)
-    else:
-        k = tl.load(key_place)
-        v = tl.load(value_place)
-    scores = tl.dot(q, k)
-    if MASKED:
-        scores = tl.where((columns < KEY_TOKENS)[None, :], scores, float("-inf"))
+        is_key = (columns < KEY_TOKENS)[None, :]
+        return tl.where(is_key, tl.dot(q, tl.load(place, mask=is_key, other=0.0)), float("-inf"))
+    return tl.dot(q, tl.load(place))
+
+
+@triton.jit
+def _softmax(scores, factor, total, maximum):
+    """A block's probabilities times 256, unnormalized, what earlier sums have to be multiplied by, and both sums after.
+
+    The sum is that of the probabilities before they are rounded.
+    """
     new_maximum = tl.maximum(maximum, tl.max(scores, axis=1) * factor)
     p = tl.exp2(scores * factor - (new_maximum - 8.0)[:, None])
     correction = tl.exp2(maximum - new_maximum)
-    total = total * correction + tl.sum(p, axis=1)
-    acc = tl.dot(p.to(tl.float8e4nv), v, acc * correction[:, None])
-    return acc, total, new_maximum
+    return p, correction, total * correction + tl.sum(p, axis=1), new_maximum
+
+
+@triton.jit
+def _add_values(
+    acc, p, correction, value, start, value_dim,
+    KEY_TOKENS: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, MASKED: tl.constexpr,  # noqa: N803
+):  # fmt: skip
+    """acc [queries, head_dim] after a block of keys whose probabilities are p."""
+    columns, dims = start + tl.arange(0, KEYS), tl.arange(0, DIM)
+    place = value + columns[:, None] + dims[None, :] * value_dim
+    v = tl.load(place, mask=(columns < KEY_TOKENS)[:, None], other=0.0) if MASKED else tl.load(place)
+    return tl.dot(p.to(tl.float8e4nv), v, acc * correction[:, None])
 
 
 @triton.autotune(CONFIGS, key=["tokens", "KEY_TOKENS", "programs"])
@@ -123,6 +136,7 @@ def _attention_kernel(
     HEAD_DIM: tl.constexpr,  # noqa: N803
     QUERIES: tl.constexpr,  # noqa: N803
     KEYS: tl.constexpr,  # noqa: N803
+    LATE: tl.constexpr,  # noqa: N803
 ):
     program = tl.program_id(1)
     batch, head = (program // heads).to(tl.int64), program % heads
@@ -138,15 +152,33 @@ def _attention_kernel(
     acc = tl.zeros((QUERIES, HEAD_DIM), tl.float32)
     total = tl.zeros((QUERIES,), tl.float32)
     maximum = tl.full((QUERIES,), float("-inf"), tl.float32)
-    whole: tl.constexpr = KEY_TOKENS // KEYS * KEYS
-    for start in range(0, whole, KEYS):
-        acc, total, maximum = _one_block(
-            q, key, value, start, factor, acc, total, maximum, key_row, value_dim, KEY_TOKENS, HEAD_DIM, KEYS, False
-        )
-    if whole < KEY_TOKENS:
-        acc, total, maximum = _one_block(
-            q, key, value, whole, factor, acc, total, maximum, key_row, value_dim, KEY_TOKENS, HEAD_DIM, KEYS, True
-        )
+    whole: tl.constexpr = KEY_TOKENS // KEYS * KEYS  # the keys of the blocks that are not short
+    short: tl.constexpr = whole < KEY_TOKENS
+    if LATE:
+        # Each block's values are added after the next block's scores, so that the tensor cores work on them while the
+        # next softmax is computed.
+        scores = _scores(q, key, 0, key_row, KEY_TOKENS, KEYS, HEAD_DIM, whole == 0)
+        p, correction, total, maximum = _softmax(scores, factor, total, maximum)
+        for start in range(KEYS, whole, KEYS):
+            scores = _scores(q, key, start, key_row, KEY_TOKENS, KEYS, HEAD_DIM, False)
+            acc = _add_values(acc, p, correction, value, start - KEYS, value_dim, KEY_TOKENS, KEYS, HEAD_DIM, False)
+            p, correction, total, maximum = _softmax(scores, factor, total, maximum)
+        if whole > 0:
+            if short:
+                scores = _scores(q, key, whole, key_row, KEY_TOKENS, KEYS, HEAD_DIM, True)
+            acc = _add_values(acc, p, correction, value, whole - KEYS, value_dim, KEY_TOKENS, KEYS, HEAD_DIM, False)
+            if short:
+                p, correction, total, maximum = _softmax(scores, factor, total, maximum)
+    else:
+        for start in range(0, whole, KEYS):
+            scores = _scores(q, key, start, key_row, KEY_TOKENS, KEYS, HEAD_DIM, False)
+            p, correction, total, maximum = _softmax(scores, factor, total, maximum)
+            acc = _add_values(acc, p, correction, value, start, value_dim, KEY_TOKENS, KEYS, HEAD_DIM, False)
+        if short:
+            scores = _scores(q, key, whole, key_row, KEY_TOKENS, KEYS, HEAD_DIM, True)
+            p, correction, total, maximum = _softmax(scores, factor, total, maximum)
+    if short:
+        acc = _add_values(acc, p, correction, value, whole, value_dim, KEY_TOKENS, KEYS, HEAD_DIM, True)
     result = acc * (tl.load(descales + 2 * programs + program) / total)[:, None]
     place = out + ((batch * tokens + rows[:, None]) * heads + head) * HEAD_DIM + dims[None, :]
     tl.store(place, result.to(out.dtype.element_ty), is_row)

@@ -27,7 +27,7 @@ def apply(monkeypatch: pytest.MonkeyPatch) -> Callable[[DiffusionPipeline, Recip
     """recipes.apply; in the interpreter past its refusal of a CPU, in apply's order."""
     if not INTERPRETED:
         return recipes.apply
-    monkeypatch.setattr(CONFIGS[0], "kwargs", {"QUERIES": 32, "KEYS": 32})
+    monkeypatch.setattr(CONFIGS[0], "kwargs", {"QUERIES": 32, "KEYS": 32, "LATE": True})
     monkeypatch.setattr(_attention_kernel, "configs", CONFIGS[:1])
     monkeypatch.setattr(cudnn_attention, "cudnn_attention_float8", as_cudnn_has_it)
 

@@ -204,11 +204,13 @@ ATTENTION_SIZES = [
 def choose(config: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the kernel have one of its configurations; in the interpreter with blocks smaller than the inputs."""
     if INTERPRETED:
-        monkeypatch.setattr(attention.CONFIGS[config], "kwargs", {"QUERIES": 32, "KEYS": 32})
+        monkeypatch.setattr(
+            attention.CONFIGS[config], "kwargs", {**attention.CONFIGS[config].kwargs, "QUERIES": 32, "KEYS": 32}
+        )
     monkeypatch.setattr(attention._attention_kernel, "configs", [attention.CONFIGS[config]])
 
 
-@pytest.mark.parametrize("config", range(len(attention.CONFIGS)) if not INTERPRETED else [0])
+@pytest.mark.parametrize("config", range(len(attention.CONFIGS)) if not INTERPRETED else [0, 1])
 @pytest.mark.parametrize(("batch", "tokens", "keys", "heads", "head_dim"), ATTENTION_SIZES)
 def test_attention_float8(
     normal: Callable, error_of: Callable, monkeypatch: pytest.MonkeyPatch,
