@@ -19,6 +19,7 @@ from utils.quiet import quiet
 with quiet():
     from benchmark import series
     from benchmark.device_timing import graph_ms
+    from recipes.float8_heads import E4M3_MAX, SMALLEST_AMAX
     from utils import command_line
     from utils.errors import run_command
 
@@ -74,8 +75,8 @@ def cases(device: torch.device) -> list[Case]:
 
     def unfused_qkv_float8(image, text, norm_q, norm_k, text_q, text_k, cos, sin, eps, tokens_innermost, per_head):
         out = qkv.reference(image, text, (norm_q, norm_k), None if text is None else (text_q, text_k), cos, sin, eps)
-        amax = out.abs().amax(dim=(1, 4)).clamp(min=1e-12)  # [batch, 3, heads]
-        scaled = (out * (rows.E4M3_MAX / amax)[:, None, :, :, None]).to(torch.float8_e4m3fn)
+        amax = out.abs().amax(dim=(1, 4)).clamp(min=SMALLEST_AMAX)  # [batch, 3, heads]
+        scaled = (out * (E4M3_MAX / amax)[:, None, :, :, None]).to(torch.float8_e4m3fn)
         value = scaled[:, :, 2].permute(0, 2, 3, 1).contiguous() if tokens_innermost else scaled[:, :, 2].contiguous()
         return scaled[:, :, :2].contiguous(), value, amax
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 E4M3_MAX = torch.finfo(torch.float8_e4m3fn).max  # 448
+SMALLEST_AMAX = 1e-12  # what is all zeros has a scale too
 
 
 def to_float8(x: torch.Tensor, per_head: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
@@ -13,7 +14,7 @@ def to_float8(x: torch.Tensor, per_head: bool = True) -> tuple[torch.Tensor, tor
     x [batch, tokens, heads, head_dim]; returns it as float8_e4m3fn, and the descale [batch, heads] float32 with
     x = float8 * descale.
     """
-    amax = x.abs().amax(dim=(1, 3)).float().clamp(min=1e-12)
+    amax = x.abs().amax(dim=(1, 3)).float().clamp(min=SMALLEST_AMAX)
     if not per_head:
         amax = amax.amax().expand(amax.shape)
     scale = E4M3_MAX / amax

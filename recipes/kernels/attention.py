@@ -59,6 +59,8 @@ def attention_float8(
     batch, tokens, heads, head_dim = query.shape
     if any(x.stride(-1) != 1 for x in (query, key, value)) or not descales.is_contiguous():
         raise ValueError("float8 attention reads query, key and value along a contiguous last dimension")
+    if head_dim < 32 or head_dim & (head_dim - 1):
+        raise ValueError(f"float8 attention takes heads of 32, 64 or 128 values, not of {head_dim}")
     out = query.new_empty((batch, tokens, heads, head_dim), dtype=torch.bfloat16)
 
     def grid(meta: dict[str, int]) -> tuple[int, int]:

@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 from torch.library import triton_op, wrap_triton
 
-from recipes.kernels.rows import E4M3_MAX, SMALLEST_AMAX, check_rows, row_scale, to_e4m3
+from recipes.float8_heads import E4M3_MAX, SMALLEST_AMAX
+from recipes.kernels.rows import check_rows, row_scale, to_e4m3
 
 _VALUE_BLOCK = 64  # tokens a program of the values' cast
 

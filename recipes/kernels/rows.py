@@ -10,8 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-E4M3_MAX = torch.finfo(torch.float8_e4m3fn).max  # 448
-SMALLEST_AMAX = 1e-12  # a row of zeros has a scale too
+from recipes.float8_heads import E4M3_MAX, SMALLEST_AMAX
 
 
 def block_and_warps(columns: int) -> tuple[int, int]:
@@ -46,6 +45,7 @@ def joint_row(text, image, batch, token, text_tokens, text_batch, text_row, imag
 
 @triton.jit
 def row_scale(amax):
+    """The same constants as `rows_to_float8`: a kernel's own have to stand in it."""
     return tl.maximum(amax, 1e-12) / 448.0
 
 

@@ -239,6 +239,13 @@ def test_attention_float8(
         assert error_of(attention.triton_fp8(query, key, value).float(), whole) < 0.2
 
 
+@pytest.mark.parametrize("head_dim", [16, 48])
+def test_attention_of_other_heads_is_refused(device: torch.device, head_dim: int) -> None:
+    x = torch.ones(1, 16, 1, head_dim, device=device, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=f"takes heads of 32, 64 or 128 values, not of {head_dim}"):
+        attention.triton_fp8(x, x, x)
+
+
 def test_attention_of_keys_out_of_reach(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """What lies in the values' padding is never read, though it be not a number."""
     choose(0, monkeypatch)
