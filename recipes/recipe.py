@@ -70,9 +70,9 @@ class Recipe:
     channels_last: bool = False
     attention: Literal["native", "cudnn", "fa3", "fa3_fp8", "cudnn_fp8", "triton_fp8"] = "native"
     quantization: Literal["none", "float8_per_row", "float8_per_tensor"] = "none"
+    fused_kernels: bool = False
     inductor_flags: InductorFlags = InductorFlags()
     cache: FirstBlockCache | None = None
-    fused_kernels: bool = False
 
     def __post_init__(self) -> None:
         for name, hint in typing.get_type_hints(Recipe).items():
@@ -81,6 +81,8 @@ class Recipe:
                 raise RecipeError(f"{name} is one of {', '.join(typing.get_args(hint))}, not {value!r}")
             if hint is bool and not isinstance(value, bool):
                 raise RecipeError(f"{name} is true or false, not {value!r}")
+        if self.fused_kernels:
+            self._check_fused_kernels()
         if not isinstance(self.inductor_flags, InductorFlags):
             raise RecipeError(f"inductor_flags takes a JSON object of its fields, not {self.inductor_flags!r}")
         if not (self.cache is None or isinstance(self.cache, FirstBlockCache)):
@@ -91,19 +93,6 @@ class Recipe:
                 raise RecipeError(f"{idle[0]} has no effect with execution=eager: use execution=compile or aoti")
         if self.cache is not None and self.execution != "eager":
             raise RecipeError("cache needs execution=eager: its decision at each step can't be compiled into one graph")
-
-        if self.fused_kernels:
-            self._check_fused_kernels()
-
-    def _check_fused_kernels(self) -> None:
-        for name, values in {
-            "dtype": ("bfloat16",),
-            "fused_qkv": (True,),
-            "quantization": ("none", "float8_per_row"),
-        }.items():
-            if getattr(self, name) not in values:
-                wanted = " or ".join(str(value).lower() for value in values)
-                raise RecipeError(f"fused_kernels needs {name}={wanted}")
 
     def differences(self, other: Recipe) -> list[str]:
         """The names of the fields in which two recipes differ."""
@@ -123,6 +112,16 @@ class Recipe:
         """Twelve hex digits over the fields that differ from the default: a field added later changes no hash."""
         values = {name: asdict(self)[name] for name in self.differences(type(self)())}
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
+
+    def _check_fused_kernels(self) -> None:
+        for name, values in {
+            "dtype": ("bfloat16",),
+            "fused_qkv": (True,),
+            "quantization": ("none", "float8_per_row"),
+        }.items():
+            if getattr(self, name) not in values:
+                wanted = " or ".join(str(value).lower() for value in values)
+                raise RecipeError(f"fused_kernels needs {name}={wanted}")
 
 
 def default(name: str) -> Any:
