@@ -5,33 +5,36 @@ from __future__ import annotations
 from diffusers import DiffusionPipeline
 from diffusers.models.attention import AttentionModuleMixin
 
-from recipes import flash_attention_3
+from recipes import attention_backends, flash_attention_3
+from recipes.attention_processor import Processor
 from recipes.optimization import Needs, Optimization
 from recipes.recipe import Recipe
 
-# What each value is called in diffusers' own dispatcher; the others have a processor of ours.
-_DIFFUSERS_BACKENDS = {"native": "native", "cudnn": "_native_cudnn"}
+_FLASH_ATTENTION_3 = Needs("cuda", capability=(9, 0), capability_below=(10, 0), packages=flash_attention_3.PACKAGES)
 _NEEDS = {
     "native": Needs(),
     "cudnn": Needs(device="cuda", capability=(8, 0)),
-    "fa3_fp8": Needs(device="cuda", capability=(9, 0), capability_below=(10, 0), packages=("flash_attn_interface",)),
+    "fa3": _FLASH_ATTENTION_3,
+    "fa3_fp8": _FLASH_ATTENTION_3,
+    "cudnn_fp8": Needs(device="cuda", capability=(9, 0), packages=("cudnn",)),
+    "triton_fp8": Needs(device="cuda", capability=(8, 9), packages=("triton",)),
 }
 
 
 def _apply(pipe: DiffusionPipeline, recipe: Recipe) -> str:
-    if recipe.attention in _DIFFUSERS_BACKENDS:
+    if recipe.attention in attention_backends.DIFFUSERS:
         # Attention by attention: the model's own method sets a default for the whole process besides.
         for module in pipe.transformer.modules():
             if isinstance(module, AttentionModuleMixin):
-                module.set_attention_backend(_DIFFUSERS_BACKENDS[recipe.attention])
+                module.set_attention_backend(attention_backends.DIFFUSERS[recipe.attention].value)
     else:
-        pipe.transformer.set_attn_processor(flash_attention_3.Processor())
+        pipe.transformer.set_attn_processor(Processor(attention_backends.backend(recipe.attention).attend))
     return recipe.attention
 
 
 OPTIMIZATION = Optimization(
     field="attention",
     needs=lambda recipe: _NEEDS[recipe.attention],
-    lossless=lambda recipe: recipe.attention != "fa3_fp8",
+    lossless=lambda recipe: recipe.attention not in attention_backends.FLOAT8,
     apply=_apply,
 )

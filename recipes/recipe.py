@@ -68,8 +68,9 @@ class Recipe:
     max_autotune: bool = False
     fused_qkv: bool = False
     channels_last: bool = False
-    attention: Literal["native", "cudnn", "fa3_fp8"] = "native"
+    attention: Literal["native", "cudnn", "fa3", "fa3_fp8", "cudnn_fp8", "triton_fp8"] = "native"
     quantization: Literal["none", "float8_per_row", "float8_per_tensor"] = "none"
+    fused_kernels: bool = False
     inductor_flags: InductorFlags = InductorFlags()
     cache: FirstBlockCache | None = None
     modulation: Literal["per_step", "hoisted", "offloaded"] = "per_step"
@@ -84,6 +85,8 @@ class Recipe:
                 raise RecipeError(f"{name} is one of {', '.join(typing.get_args(hint))}, not {value!r}")
             if hint is bool and not isinstance(value, bool):
                 raise RecipeError(f"{name} is true or false, not {value!r}")
+        if self.fused_kernels:
+            self._check_fused_kernels()
         if not isinstance(self.inductor_flags, InductorFlags):
             raise RecipeError(f"inductor_flags takes a JSON object of its fields, not {self.inductor_flags!r}")
         if not (self.cache is None or isinstance(self.cache, FirstBlockCache)):
@@ -103,7 +106,8 @@ class Recipe:
 
     def without(self, name: str) -> Recipe:
         """This recipe with field `name` at its default, and with it the fields that mean nothing then."""
-        names = (name, *COMPILER_FIELDS) if name == "execution" else (name,)
+        dependent = {"execution": COMPILER_FIELDS, "dtype": ("fused_kernels",), "fused_qkv": ("fused_kernels",)}
+        names = (name, *dependent.get(name, ()))
         return replace(self, **{n: default(n) for n in names})
 
     def to_dict(self) -> dict[str, Any]:
@@ -136,6 +140,16 @@ class Recipe:
         """Twelve hex digits over the fields that differ from the default: a field added later changes no hash."""
         values = {name: asdict(self)[name] for name in self.differences(type(self)())}
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
+
+    def _check_fused_kernels(self) -> None:
+        for name, values in {
+            "dtype": ("bfloat16",),
+            "fused_qkv": (True,),
+            "quantization": ("none", "float8_per_row"),
+        }.items():
+            if getattr(self, name) not in values:
+                wanted = " or ".join(str(value).lower() for value in values)
+                raise RecipeError(f"fused_kernels needs {name}={wanted}")
 
 
 def default(name: str) -> Any:

@@ -74,19 +74,19 @@ def predict() -> Callable[..., torch.Tensor]:
         transformer = pipe.transformer
 
         def normal(*shape: int) -> torch.Tensor:
-            return torch.randn(*shape, generator=random).to(transformer.dtype)
+            return torch.randn(*shape, generator=random).to(transformer.device, transformer.dtype)
 
         text_tokens, side = 8, 4
-        ids = torch.zeros(side * side, 3)
+        ids = torch.zeros(side * side, 3, device=transformer.device)
         ids[:, 1], ids[:, 2] = torch.arange(side * side) // side, torch.arange(side * side) % side
         with torch.no_grad():
             return transformer(
                 hidden_states=normal(batch, side * side, transformer.config.in_channels),
                 encoder_hidden_states=normal(batch, text_tokens, transformer.config.joint_attention_dim),
                 pooled_projections=normal(batch, transformer.config.pooled_projection_dim),
-                timestep=torch.full((batch,), 0.5, dtype=transformer.dtype),
+                timestep=torch.full((batch,), 0.5, dtype=transformer.dtype, device=transformer.device),
                 img_ids=ids,
-                txt_ids=torch.zeros(text_tokens, 3),
+                txt_ids=torch.zeros(text_tokens, 3, device=transformer.device),
                 return_dict=False,
             )[0].float()
 

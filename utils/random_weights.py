@@ -34,7 +34,7 @@ def build(
     12 B transformer, 4.8 B T5-XXL, CLIP-L and VAE: 34 GB in bfloat16.
     """
     clip_tokenizer = CLIPTokenizer.from_pretrained(tokenizers / "tokenizer")
-    with _creating(dtype, device, seed):
+    with creating(dtype, device, seed):
         components = {
             "transformer": FluxTransformer2DModel(guidance_embeds=guidance_embeds),
             "vae": AutoencoderKL(
@@ -66,7 +66,7 @@ def build(
 
 
 @contextmanager
-def _creating(dtype: torch.dtype, device: torch.device, seed: int) -> Iterator[None]:
+def creating(dtype: torch.dtype, device: torch.device, seed: int) -> Iterator[None]:
     """Modules made inside have their parameters as `dtype` on `device`, drawn from `seed`."""
     before = torch.get_default_dtype()
     cuda = [device] if device.type == "cuda" else []

@@ -1,8 +1,10 @@
-"""FlashAttention-3 in float8: refused without a GPU; its op and processor, with a stand-in for the kernel."""
+"""FlashAttention-3: refused without a GPU; its ops and what calls them, with a stand-in for the kernel."""
 
 from __future__ import annotations
 
 import importlib.machinery
+import importlib.util
+import re
 import sys
 import types
 from collections.abc import Callable
@@ -13,35 +15,27 @@ import torch
 
 import recipes
 from recipes import Recipe, RecipeError, attention, fused_qkv
-from recipes.flash_attention_3 import flash_attention_3_fp8, to_float8
+from recipes.flash_attention_3 import _from_hub as from_hub
+from recipes.flash_attention_3 import flash_attention_3, flash_attention_3_float8, flash_attention_3_fp8
+from utils.errors import UserError
 
-FA3 = Recipe(attention="fa3_fp8")
-
-
-def test_raises_on_cpu(tiny: Callable) -> None:
-    with pytest.raises(RecipeError, match="attention=fa3_fp8 needs a cuda device"):
-        recipes.apply(tiny(), FA3)
+FA3_FP8 = Recipe(attention="fa3_fp8")
+BACKENDS = [Recipe(attention="fa3"), FA3_FP8]
 
 
-def test_to_float8_scales_each_head() -> None:
-    x = torch.randn(2, 5, 3, 8) * torch.tensor([1e-3, 1.0, 1e3])[None, None, :, None]
-    x[1, :, 0] = 0  # a head without a scale
-    scaled, descale = to_float8(x)
-    assert scaled.dtype == torch.float8_e4m3fn
-    assert descale.shape == (2, 3)
-    assert descale.dtype == torch.float32
-    restored = scaled.float() * descale[:, None, :, None]
-    # e4m3 has 3 bits of mantissa: half a unit in the last place is 1/16 of the value; below 2^-6 it is subnormal.
-    smallest = descale[:, None, :, None] * 2**-10
-    assert ((restored - x).abs() <= x.abs() / 16 + smallest).all()
+@pytest.mark.parametrize("recipe", BACKENDS)
+def test_raises_on_cpu(tiny: Callable, recipe: Recipe) -> None:
+    with pytest.raises(RecipeError, match=f"attention={recipe.attention} needs a cuda device"):
+        recipes.apply(tiny(), recipe)
 
 
-def test_fake_has_the_querys_shape_and_dtype() -> None:
+@pytest.mark.parametrize("call", [flash_attention_3, flash_attention_3_fp8])
+def test_fake_has_the_querys_shape_and_dtype(call: Callable) -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode():
         query = torch.empty(3, 20, 2, 128, dtype=torch.bfloat16).transpose(0, 1).contiguous().transpose(0, 1)
-        out = flash_attention_3_fp8(query, torch.empty(3, 7, 2, 128), torch.empty(3, 7, 2, 128))
+        out = call(query, torch.empty(3, 7, 2, 128), torch.empty(3, 7, 2, 128))
     assert out.shape == (3, 20, 2, 128)
     assert out.dtype == torch.bfloat16
     assert out.is_contiguous()
@@ -73,11 +67,19 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, torch.Tensor]]:
         calls.append({"q": q, "k": k, "v": v, "q_descale": q_descale, "k_descale": k_descale, "v_descale": v_descale})
         assert softmax_scale is None
         assert not causal
+        # The kernel reads head_dim values in a row, and takes three descales or none.
+        assert all(x.stride(-1) == 1 for x in (q, k, v))
+        ones = torch.ones(q.shape[0], q.shape[2])
+        quantized = [d is not None for d in (q_descale, k_descale, v_descale)]
+        assert all(quantized) == any(quantized) == (q.dtype == torch.float8_e4m3fn)
         inputs = ((q, q_descale), (k, k_descale), (v, v_descale))
         # [batch, tokens, heads, head_dim] -> [batch, heads, tokens, head_dim]
-        query, key, value = ((x.float() * d[:, None, :, None]).transpose(1, 2) for x, d in inputs)
+        query, key, value = (
+            (x.float() * (ones if d is None else d)[:, None, :, None]).transpose(1, 2) for x, d in inputs
+        )
         weights = (query @ key.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)
-        return (weights @ value).transpose(1, 2).to(torch.bfloat16).contiguous()
+        out = (weights @ value).transpose(1, 2).contiguous()
+        return out.to(torch.bfloat16 if q.dtype == torch.float8_e4m3fn else q.dtype)
 
     module = types.ModuleType("flash_attn_interface")
     module.__spec__ = importlib.machinery.ModuleSpec("flash_attn_interface", None)
@@ -93,7 +95,7 @@ def test_processor_is_close_to_native(
     pipe = tiny()
     reference = predict(pipe, batch=2)
     # Past `recipes.apply`, which refuses it here: attention first and then fusing, in apply's order.
-    attention.OPTIMIZATION.apply(pipe, FA3)
+    attention.OPTIMIZATION.apply(pipe, FA3_FP8)
     if fused:
         fused_qkv.OPTIMIZATION.apply(pipe, Recipe(fused_qkv=True))
     output = predict(pipe, batch=2)
@@ -123,7 +125,7 @@ def test_each_kind_of_block(tiny: Callable, error_of: Callable, kernel: list, ki
     }
     with torch.no_grad():
         native = attn(**inputs)
-        attention.OPTIMIZATION.apply(pipe, FA3)
+        attention.OPTIMIZATION.apply(pipe, FA3_FP8)
         if fused:
             fused_qkv.OPTIMIZATION.apply(pipe, Recipe(fused_qkv=True))
         quantized = attn(**inputs)
@@ -134,13 +136,65 @@ def test_each_kind_of_block(tiny: Callable, error_of: Callable, kernel: list, ki
         assert 1e-5 < error_of(ours, theirs) < 0.08
 
 
-def test_op_meets_torch_librarys_contract(kernel: list) -> None:
+def test_bfloat16_processor_equals_native(tiny: Callable, predict: Callable, error_of: Callable, kernel: list) -> None:
+    pipe = tiny()
+    reference = predict(pipe, batch=2)
+    attention.OPTIMIZATION.apply(pipe, Recipe(attention="fa3"))
+    assert error_of(predict(pipe, batch=2), reference) < 1e-5
+    assert len(kernel) == 2 + 4
+    assert all(call["q_descale"] is None and call["q"].shape == (2, 24, 2, 128) for call in kernel)
+
+
+def test_compiles_without_a_break(kernel: list, error_of: Callable) -> None:
     q, k, v = (torch.randn(2, 6, 2, 16, dtype=torch.bfloat16) for _ in range(3))
-    torch.library.opcheck(flash_attention_3_fp8, (q, k, v), test_utils=("test_schema", "test_faketensor"))
+    compiled = torch.compile(lambda *x: flash_attention_3_fp8(*x) + flash_attention_3(*x), fullgraph=True)
+    expected = flash_attention_3_fp8(q, k, v) + flash_attention_3(q, k, v)
+    assert error_of(compiled(q, k, v).float(), expected.float()) < 0.02
+
+
+@pytest.mark.parametrize("answer", [OSError("no network"), ValueError("no build for this torch")])
+def test_hub_kernel_that_cannot_be_had(answer: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def get_kernel(repo_id: str, revision: str | None = None, version: int | None = None) -> object:
+        asked.append((repo_id, revision, version))
+        raise answer
+
+    module = types.ModuleType("kernels")
+    module.get_kernel = get_kernel
+    monkeypatch.setitem(sys.modules, "kernels", module)
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=re.escape(f"({answer}): install flash_attn_interface")) as raised:
+        flash_attention_3(*(torch.zeros(1, 4, 1, 16, dtype=torch.bfloat16) for _ in range(3)))
+    assert "\n" not in str(raised.value)
+    assert asked == [("kernels-community/flash-attn3", None, 1)]
+
+
+def test_hub_kernel_is_taken_where_there_is_no_module(kernel: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = sys.modules["flash_attn_interface"]
+    module = types.ModuleType("kernels")
+    module.get_kernel = lambda repo_id, version: built
+    monkeypatch.setitem(sys.modules, "kernels", module)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    from_hub.cache_clear()
+    try:
+        flash_attention_3(*(torch.zeros(1, 4, 1, 16, dtype=torch.bfloat16) for _ in range(3)))
+    finally:
+        from_hub.cache_clear()
+    assert len(kernel) == 1
+
+
+def test_ops_meet_torch_librarys_contract(kernel: list) -> None:
+    q, k, v = (torch.randn(2, 6, 2, 16, dtype=torch.bfloat16) for _ in range(3))
+    torch.library.opcheck(flash_attention_3, (q, k, v), test_utils=("test_schema", "test_faketensor"))
+    quantized = [x.to(torch.float8_e4m3fn) for x in (q, k, v)]
+    inputs = (*quantized, torch.ones(3, 2, 2))
+    torch.library.opcheck(flash_attention_3_float8, inputs, test_utils="test_faketensor")  # the other multiplies float8
 
 
 def test_whole_pipeline_draws(tiny: Callable, draw: Callable, kernel: list) -> None:
     pipe = tiny(torch.bfloat16)
-    attention.OPTIMIZATION.apply(pipe, FA3)
+    attention.OPTIMIZATION.apply(pipe, FA3_FP8)
     assert np.isfinite(draw(pipe, batch=2, steps=1)).all()
     assert len(kernel) == 6

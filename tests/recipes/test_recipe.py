@@ -24,10 +24,16 @@ def test_frozen_and_usable_as_key() -> None:
     [
         ({"dtype": "float16"}, "dtype is one of float32, bfloat16, not 'float16'"),
         ({"execution": "jit"}, "execution is one of eager, compile, aoti"),
-        ({"attention": True}, "attention is one of native, cudnn, fa3_fp8, not True"),
+        ({"attention": True}, "attention is one of native, cudnn, fa3, fa3_fp8, cudnn_fp8, triton_fp8, not True"),
         ({"quantization": "int8"}, "quantization is one of"),
         ({"fused_qkv": "yes"}, "fused_qkv is true or false, not 'yes'"),
         ({"fused_qkv": 1}, "fused_qkv is true or false, not 1"),
+        ({"fused_kernels": True, "fused_qkv": True}, "fused_kernels needs dtype=bfloat16"),
+        ({"fused_kernels": True, "dtype": "bfloat16"}, "fused_kernels needs fused_qkv=true"),
+        (
+            {"fused_kernels": True, "dtype": "bfloat16", "fused_qkv": True, "quantization": "float8_per_tensor"},
+            "fused_kernels needs quantization=none or float8_per_row",
+        ),
         ({"channels_last": None}, "channels_last is true or false"),
         ({"execution": "compile", "inductor_flags": None}, "inductor_flags takes a JSON object"),
         ({"cache": True}, "cache is null or a JSON object"),
@@ -72,8 +78,12 @@ def test_hash_differs_for_every_field() -> None:
         replace(compiled, inductor_flags=InductorFlags(epilogue_fusion=True)),
         Recipe(fused_qkv=True),
         Recipe(channels_last=True),
+        Recipe(dtype="bfloat16", fused_qkv=True, fused_kernels=True),
         Recipe(attention="cudnn"),
+        Recipe(attention="fa3"),
         Recipe(attention="fa3_fp8"),
+        Recipe(attention="cudnn_fp8"),
+        Recipe(attention="triton_fp8"),
         Recipe(quantization="float8_per_row"),
         Recipe(quantization="float8_per_tensor"),
         Recipe(cache=FirstBlockCache()),
@@ -111,6 +121,9 @@ def test_without_puts_back_the_default_and_what_depends_on_it() -> None:
     recipe = Recipe(dtype="bfloat16", execution="compile", fused_qkv=True, **options)
     assert recipe.without("fused_qkv") == replace(recipe, fused_qkv=default("fused_qkv"))
     assert recipe.without("execution") == Recipe(dtype="bfloat16", fused_qkv=True)
+    fused = Recipe(dtype="bfloat16", fused_qkv=True, fused_kernels=True)
+    assert fused.without("fused_qkv") == Recipe(dtype="bfloat16")
+    assert fused.without("dtype") == Recipe(fused_qkv=True)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,91 @@
+"""A series of measurements on the GPU: saved as they are made, each surviving the others, within a time.
+
+Their files are kept as results/<machine>/<name>.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmark.runner import command_text
+from utils import environment, results
+from utils.errors import UsageError, one_line
+from utils.files import check_folder
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """`about` names what is measured; `measure()` gives its figures; `skipped` is why it can't be, if so."""
+
+    about: dict[str, Any]
+    measure: Callable[[], dict[str, Any]]
+    skipped: str | None = None
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", type=Path, required=True, help="the result file, written after each measurement")
+    parser.add_argument("--seconds", type=float, default=105, help="begin no further measurement after that long")
+    parser.add_argument("--commit", help="the commit to record where no git is at hand")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+
+
+def check(arguments: argparse.Namespace) -> torch.device:
+    """The GPU.
+
+    Raises:
+        UsageError: there is none, or the output file can't be written.
+    """
+    if not torch.cuda.is_available():
+        raise UsageError("this is timed on a GPU, and there is none")
+    check_folder(arguments.output)
+    return torch.device("cuda")
+
+
+def run(
+    name: str,
+    measurements: Sequence[Measurement],
+    header: str,
+    line: Callable[[dict[str, Any]], str],
+    arguments: argparse.Namespace,
+    device: torch.device,
+) -> None:
+    """Make the measurements, write them to `arguments.output` under `name`, and print them as a table at the end.
+
+    A row is what a measurement is about and its figures, `skipped` or `failed` with the reason. `line` is a row's text
+    where it has figures, or its beginning where it has none.
+    """
+    begun = time.monotonic()
+    machine = environment.capture(device, arguments.commit)
+    rows: list[dict[str, Any]] = []
+    for measurement in measurements:
+        row = dict(measurement.about)
+        if measurement.skipped is not None:
+            row["skipped"] = measurement.skipped
+        elif time.monotonic() - begun > arguments.seconds:
+            row["skipped"] = f"no time left of {arguments.seconds:.0f} s"
+        else:
+            try:
+                row |= measurement.measure()
+            except Exception as error:  # the others are worth their measurement
+                row["failed"] = f"{type(error).__name__}: {one_line(error)}"
+                if arguments.debug:
+                    traceback.print_exc()
+        rows.append(row)
+        print(_text(row, line), file=sys.stderr, flush=True)
+        about = {"environment": {**machine, "after": environment.device_state(device)}, "command": command_text()}
+        results.write(arguments.output, {name: rows, **about})
+    print("\n".join([header, *(_text(row, line) for row in rows)]))
+
+
+def _text(row: dict[str, Any], line: Callable[[dict[str, Any]], str]) -> str:
+    why = row.get("skipped") or ("failed: " + row["failed"] if "failed" in row else None)
+    return line(row) if why is None else f"{line(row)}  {why}"

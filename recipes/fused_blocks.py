@@ -1,0 +1,183 @@
+"""The transformer's blocks on fused kernels: the forward of both kinds, for Linears in bfloat16 and in float8.
+
+The maths is that of diffusers' blocks, rounded less often. What a Linear takes is a tensor, or, where the Linears are
+float8, rows that the kernel before has cast.
+
+Source: FluxTransformerBlock, FluxSingleTransformerBlock and FluxAttnProcessor of diffusers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch.nn.functional as F
+from diffusers.models.transformers.transformer_flux import (
+    FluxAttention,
+    FluxSingleTransformerBlock,
+    FluxTransformerBlock,
+)
+from torch import Tensor, nn
+
+from recipes.attention_backends import Backend
+from recipes.kernels import adaln, cast, gelu, qkv, residual
+
+Rotary = tuple[Tensor, Tensor]
+Kernels = Any  # Plain or Float8: what one's adaln and gelu give, its linear takes
+
+
+class Rows(NamedTuple):
+    """Quantized activations: values [batch, tokens, features] float8_e4m3fn, scale [batch, tokens, 1] float32."""
+
+    values: Tensor
+    scale: Tensor
+
+
+@dataclass(frozen=True)
+class Plain:
+    """The kernels between Linears of the activations' own dtype."""
+
+    attention: Backend
+
+    def adaln(self, image: Tensor, text: Tensor | None, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+        return adaln.adaln(image, text, shift, scale, eps)
+
+    def residual_adaln(
+        self, x: Tensor, gate: Tensor, before: Tensor, shift: Tensor, scale: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        return residual.gated_residual_adaln(x, gate, before, shift, scale, eps)
+
+    def gelu(self, hidden: Tensor) -> Tensor:
+        return F.gelu(hidden, approximate="tanh")
+
+    def concat_gelu(self, attended: Tensor, hidden: Tensor) -> Tensor:
+        return gelu.concat_gelu(attended, hidden)
+
+    def streams(self, attended: Tensor, tokens: list[int]) -> list[Tensor]:
+        return list(attended.split(tokens, dim=1))
+
+    def linear(self, linear: nn.Module, x: Tensor) -> Tensor:
+        return linear(x)
+
+
+@dataclass(frozen=True)
+class Float8:
+    """The kernels between `Float8Linear`s: what goes into one is cast where it is made."""
+
+    attention: Backend
+
+    def adaln(self, image: Tensor, text: Tensor | None, shift: Tensor, scale: Tensor, eps: float) -> Rows:
+        return Rows(*adaln.adaln_float8(image, text, shift, scale, eps))
+
+    def residual_adaln(
+        self, x: Tensor, gate: Tensor, before: Tensor, shift: Tensor, scale: Tensor, eps: float
+    ) -> tuple[Tensor, Rows]:
+        hidden, *rows = residual.gated_residual_adaln_float8(x, gate, before, shift, scale, eps)
+        return hidden, Rows(*rows)
+
+    def gelu(self, hidden: Tensor) -> Rows:
+        return Rows(*gelu.gelu_float8(hidden))
+
+    def concat_gelu(self, attended: Tensor | Rows, hidden: Tensor) -> Rows:
+        values, scale = attended if isinstance(attended, Rows) else (attended, None)
+        return Rows(*gelu.concat_gelu_float8(values, hidden, scale))
+
+    def streams(self, attended: Tensor | Rows, tokens: list[int]) -> list[Rows]:
+        if isinstance(attended, Rows):
+            return [Rows(*parts) for parts in zip(*(x.split(tokens, dim=1) for x in attended), strict=True)]
+        return [Rows(*cast.rows_float8(stream)) for stream in attended.split(tokens, dim=1)]
+
+    def linear(self, linear: nn.Module, x: Rows) -> Tensor:
+        return linear(x.values, x.scale)
+
+
+def double_block(
+    self: FluxTransformerBlock,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    temb: Tensor,
+    image_rotary_emb: Rotary,
+    joint_attention_kwargs: dict[str, Any] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """FluxTransformerBlock.forward; returns the text stream [batch, text tokens, dim] and the image stream."""
+    _refuse(joint_attention_kwargs)
+    kernels, attn = self.kernels, self.attn
+    image, text = hidden_states, encoder_hidden_states
+    of_image, of_text = _modulation(self.norm1, temb, 6), _modulation(self.norm1_context, temb, 6)
+    image_normed = kernels.adaln(image, None, *of_image[:2], self.norm1.norm.eps)
+    text_normed = kernels.adaln(text, None, *of_text[:2], self.norm1_context.norm.eps)
+    image_qkv, text_qkv = kernels.linear(attn.to_qkv, image_normed), kernels.linear(attn.to_added_qkv, text_normed)
+    attended = _attention(kernels, attn, image_qkv, text_qkv, image_rotary_emb)
+    of_text_tokens, of_image_tokens = kernels.streams(attended, [text.shape[1], image.shape[1]])
+    image_update = kernels.linear(attn.to_out[0], of_image_tokens)
+    text_update = kernels.linear(attn.to_add_out, of_text_tokens)
+    image = _feed_forward(kernels, self.ff, image_update, image, of_image[2:], self.norm2.eps)
+    text = _feed_forward(kernels, self.ff_context, text_update, text, of_text[2:], self.norm2_context.eps)
+    return text, image
+
+
+def single_block(
+    self: FluxSingleTransformerBlock,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    temb: Tensor,
+    image_rotary_emb: Rotary,
+    joint_attention_kwargs: dict[str, Any] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """FluxSingleTransformerBlock.forward; returns the text and the image stream, two views of one tensor."""
+    _refuse(joint_attention_kwargs)
+    kernels, attn = self.kernels, self.attn
+    image, text = hidden_states, encoder_hidden_states
+    shift, scale, gate = _modulation(self.norm, temb, 3)
+    normed = kernels.adaln(image, text, shift, scale, self.norm.norm.eps)
+    projected = kernels.linear(self.proj_qkv_mlp, normed)
+    projected_qkv, projected_mlp = projected.split([3 * attn.inner_dim, self.mlp_hidden_dim], dim=2)
+    attended = _attention(kernels, attn, projected_qkv, None, image_rotary_emb)
+    update = kernels.linear(self.proj_out, kernels.concat_gelu(attended, projected_mlp))
+    joint = residual.gated_residual(update, gate, image, text)
+    text, image = joint.split([text.shape[1], image.shape[1]], dim=1)
+    return text, image
+
+
+def _refuse(joint_attention_kwargs: dict[str, Any] | None) -> None:
+    if joint_attention_kwargs:
+        name = next(iter(joint_attention_kwargs))
+        raise NotImplementedError(f"fused kernels take no {name}: use a recipe with fused_kernels=false")
+
+
+def _modulation(norm: Any, temb: Tensor, parts: int) -> tuple[Tensor, ...]:
+    """`parts` of [batch, dim]: shift, scale and gate of the attention, then those of the feed-forward."""
+    return norm.linear(norm.silu(temb)).chunk(parts, dim=1)
+
+
+def _attention(
+    kernels: Kernels, attn: FluxAttention, image: Tensor, text: Tensor | None, rotary: Rotary
+) -> Tensor | Rows:
+    """image and text [batch, tokens, 3 * dim], fused projections; returns [batch, tokens, dim], text first."""
+    heads = (3, -1, attn.head_dim)
+    image_qkv, text_qkv = image.unflatten(-1, heads), None if text is None else text.unflatten(-1, heads)
+    added = (None, None) if text is None else (attn.norm_added_q.weight, attn.norm_added_k.weight)
+    of_qkv = (image_qkv, text_qkv, attn.norm_q.weight, attn.norm_k.weight, *added, *rotary, attn.norm_q.eps)
+    float8 = kernels.attention.float8
+    if float8 is not None:
+        query_key, value, descales = qkv.qkv_norm_rotary_float8(*of_qkv, float8.tokens_innermost, float8.value_per_head)
+        arguments = (query_key[:, :, 0], query_key[:, :, 1], value, descales)
+        if float8.rows is not None and isinstance(kernels, Float8):
+            values, scale = float8.rows(*arguments)
+            return Rows(values.flatten(2, 3), scale)
+        out = float8.attend(*arguments)
+    else:
+        parts = qkv.qk_norm_rotary(*of_qkv)
+        value = (image_qkv if text is None else parts)[:, :, 2]
+        out = kernels.attention.attend(parts[:, :, 0], parts[:, :, 1], value)
+    return out.flatten(2, 3)
+
+
+def _feed_forward(
+    kernels: Kernels, ff: Any, update: Tensor, before: Tensor, modulation: tuple[Tensor, ...], eps: float
+) -> Tensor:
+    """A stream's gated attention output, AdaLN and feed-forward. modulation: gate, shift, scale, gate."""
+    gate, shift, scale, gate_after = modulation
+    hidden, normed = kernels.residual_adaln(update, gate, before, shift, scale, eps)
+    out = kernels.linear(ff.net[2], kernels.gelu(kernels.linear(ff.net[0].proj, normed)))
+    return residual.gated_residual(out, gate_after, hidden, None)

@@ -1,0 +1,130 @@
+"""AdaLN in one pass: LayerNorm without weights, then scale and shift from the modulation; in float8 with a scale a row.
+
+Per row it reads dim values once and writes dim: 4 bytes a value from bfloat16 to bfloat16, 3 to float8. Unfused, the
+float8 form reads the row three times (statistics, amax, cast). Text and image tokens may lie in two tensors and come
+out as one, which saves the single blocks' concatenation.
+
+Source: Peebles and Xie, arXiv 2212.09748 (AdaLN); AdaLayerNormZero and AdaLayerNormZeroSingle of diffusers.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch.library import triton_op, wrap_triton
+
+from recipes.kernels.rows import (
+    block_and_warps,
+    check_rows,
+    joint_row,
+    normalized,
+    row_scale,
+    rows_to_float8,
+    to_e4m3,
+)
+
+
+def reference(
+    image: torch.Tensor, text: torch.Tensor | None, shift: torch.Tensor, scale: torch.Tensor, eps: float
+) -> torch.Tensor:
+    """In float32, as `adaln`."""
+    x = image if text is None else torch.cat([text, image], dim=1)
+    normed = torch.nn.functional.layer_norm(x.float(), x.shape[-1:], eps=eps)
+    return normed * (1 + scale.float()[:, None]) + shift.float()[:, None]
+
+
+def reference_float8(
+    image: torch.Tensor, text: torch.Tensor | None, shift: torch.Tensor, scale: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return rows_to_float8(reference(image, text, shift, scale, eps))
+
+
+@triton_op("flux_fast::adaln", mutates_args=())
+def adaln(
+    image: torch.Tensor, text: torch.Tensor | None, shift: torch.Tensor, scale: torch.Tensor, eps: float
+) -> torch.Tensor:
+    """LayerNorm(x) * (1 + scale) + shift over x = text then image tokens.
+
+    image [batch, image tokens, dim], text [batch, text tokens, dim] or None, shift and scale [batch, dim]; the last
+    dimension of each contiguous. Returns [batch, tokens, dim], contiguous, of image's dtype; computed in float32.
+    """
+    out = _empty(image, text, image.dtype)
+    _launch(image, text, shift, scale, eps, out, None)
+    return out
+
+
+@triton_op("flux_fast::adaln_float8", mutates_args=())
+def adaln_float8(
+    image: torch.Tensor, text: torch.Tensor | None, shift: torch.Tensor, scale: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`adaln`, as float8_e4m3fn [batch, tokens, dim] and its float32 scale [batch, tokens, 1]."""
+    out = _empty(image, text, torch.float8_e4m3fn)
+    out_scale = out.new_empty((*out.shape[:2], 1), dtype=torch.float32)
+    _launch(image, text, shift, scale, eps, out, out_scale)
+    return out, out_scale
+
+
+def _empty(image: torch.Tensor, text: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    batch, tokens, dim = image.shape
+    tokens += 0 if text is None else text.shape[1]
+    return image.new_empty((batch, tokens, dim), dtype=dtype)
+
+
+def _launch(
+    image: torch.Tensor,
+    text: torch.Tensor | None,
+    shift: torch.Tensor,
+    scale: torch.Tensor,
+    eps: float,
+    out: torch.Tensor,
+    out_scale: torch.Tensor | None,
+) -> None:
+    check_rows(image=image, text=text, shift=shift, scale=scale)
+    batch, tokens, dim = out.shape
+    block, warps = block_and_warps(dim)
+    first = image if text is None else text
+    wrap_triton(_adaln_kernel)[(tokens, batch)](
+        first, image, shift, scale, out, out if out_scale is None else out_scale,
+        0 if text is None else text.shape[1], tokens,
+        first.stride(0), first.stride(1), image.stride(0), image.stride(1), shift.stride(0), scale.stride(0),
+        EPS=eps, DIM=dim, BLOCK=block, FLOAT8=out_scale is not None, num_warps=warps,
+    )  # fmt: skip
+
+
+@triton.jit
+def _adaln_kernel(
+    text,
+    image,
+    shift,
+    scale,
+    out,
+    out_scale,
+    text_tokens,
+    tokens,
+    text_batch,
+    text_row,
+    image_batch,
+    image_row,
+    shift_row,
+    scale_row,
+    EPS: tl.constexpr,  # noqa: N803
+    DIM: tl.constexpr,  # noqa: N803
+    BLOCK: tl.constexpr,  # noqa: N803
+    FLOAT8: tl.constexpr,  # noqa: N803
+):
+    token, batch = tl.program_id(0), tl.program_id(1)
+    columns = tl.arange(0, BLOCK)
+    mask = columns < DIM
+    row = joint_row(text, image, batch, token, text_tokens, text_batch, text_row, image_batch, image_row)
+    x = tl.load(row + columns, mask, other=0.0).to(tl.float32)
+    factor = tl.load(scale + batch * scale_row + columns, mask, other=0.0).to(tl.float32)
+    offset = tl.load(shift + batch * shift_row + columns, mask, other=0.0).to(tl.float32)
+    y = normalized(x, mask, DIM, EPS) * (1.0 + factor) + offset
+    index = batch.to(tl.int64) * tokens + token
+    if FLOAT8:
+        own_scale = row_scale(tl.max(tl.abs(y), axis=0))
+        tl.store(out_scale + index, own_scale)
+        tl.store(out + index * DIM + columns, to_e4m3(y, own_scale), mask)
+    else:
+        tl.store(out + index * DIM + columns, y.to(out.dtype.element_ty), mask)

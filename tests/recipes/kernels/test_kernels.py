@@ -1,0 +1,257 @@
+"""Each kernel against its float32 reference: odd sizes, batches, strided inputs, one and two streams."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="needs the package triton, which isn't installed")
+
+from recipes.float8_heads import to_float8, tokens_innermost
+from recipes.kernels import adaln, attention, cast, gelu, qkv, residual
+from recipes.kernels.rows import rows_to_float8
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
+EPS = 1e-6
+# Half a unit in the last place, with room for float32 sums in another order.
+BFLOAT16, E4M3 = 2**-8, 2**-4
+SIZES = [(1, 1, 0, 32), (2, 5, 3, 96), (3, 7, 4, 200), *([] if INTERPRETED else [(2, 1000, 77, 3072)])]
+
+
+@pytest.fixture
+def normal(device: torch.device) -> Callable[..., torch.Tensor]:
+    random = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.randn(*shape, generator=random).to(device, dtype)
+
+    return draw
+
+
+def modulation(normal: Callable, batch: int, dim: int, parts: int) -> tuple[torch.Tensor, ...]:
+    """Parts of one Linear's output, as the blocks have them: rows with gaps between."""
+    return normal(batch, parts * dim).chunk(parts, dim=1)
+
+
+def streams(normal: Callable, batch: int, image: int, text: int, dim: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Image and text as views of one tensor, as a single block gets them."""
+    joint = normal(batch, text + image, dim)
+    return joint[:, text:], joint[:, :text] if text else None
+
+
+def assert_rounded(value: torch.Tensor, reference: torch.Tensor, unit: float = BFLOAT16) -> None:
+    """`value` is `reference` rounded, with room for values next to a border."""
+    assert value.is_contiguous()
+    torch.testing.assert_close(value.float(), reference.float(), rtol=1.1 * unit, atol=1e-5)
+
+
+def assert_float8(
+    got: tuple[torch.Tensor, torch.Tensor], reference: torch.Tensor, same: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    """got: float8 and scale, those of `reference` (float32); nearly all bits are those of `same`, the reference's."""
+    values, scale = got
+    assert values.dtype == torch.float8_e4m3fn
+    assert scale.dtype == torch.float32
+    torch.testing.assert_close(scale, same[1], rtol=1e-4, atol=0)
+    restored = values.float() * scale
+    # Below 2^-6 e4m3 is subnormal: there the step is 2^-9.
+    room = reference.abs() * 1.1 * E4M3 + scale * 1.1 * 2**-10
+    assert ((restored - reference).abs() <= room).all()
+    differing = (values.view(torch.uint8) != same[0].view(torch.uint8)).float().mean()
+    assert differing < 0.01, "rounded another way"
+
+
+@pytest.mark.parametrize(("batch", "image", "text", "dim"), SIZES)
+def test_adaln(normal: Callable, batch: int, image: int, text: int, dim: int) -> None:
+    inputs = (*streams(normal, batch, image, text, dim), *modulation(normal, batch, dim, 3)[:2], EPS)
+    reference = adaln.reference(*inputs)
+    assert_rounded(adaln.adaln(*inputs), reference)
+    assert_float8(adaln.adaln_float8(*inputs), reference, adaln.reference_float8(*inputs))
+
+
+def test_adaln_of_far_from_zero_mean(normal: Callable) -> None:
+    """The variance isn't computed as a difference of two large numbers."""
+    image, (shift, scale) = normal(1, 4, 96, dtype=torch.float32) + 1000, modulation(normal, 1, 96, 2)
+    out = adaln.adaln(image, None, shift, scale, EPS)
+    torch.testing.assert_close(out, adaln.reference(image, None, shift, scale, EPS), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("batch", "image", "text", "dim"), SIZES)
+def test_gelu(normal: Callable, batch: int, image: int, text: int, dim: int) -> None:
+    hidden, attended = 3 * normal(batch, image, 4 * dim), normal(batch, text + image, dim)[:, text:]
+    for before in (None, attended):
+        reference = gelu.reference(before, hidden)
+        got = gelu.gelu_float8(hidden) if before is None else gelu.concat_gelu_float8(before, hidden)
+        assert_float8(got, reference, gelu.reference_float8(before, hidden))
+    assert_rounded(gelu.concat_gelu(attended, hidden), gelu.reference(attended, hidden))
+    inputs = (attended.to(torch.float8_e4m3fn), hidden, 1 + normal(batch, image, 1, dtype=torch.float32) ** 2)
+    assert_float8(gelu.concat_gelu_float8(*inputs), gelu.reference(*inputs), gelu.reference_float8(*inputs))
+
+
+def test_gelu_of_extremes(device: torch.device) -> None:
+    hidden = torch.tensor([[[-1e4, -20.0, -1.0, 0.0, 1.0, 20.0, 1e4, 3e38]]], device=device)
+    out = gelu.concat_gelu(hidden[..., :0], hidden)
+    torch.testing.assert_close(out, gelu.reference(None, hidden))
+
+
+@pytest.mark.parametrize(("batch", "image", "text", "dim"), SIZES)
+def test_cast(normal: Callable, batch: int, image: int, text: int, dim: int) -> None:
+    x = normal(batch, text + image, dim)[:, text:]
+    assert_float8(cast.rows_float8(x), x.float(), rows_to_float8(x))
+
+
+def test_rows_of_zeros_stay_zeros(device: torch.device) -> None:
+    values, scale = cast.rows_float8(torch.zeros(1, 3, 40, device=device))
+    assert (values.float() == 0).all()
+    assert (scale > 0).all()
+
+
+def test_columns_apart_are_refused(normal: Callable) -> None:
+    with pytest.raises(ValueError, match="x: the last dimension has stride 5, and it must be contiguous"):
+        cast.rows_float8(normal(1, 8, 5).transpose(1, 2))
+
+
+@pytest.mark.parametrize(("batch", "image", "text", "dim"), SIZES)
+def test_gated_residual(normal: Callable, batch: int, image: int, text: int, dim: int) -> None:
+    inputs = (normal(batch, text + image, dim), modulation(normal, batch, dim, 3)[2])
+    inputs = (*inputs, *streams(normal, batch, image, text, dim))
+    assert_rounded(residual.gated_residual(*inputs), residual.reference(*inputs))
+
+
+@pytest.mark.parametrize(("batch", "image", "text", "dim"), SIZES)
+def test_gated_residual_adaln(normal: Callable, batch: int, image: int, text: int, dim: int) -> None:
+    gate, shift, scale = modulation(normal, batch, dim, 3)
+    before = streams(normal, batch, image, text, dim)[0]
+    # In halves, so that both round the stream alike: a sum's last bit would change the whole row's norm.
+    x, gate, before = (torch.round(2 * t) / 2 for t in (normal(batch, image, dim), gate, before))
+    inputs = (x, gate, before, shift, scale, EPS)
+    hidden, normed = residual.gated_residual_adaln(*inputs)
+    expected_hidden, expected = residual.reference_adaln(*inputs)
+    assert torch.equal(hidden, expected_hidden)
+    assert_rounded(normed, expected)
+    hidden, *rows = residual.gated_residual_adaln_float8(*inputs)
+    assert torch.equal(hidden, expected_hidden)
+    assert_float8(tuple(rows), expected, residual.reference_adaln_float8(*inputs)[1:])
+
+
+QKV_SIZES = [
+    (1, 3, 0, 1, 32),
+    (2, 30, 7, 3, 32),
+    (2, 50, 0, 2, 128),
+    *([] if INTERPRETED else [(2, 1000, 77, 24, 128)]),
+]
+
+
+def qkv_inputs(normal: Callable, batch: int, image: int, text: int, heads: int, head_dim: int) -> tuple:
+    """The arguments of both kernels but for the last two, and those of their reference."""
+
+    def stream(tokens: int, factor: int) -> torch.Tensor:
+        return factor * normal(batch, tokens, 3 * heads * head_dim).unflatten(-1, (3, heads, head_dim))
+
+    weights = [1 + normal(head_dim) / 4 for _ in range(4)]
+    angles = (6 * normal(text + image, head_dim // 2, dtype=torch.float32)).repeat_interleave(2, dim=1)
+    image_qkv, text_qkv = stream(image, 1), stream(text, 3) if text else None
+    if text_qkv is None:
+        weights[2:] = [None, None]
+    of_text = None if text_qkv is None else tuple(weights[2:])
+    arguments = (image_qkv, text_qkv, *weights, angles.cos(), angles.sin(), EPS)
+    return arguments, (image_qkv, text_qkv, tuple(weights[:2]), of_text, angles.cos(), angles.sin(), EPS)
+
+
+@pytest.mark.parametrize(("batch", "image", "text", "heads", "head_dim"), QKV_SIZES)
+def test_qk_norm_rotary(normal: Callable, batch: int, image: int, text: int, heads: int, head_dim: int) -> None:
+    arguments, of_reference = qkv_inputs(normal, batch, image, text, heads, head_dim)
+    out = qkv.qk_norm_rotary(*arguments)
+    assert out.shape == (batch, text + image, 3 if text else 2, heads, head_dim)
+    assert out.is_contiguous()
+    reference = qkv.reference(*of_reference)[:, :, : out.shape[2]]
+    # A difference of two products may be smaller than either one's last place.
+    torch.testing.assert_close(out.float(), reference, rtol=1.1 * BFLOAT16, atol=1e-4)
+
+
+@pytest.mark.parametrize("innermost", [False, True])
+@pytest.mark.parametrize("per_head", [False, True])
+@pytest.mark.parametrize(("batch", "image", "text", "heads", "head_dim"), QKV_SIZES)
+def test_qkv_norm_rotary_float8(
+    normal: Callable, batch: int, image: int, text: int, heads: int, head_dim: int, per_head: bool, innermost: bool
+) -> None:
+    arguments, of_reference = qkv_inputs(normal, batch, image, text, heads, head_dim)
+    query_key, value, descales = qkv.qkv_norm_rotary_float8(*arguments, innermost, per_head)
+    reference = qkv.reference(*of_reference)
+    expected = qkv.reference_descales(reference, *of_reference[2:4], per_head)
+    torch.testing.assert_close(descales, expected, rtol=1e-5, atol=0)
+    if innermost:
+        assert value.shape == (batch, heads, head_dim, -(-(text + image) // 16) * 16)
+        value = value.permute(0, 3, 1, 2)[:, : text + image]
+    restored = torch.cat([query_key.float(), value.float()[:, :, None]], dim=2)
+    by_part = descales.permute(1, 0, 2)[:, None, :, :, None]
+    restored = restored * by_part
+    assert ((restored - reference).abs() <= reference.abs() * 1.1 * E4M3 + by_part * 1.1 * 2**-10 + 1e-5).all()
+
+
+ATTENTION_SIZES = [
+    (1, 32, 32, 1, 32),
+    (2, 37, 50, 3, 32),
+    (2, 70, 5, 2, 64),
+    *([] if INTERPRETED else [(2, 1111, 777, 3, 128)]),
+]
+
+
+def choose(config: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the kernel have one of its configurations; in the interpreter with blocks smaller than the inputs."""
+    if INTERPRETED:
+        monkeypatch.setattr(
+            attention.CONFIGS[config], "kwargs", {**attention.CONFIGS[config].kwargs, "QUERIES": 32, "KEYS": 32}
+        )
+    monkeypatch.setattr(attention._attention_kernel, "configs", [attention.CONFIGS[config]])
+
+
+@pytest.mark.parametrize("config", range(len(attention.CONFIGS)) if not INTERPRETED else [0, 1])
+@pytest.mark.parametrize(("batch", "tokens", "keys", "heads", "head_dim"), ATTENTION_SIZES)
+def test_attention_float8(
+    normal: Callable, error_of: Callable, monkeypatch: pytest.MonkeyPatch,
+    batch: int, tokens: int, keys: int, heads: int, head_dim: int, config: int,
+) -> None:  # fmt: skip
+    choose(config, monkeypatch)
+    loud = 1 + torch.arange(heads, device=normal(1).device)[:, None]  # a scale of its own for each head
+    query, key, value = (normal(batch, n, heads, head_dim) * loud for n in (tokens, keys, keys))
+    (q, dq), (k, dk), (v, dv) = (to_float8(x) for x in (query, key, value))
+    descales = torch.stack([dq, dk, dv])
+    # Query and key as the fused kernel leaves them: one head_dim after the other in a wider tensor.
+    q = torch.stack([q.view(torch.uint8), q.view(torch.uint8)], dim=2).view(torch.float8_e4m3fn)[:, :, 0]
+    inputs = (q, k, tokens_innermost(v), descales)
+    reference = attention.reference(*inputs, keys)
+    out = attention.attention_float8(*inputs)
+    assert out.dtype == torch.bfloat16
+    assert out.shape == (batch, tokens, heads, head_dim)
+    # Rounding each probability to 3 bits of mantissa is 2.6 % rms, less what the sum over keys averages out.
+    for image in range(batch):
+        for head in range(heads):
+            assert error_of(out[image, :, head].float(), reference[image, :, head]) < 0.03
+    whole = torch.nn.functional.scaled_dot_product_attention(
+        *(x.float().transpose(1, 2) for x in (query, key, value))
+    ).transpose(1, 2)
+    if head_dim >= 64:
+        assert error_of(attention.triton_fp8(query, key, value).float(), whole) < 0.2
+
+
+@pytest.mark.parametrize("head_dim", [16, 48])
+def test_attention_of_other_heads_is_refused(device: torch.device, head_dim: int) -> None:
+    x = torch.ones(1, 16, 1, head_dim, device=device, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=f"takes heads of 32, 64 or 128 values, not of {head_dim}"):
+        attention.triton_fp8(x, x, x)
+
+
+def test_attention_of_keys_out_of_reach(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What lies in the values' padding is never read, though it be not a number."""
+    choose(0, monkeypatch)
+    x = torch.ones(1, 37, 1, 32, device=device)
+    q, descale = to_float8(x)
+    value = tokens_innermost(q)
+    value.view(torch.uint8)[..., 37:] = 0x7F  # NaN
+    out = attention.attention_float8(q, q, value, torch.stack([descale] * 3))
+    torch.testing.assert_close(out.float(), x, rtol=1e-2, atol=0)
