@@ -43,7 +43,10 @@ class Velocity(nn.Module):
         self.register_buffer("image_ids", pipe._prepare_latent_image_ids(1, 16, 16, "cpu", torch.float32), False)
         self._hidden: list[torch.Tensor] = []
         singles = pipe.transformer.single_transformer_blocks
-        singles[len(singles) // 2 - 1].register_forward_hook(lambda block, given, out: self._hidden.append(out[1]))
+        singles[len(singles) // 2 - 1].register_forward_hook(self._keep)
+
+    def _keep(self, block: nn.Module, given: tuple, out: tuple[torch.Tensor, torch.Tensor]) -> None:
+        self._hidden.append(out[1])
 
     def forward(
         self, latents: torch.Tensor, time: torch.Tensor, t5_ids: torch.Tensor, clip_ids: torch.Tensor

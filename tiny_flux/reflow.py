@@ -41,13 +41,11 @@ def make_pairs(
         index = torch.randint(len(pool), rows.shape, generator=random, device=device)
         x = torch.randn(len(rows), 256, 64, generator=random, device=device)
         noise[rows], which[rows] = x.to(noise.dtype), index
-        wanted, nothing = pool.captions(index, random), pool.empty(len(rows))
-        t5_ids, clip_ids = (torch.cat([wanted[i], nothing[i]]) for i in range(2))  # both as one batch
+        captions = pool.captions(index, random)
         for now, then in itertools.pairwise(shifted(torch.linspace(1, 0, steps + 1, device=device), SHIFT)):
             with autocast(device):
-                both = forward(torch.cat([x, x]), now.expand(2 * len(rows)), t5_ids, clip_ids).velocity.float()
-            conditional, free = both.chunk(2)
-            x = x - (free + settings.guidance * (conditional - free)) * (now - then)
+                predicted = forward(x, now.expand(len(rows)), captions.t5_ids, captions.clip_ids).velocity
+            x = x - predicted.float() * (now - then)
         image[rows] = x.to(image.dtype)
     pairs = {"noise": noise, "image": image, "index": which}
     if settings.only_right:

@@ -12,8 +12,8 @@ class Settings:
     muon: Muon (https://kellerjordan.github.io/posts/muon) for the transformer blocks' projections in `flow`.
     layout_weight, claims_weight: of the losses of tiny_flux/layout.py and tiny_flux/claims.py beside the velocity's.
     time_shift: how far `flow`'s noise levels are shifted towards noise, where it is decided what there is.
-    guidance, only_right: reflow's pairs are made with this classifier-free guidance, and kept only where the checker
-        finds every claim of the caption in the image.
+    guidance: of the classifier-free guidance that is distilled into the model.
+    only_right: of reflow's pairs, keep those where the checker finds every claim of the caption in the image.
     """
 
     pool: int = 120_000
@@ -29,11 +29,13 @@ class Settings:
     layout_weight: float = 0.05
     claims_weight: float = 0.05
     time_shift: float = 5.0
+    empty_captions: float = 0.1
+    guidance: float = 2.5
+    guidance_steps: int = 4000
+    guidance_lr: float = 2e-4
     reflow_pairs: int = 40_000
     reflow_sampling_steps: int = 28
-    guidance: float = 2.0
     only_right: int = 1
-    empty_captions: float = 0.1
     reflow_steps: int = 3000
     reflow_lr: float = 3e-4
     ema: float = 0.9995
@@ -45,7 +47,8 @@ class Settings:
 PRESETS = {
     "full": Settings(),
     "smoke": Settings(
-        pool=64, captions=2, vae_steps=4, vae_batch=4, flow_steps=4, flow_batch=4, reflow_pairs=8,
+        pool=64, captions=2, vae_steps=4, vae_batch=4, flow_steps=4, flow_batch=4, guidance_steps=2,
+        reflow_pairs=8,
         reflow_sampling_steps=2, reflow_steps=2, save_every=2, only_right=0, compile=0,
     ),
 }  # fmt: skip

@@ -1,16 +1,17 @@
 """Train the embedded model from scratch: `python -m tiny_flux.train --out assets/tiny-flux`.
 
-Four stages, each resumed where it was stopped when the command is given again with the same --work folder:
+Five stages, each resumed where it was stopped when the command is given again with the same --work folder:
 
 1. `autoencoder`: AutoencoderKL on rendered scenes, L1 + KL.
 2. `encode`: the pool's latents (their mean), and the VAE's scaling and shift factors from them.
 3. `flow`: transformer and both text encoders together, rectified flow as FLUX's: x_t = (1 - t) x_0 + t noise,
    the model predicts noise - x_0 (arXiv 2209.03003, 2403.03206), t mostly logit-normal. Beside it the transformer
    learns to tell what lies where (`layout`), and the text encoders what a caption claims (`claims`).
-4. `reflow`: the same on pairs (noise, image) that the model itself made from noise with many steps and
-   classifier-free guidance (arXiv 2207.12598; one caption in ten is trained on as empty), where the checker finds the
-   image right. It straightens the model's paths, so that few steps suffice (arXiv 2209.03003, section 2.2), and distils
-   the guidance into it (arXiv 2210.03142), as FLUX.1's own training does, so that one evaluation a step suffices.
+4. `guidance`: classifier-free guidance (arXiv 2207.12598; one caption in ten is trained on as empty) distilled into the
+   model (arXiv 2210.03142), as into FLUX.1 [dev], so that one evaluation a step suffices.
+5. `reflow`: rectified flow on pairs (noise, image) that the model itself made from noise with many steps, where the
+   checker finds the image right. It straightens the model's paths, so that few steps suffice (arXiv 2209.03003,
+   section 2.2).
 
 `--init FOLDER` starts from a trained pipeline instead of random weights; with `--vae-steps 0` its autoencoder is kept.
 
@@ -36,6 +37,7 @@ from diffusers import FluxPipeline
 from tiny_flux.autoencoder import encode_pool, train_autoencoder
 from tiny_flux.data import corpus, make_pool
 from tiny_flux.flow import train_flow
+from tiny_flux.guidance import distil_guidance
 from tiny_flux.model import new_pipeline, new_scheduler
 from tiny_flux.reflow import train_reflow
 from tiny_flux.settings import PRESETS, Settings
@@ -104,8 +106,12 @@ def train(
     if stop_after == "encode":
         return
     velocity = train_flow(pipe, pool, latents, settings, work, device)
-    save_pipeline(pipe, work / "before-reflow")
+    save_pipeline(pipe, work / "after-flow")
     if stop_after == "flow":
+        return
+    distil_guidance(velocity, pool, latents, settings, work, device)
+    save_pipeline(pipe, work / "after-guidance")
+    if stop_after == "guidance":
         return
     train_reflow(velocity, pipe.vae, pool, settings, work, device)
     save_pipeline(pipe, out)
@@ -126,7 +132,9 @@ def main() -> None:
     parser.add_argument("--preset", choices=PRESETS, default="full")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
-        "--stop-after", choices=["encode", "flow"], help="the rest goes on when the command is given without it"
+        "--stop-after",
+        choices=["encode", "flow", "guidance"],
+        help="the rest goes on when the command is given without it",
     )
     for field in fields(Settings):
         if field.type in ("int", "float"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import signal
 import subprocess
@@ -61,16 +62,17 @@ def test_killed_and_resumed_it_makes_the_same_weights(undisturbed: Path, tmp_pat
     train_until_killed(tmp_path, "flow.pt")
     assert not (tmp_path / "out").exists()
     train(tmp_path)
-    for part in ("out", "work/before-reflow"):
+    for part in ("out", "work/after-flow", "work/after-guidance"):
         wanted, found = contents(undisturbed / part), contents(tmp_path / part)
         assert found.keys() == wanted.keys()
         assert [name for name in wanted if found[name] != wanted[name]] == []
 
 
-def test_reflow_changes_the_transformer_and_not_the_autoencoder(undisturbed: Path) -> None:
-    before, after = contents(undisturbed / "work" / "before-reflow"), contents(undisturbed / "out")
-    changed = {name.split("/")[0] for name in after if after[name] != before[name]}
-    assert changed == {"transformer", "text_encoder", "text_encoder_2"}
+def test_later_stages_change_the_transformer_and_not_the_autoencoder(undisturbed: Path) -> None:
+    folders = (undisturbed / "work" / "after-flow", undisturbed / "work" / "after-guidance", undisturbed / "out")
+    for before, after in itertools.pairwise(map(contents, folders)):
+        changed = {name.split("/")[0] for name in after if after[name] != before[name]}
+        assert changed == {"transformer", "text_encoder", "text_encoder_2"}
 
 
 def test_the_pipeline_loads_and_draws(undisturbed: Path) -> None:
@@ -94,6 +96,7 @@ def test_losses_and_settings_are_kept(undisturbed: Path) -> None:
     assert [(row["stage"], row["step"]) for row in rows if row["name"] == "loss"] == [
         ("autoencoder", "4"),
         ("flow", "4"),
+        ("guidance", "2"),
         ("reflow", "2"),
     ]
     assert all(float(row["value"]) >= 0 for row in rows)

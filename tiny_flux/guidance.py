@@ -1,0 +1,43 @@
+"""Guidance distillation: the model learns to give in one evaluation what classifier-free guidance takes two for.
+
+Source: Meng et al., arXiv 2210.03142, section 3.1, for one fixed guidance; guidance itself is arXiv 2207.12598.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from tiny_flux.data import Pool
+from tiny_flux.flow import Velocity, sample_time
+from tiny_flux.settings import Settings
+from tiny_flux.stage import Stage, autocast
+
+
+def distil_guidance(
+    velocity: Velocity, pool: Pool, latents: torch.Tensor, settings: Settings, work: Path, device: torch.device
+) -> None:
+    """Train `velocity` on the guided predictions of what it was, on noisy latents of the pool, [n, 256, 64]."""
+    teacher = copy.deepcopy(velocity).eval().requires_grad_(False)
+    stage = Stage("guidance", velocity, settings.guidance_steps, settings.guidance_lr, settings, work, device)
+    student_forward, teacher_forward = (torch.compile(v) if settings.compile else v for v in (velocity, teacher))
+
+    def loss(random: torch.Generator) -> dict[str, torch.Tensor]:
+        index = torch.randint(len(pool), (settings.flow_batch,), generator=random, device=device)
+        clean = latents[index].float()
+        noise = torch.randn(clean.shape, generator=random, device=device)
+        time = sample_time(len(index), settings.time_shift, random, device)
+        t = time[:, None, None]
+        noisy = (1 - t) * clean + t * noise
+        captions, nothing = pool.captions(index, random), pool.empty(len(index))
+        with autocast(device):
+            with torch.no_grad():
+                wanted = teacher_forward(noisy, time, captions.t5_ids, captions.clip_ids).velocity.float()
+                free = teacher_forward(noisy, time, nothing.t5_ids, nothing.clip_ids).velocity.float()
+            predicted = student_forward(noisy, time, captions.t5_ids, captions.clip_ids).velocity
+        return {"loss": F.mse_loss(predicted.float(), free + settings.guidance * (wanted - free))}
+
+    stage.run(loss)
