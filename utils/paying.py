@@ -29,14 +29,17 @@ def not_paying(root: Path, environment: dict[str, Any], checkpoint: str) -> froz
 
 
 def slower_than_parent(measured: list[dict[str, Any]]) -> frozenset[str]:
-    """The rungs among results that are no faster than their parent at any size at which both were timed."""
-    medians = {(results.size(r["request"]), r["recipe"]["name"]): r["latency_s"]["median"] for r in measured}
-    faster: dict[str, list[bool]] = defaultdict(list)
+    """The rungs among results that are slower than their parent at every size at which both were timed.
+
+    Slower is what noise can't explain: the intervals of the two speed-ups don't overlap.
+    """
+    ratios = {(results.size(r["request"]), r["recipe"]["name"]): r["ratio_to_baseline"] for r in measured}
+    slower: dict[str, list[bool]] = defaultdict(list)
     for result in measured:
-        parent = medians.get((results.size(result["request"]), result["recipe"]["parent"]))
+        parent = ratios.get((results.size(result["request"]), result["recipe"]["parent"]))
         if parent is not None:
-            faster[result["recipe"]["name"]].append(result["latency_s"]["median"] < parent)
-    return frozenset(name for name, at_sizes in faster.items() if not any(at_sizes))
+            slower[result["recipe"]["name"]].append(result["ratio_to_baseline"]["high"] < parent["low"])
+    return frozenset(name for name, at_sizes in slower.items() if all(at_sizes))
 
 
 def is_small(checkpoint: str) -> bool:
