@@ -137,7 +137,8 @@ class Runner:
             result=scratch / "result.json",
             image=scratch / "image.png",
             reference=reference,
-            cache_dir=self.template.cache_dir or scratch / "packages",
+            # Built anew unless said otherwise: what building takes is a result too.
+            cache_dir=self.template.cache_dir or (scratch / "packages" if self.template.build_packages else None),
         )
         # -P: modules come from this repository, not from the working directory, to which the job's paths are relative.
         command = [sys.executable, "-P", "-m", "benchmark.measure", job.to_json(), *(["--debug"] if self.debug else [])]
@@ -237,5 +238,7 @@ def _relay(process: subprocess.Popen[bytes]) -> str:
 
 
 def command_text() -> str:
-    """The command as it was given, without the machine's paths."""
-    return shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+    """The command as it was given, with no path of the program."""
+    spec = sys.modules["__main__"].__spec__  # of `python -m`
+    program = [Path(sys.argv[0]).name] if spec is None else ["-m", spec.name.removesuffix(".__main__")]
+    return shlex.join(["python", *program, *sys.argv[1:]])

@@ -6,21 +6,24 @@ checkpoint of the same architecture.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import diffusers
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from utils import environment
 from utils.compile_clock import compilation
 from utils.errors import UserError
-from utils.files import replacing
+from utils.files import ROOT, replacing
+
+_PACKAGES = ("torch", "triton", "diffusers", "torchao", "nvidia-cudnn-frontend")
 
 if TYPE_CHECKING:  # recipes import export, to execute what it builds
     from recipes.recipe import Recipe
@@ -34,6 +37,15 @@ def signature(args: tuple, kwargs: dict[str, Any]) -> str:
         for x in leaves
     ]
     return f"{spec}{words}"
+
+
+@functools.cache
+def sources() -> str:
+    """A hash of the code that shapes the graphs: what is exported is partly this repository's own."""
+    digest = hashlib.sha256()
+    for path in sorted([*(ROOT / "recipes").rglob("*.py"), *(ROOT / "export").glob("*.py")]):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def default_folder() -> Path:
@@ -53,8 +65,8 @@ class PackageStore:
         machine = (
             torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
         )
-        versions = (torch.__version__, diffusers.__version__)
-        key = json.dumps([part, state, recipe.to_dict(), inputs, versions, machine], sort_keys=True)
+        versions = {name: environment.version(name) for name in _PACKAGES}
+        key = json.dumps([part, state, recipe.to_dict(), inputs, versions, machine, sources()], sort_keys=True)
         return self.folder / f"{part}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt2"
 
     def get(self, part: str, module: nn.Module, recipe: Recipe, options: dict, args: tuple, kwargs: dict) -> Any:

@@ -3,7 +3,8 @@
 What Inductor leaves apart, because a row's scale has to be known before the row can be cast: AdaLN, GELU and gated
 residual, each with the cast to float8; RMSNorm, rotary embedding and the joining of both streams; no concatenation
 before the single block's output projection, and, since the kernels read parts of a wider row as well, one GEMM for its
-query, key, value and MLP. With Linears in bfloat16 nothing is cast, and nothing is lost.
+query, key, value and MLP. With Linears and attention in bfloat16 nothing is cast, and
+nothing is lost; the double blocks' GELU stays PyTorch's then.
 """
 
 from __future__ import annotations

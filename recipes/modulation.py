@@ -55,7 +55,7 @@ class HoistedModulation:
             return arguments
         timestep, guidance = arguments.pop("timestep"), arguments.pop("guidance", None)
         pooled = arguments.pop("pooled_projections")
-        if self.pipe.current_timestep is None:  # called by hand, not from the pipeline's loop
+        if getattr(self.pipe, "_current_timestep", None) is None:  # called by hand, not from the pipeline's loop
             rows = self.rows(timestep, guidance, pooled)
         else:
             steps, table = self.table(self.pipe.scheduler.timesteps, timestep.dtype, guidance, pooled)

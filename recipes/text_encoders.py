@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from diffusers import DiffusionPipeline
 
-from recipes.compile import compile_forward, inductor_options
+from recipes.compile import ROUND_AS_EAGER, compile_forward, inductor_options
 from recipes.optimization import Needs, Optimization
 from recipes.recipe import Recipe
 
 
 def _apply(pipe: DiffusionPipeline, recipe: Recipe) -> str:
-    options = {"fullgraph": True, "dynamic": False, "options": inductor_options(recipe, pipe.device)}
+    inductor = {**ROUND_AS_EAGER, **inductor_options(recipe, pipe.device)}  # whole graphs, embeddings included
+    options = {"fullgraph": True, "dynamic": False, "options": inductor}
     for encoder in (pipe.text_encoder, pipe.text_encoder_2):
         compile_forward(encoder, options)
     return "torch.compile of CLIP and T5"

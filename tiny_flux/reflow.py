@@ -39,8 +39,8 @@ def make_pairs(
     for number, rows in enumerate(tqdm(batches, desc="pairs", mininterval=2)):
         random = generator(device, settings.seed, "pairs", number)
         index = torch.randint(len(pool), rows.shape, generator=random, device=device)
-        x = torch.randn(len(rows), 256, 64, generator=random, device=device)
-        noise[rows], which[rows] = x.to(noise.dtype), index
+        noise[rows] = torch.randn(len(rows), 256, 64, generator=random, device=device).to(noise.dtype)
+        x, which[rows] = noise[rows].float(), index
         captions = pool.captions(index, random)
         for now, then in itertools.pairwise(shifted(torch.linspace(1, 0, steps + 1, device=device), SHIFT)):
             with autocast(device):

@@ -15,6 +15,7 @@ from torch import nn
 from tqdm import tqdm
 
 from tiny_flux.settings import Settings
+from utils.files import replacing
 
 
 class Stage:
@@ -62,6 +63,7 @@ class Stage:
             for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
                 optimizer.load_state_dict(saved)
             self.ema, self.step = state["ema"], state["step"]
+            self._forget_losses_after(self.step)
 
     def run(self, loss: Callable[[torch.Generator], dict[str, torch.Tensor]]) -> None:
         """Train to the end; `loss(generator)` returns the loss under "loss" and what else to log."""
@@ -109,6 +111,17 @@ class Stage:
         optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
         state = {"module": self.module.state_dict(), "optimizers": optimizers, "ema": self.ema}
         save_atomically({**state, "step": self.step}, self.path)
+
+    def _forget_losses_after(self, step: int) -> None:
+        """What was logged after the checkpoint is trained again, and logged again."""
+        path = self.work / "losses.csv"
+        if not path.exists():  # nothing was logged yet
+            return
+        with path.open(newline="") as file:
+            header, *rows = csv.reader(file)
+        kept = [row for row in rows if row[0] != self.name or int(row[1]) <= step]
+        with replacing(path) as temporary, temporary.open("w", newline="") as file:
+            csv.writer(file).writerows([header, *kept])
 
     def _log(self, losses: dict[str, float]) -> None:
         path = self.work / "losses.csv"

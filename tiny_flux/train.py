@@ -27,6 +27,7 @@ import csv
 import itertools
 import json
 import math
+import shutil
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -42,19 +43,27 @@ from tiny_flux.model import new_pipeline, new_scheduler
 from tiny_flux.reflow import train_reflow
 from tiny_flux.settings import PRESETS, Settings
 from tiny_flux.tokenizers import clip_tokenizer, t5_tokenizer
-from utils.errors import run_command
+from utils.errors import UserError, run_command
+from utils.files import write_text
 
 
 def save_pipeline(pipe: FluxPipeline, out: Path) -> None:
     """A bfloat16 copy of `pipe`, in diffusers format."""
     names = ("vae", "transformer", "text_encoder", "text_encoder_2")
     copies = {name: copy.deepcopy(getattr(pipe, name)).to("cpu", torch.bfloat16) for name in names}
-    FluxPipeline(**{**pipe.components, **copies}).save_pretrained(out, max_shard_size="14MB")
+    part, old = (out.with_name(f"{out.name}.{suffix}") for suffix in ("part", "old"))
+    for folder in (part, old):
+        shutil.rmtree(folder, ignore_errors=True)
+    FluxPipeline(**{**pipe.components, **copies}).save_pretrained(part, max_shard_size="14MB")
     for name in ("vae", "transformer"):  # diffusers notes the folder that `--init` was
-        path = out / name / "config.json"
+        path = part / name / "config.json"
         config = json.loads(path.read_text())
         config.pop("_name_or_path", None)
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    if out.exists():
+        out.rename(old)
+    part.rename(out)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def plot_losses(work: Path) -> None:
@@ -92,8 +101,13 @@ def train(
     init: Path | None = None,
     stop_after: str | None = None,
 ) -> None:
-    """All stages, or those up to `stop_after`; then the pipeline in `out`, loss curve and settings in `work`."""
+    """All stages, or those up to `stop_after`, into `work`: a pipeline after each, losses and settings; at last `out`.
+
+    Raises:
+        UserError: `work` holds a run on other data.
+    """
     work.mkdir(parents=True, exist_ok=True)
+    _check_data(settings, work)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.backends.cuda.enable_cudnn_sdp(False)  # FlashAttention's backward: cuDNN's is a suspect in a crash seen
     pipe = FluxPipeline.from_pretrained(init, dtype=torch.float32) if init else fresh_pipeline(settings.seed)
@@ -105,19 +119,30 @@ def train(
     latents = encode_pool(pipe, pool, work, device)
     if stop_after == "encode":
         return
+    summary = {"settings": asdict(settings), "torch": torch.__version__, "device": device_name(device)}
+    write_text(work / "training.json", json.dumps(summary, indent=1) + "\n")
     velocity = train_flow(pipe, pool, latents, settings, work, device)
     save_pipeline(pipe, work / "after-flow")
+    plot_losses(work)
     if stop_after == "flow":
         return
     distil_guidance(velocity, pool, latents, settings, work, device)
     save_pipeline(pipe, work / "after-guidance")
+    plot_losses(work)
     if stop_after == "guidance":
         return
     train_reflow(velocity, pipe.vae, pool, settings, work, device)
     save_pipeline(pipe, out)
-    summary = {"settings": asdict(settings), "torch": torch.__version__, "device": device_name(device)}
-    (work / "training.json").write_text(json.dumps(summary, indent=1) + "\n")
     plot_losses(work)
+
+
+def _check_data(settings: Settings, work: Path) -> None:
+    """Refuse to go on with latents and pairs that belong to other scenes."""
+    path, data = work / "data.json", {name: getattr(settings, name) for name in ("seed", "pool", "captions")}
+    if not path.exists():
+        write_text(path, json.dumps(data) + "\n")
+    elif (known := json.loads(path.read_text())) != data:
+        raise UserError(f"{work} holds a run with {known}, not {data}: give another folder with --work")
 
 
 def device_name(device: torch.device) -> str:

@@ -13,7 +13,7 @@ import torch
 
 from utils.files import ROOT
 
-_PACKAGES = ("torch", "triton", "diffusers", "transformers", "torchao")
+_PACKAGES = ("torch", "triton", "diffusers", "transformers", "torchao", "nvidia-cudnn-frontend", "kernels")
 _GPU_STATE = {
     "sm_clock_mhz": "clocks.sm",
     "memory_clock_mhz": "clocks.mem",
@@ -26,7 +26,7 @@ _GPU_STATE = {
 def capture(device: torch.device, commit: str | None = None) -> dict[str, Any]:
     """Everything that doesn't change during a run. `commit` is for a tree without git."""
     cuda = device.type == "cuda"
-    versions = {name: _version(name) for name in _PACKAGES}
+    versions = {name: version(name) for name in _PACKAGES}
     return {
         "device_type": device.type,
         "device": torch.cuda.get_device_name(device) if cuda else cpu_name(),
@@ -67,7 +67,7 @@ def cpu_name() -> str:
     return f"{names[0] if names else platform.machine()} ({torch.backends.cpu.get_cpu_capability()})"
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

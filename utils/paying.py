@@ -8,6 +8,8 @@ from typing import Any
 
 from utils import checkpoints, results
 
+_MARGIN = 1.05
+
 
 def not_paying(root: Path, environment: dict[str, Any], checkpoint: str) -> frozenset[str]:
     """The rungs that the results nearest to this machine and checkpoint show not to pay; none where there are none.
@@ -31,14 +33,16 @@ def not_paying(root: Path, environment: dict[str, Any], checkpoint: str) -> froz
 def slower_than_parent(measured: list[dict[str, Any]]) -> frozenset[str]:
     """The rungs among results that are slower than their parent at every size at which both were timed.
 
-    Slower is what noise can't explain: the intervals of the two speed-ups don't overlap.
+    Slower is what noise hardly explains: the intervals of the two speed-ups lie apart, and by more than `_MARGIN`, for
+    an interval covers the calls of one process, and the same rung in another process was seen to differ by more.
     """
+    measured = [r for r in measured if r["ratio_to_baseline"] is not None]
     ratios = {(results.size(r["request"]), r["recipe"]["name"]): r["ratio_to_baseline"] for r in measured}
     slower: dict[str, list[bool]] = defaultdict(list)
     for result in measured:
         parent = ratios.get((results.size(result["request"]), result["recipe"]["parent"]))
         if parent is not None:
-            slower[result["recipe"]["name"]].append(result["ratio_to_baseline"]["high"] < parent["low"])
+            slower[result["recipe"]["name"]].append(result["ratio_to_baseline"]["high"] * _MARGIN < parent["low"])
     return frozenset(name for name, at_sizes in slower.items() if all(at_sizes))
 
 

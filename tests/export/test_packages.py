@@ -45,7 +45,9 @@ def test_signature_tells_apart_what_a_package_is_specialised_to() -> None:
     assert signature((torch.ones(2, 3),), {}) == signature((x,), {})
 
 
-def test_package_belongs_to_recipe_weights_shapes_and_inputs(tmp_path: Path) -> None:
+def test_package_belongs_to_recipe_weights_shapes_inputs_and_sources(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = PackageStore(tmp_path)
     small, large = torch.nn.Linear(2, 2), torch.nn.Linear(2, 3)
     paths = {
@@ -58,6 +60,8 @@ def test_package_belongs_to_recipe_weights_shapes_and_inputs(tmp_path: Path) -> 
     }
     assert len(paths) == 6
     assert store.path("part", torch.nn.Linear(2, 2), AOTI, "inputs") in paths, "other weights of the same shapes fit"
+    monkeypatch.setattr("export.package.sources", lambda: "other kernels")
+    assert store.path("part", small, AOTI, "inputs") not in paths
 
 
 def test_nothing_there_and_nothing_to_be_built(tiny: Callable, draw: Callable, tmp_path: Path) -> None:

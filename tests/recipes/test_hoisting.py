@@ -159,6 +159,7 @@ def test_step_is_what_is_compiled_and_packaged(
 def test_transformer_called_by_hand(tiny: Callable, draw: Callable, predict: Callable, recipe: Recipe) -> None:
     plain, hoisted = tiny(), tiny()
     recipes.apply(hoisted, recipe)
+    torch.testing.assert_close(predict(hoisted), predict(plain), atol=1e-5, rtol=0)  # no loop has been yet
     draw(hoisted)  # a loop's table is there, and has nothing to do with what comes now
     torch.testing.assert_close(predict(hoisted, 2), predict(plain, 2), atol=1e-5, rtol=0)
 

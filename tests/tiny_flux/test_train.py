@@ -66,6 +66,15 @@ def test_killed_and_resumed_it_makes_the_same_weights(undisturbed: Path, tmp_pat
         wanted, found = contents(undisturbed / part), contents(tmp_path / part)
         assert found.keys() == wanted.keys()
         assert [name for name in wanted if found[name] != wanted[name]] == []
+    logged = [(folder / "work" / "losses.csv").read_text().splitlines() for folder in (undisturbed, tmp_path)]
+    steps = [[line.rpartition(",")[0] for line in lines] for lines in logged]
+    assert steps[0] == steps[1], "each step once"
+
+
+def test_other_data_is_refused(undisturbed: Path) -> None:
+    ended = subprocess.run(command(undisturbed, "--seed", "1"), cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert "give another folder with --work" in ended.stderr.splitlines()[-1]
 
 
 def test_later_stages_change_the_transformer_and_not_the_autoencoder(undisturbed: Path) -> None:
