@@ -17,8 +17,8 @@ KINDS = (
     *(f"{GEMM} {dtype}" for dtype in DTYPES), GEMM, ATTENTION, CONVOLUTION, POINTWISE, QUANTIZE, COPY, OTHER,
 )  # fmt: skip
 
-# Kernels that Inductor generates by itself: pointwise, reductions and lists of those. Their names hold the operators that
-# their inputs come from, too, GEMMs and convolutions among them; Inductor's templates for those are triton_tem_.
+# Kernels that Inductor generates by itself: pointwise, reductions and lists of those. Their names hold the operators
+# that their inputs come from, too, GEMMs and convolutions among them; Inductor's templates for those are triton_tem_.
 FUSED = re.compile(r"triton_(poi|per|red|for)_")
 
 # The first row whose pattern is found in the name decides. A dtype is part of a GEMM's kind.
