@@ -64,7 +64,7 @@ def _skipped(trace: Trace) -> Finding | None:
 def _no_ranges(steps: np.ndarray, marker: str) -> Finding | None:
     if len(steps):
         return None
-    return Finding("no_steps", f"no range {marker}: only the whole trace is reported (--step-marker names another)")
+    return Finding("no_steps", f"no range {marker}: no single steps are reported (--step-marker names another)")
 
 
 def _overlapping(trace: Trace, steps: np.ndarray, marker: str) -> Finding | None:

@@ -15,6 +15,7 @@ NOT_AVAILABLE = "n/a"
 _NOTE = 600  # characters of a note
 _ROWS = 30  # of rates and gaps
 _SHOWN = 20  # of kernels that came or went
+_SCOPES = {"steps": "in the denoising steps", "region": "in the timed region", "trace": "in the whole trace"}
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ def report_tables(report: Report) -> Iterator[Table]:
     yield _findings(report.findings)
     yield _spans("Denoising steps", report, report.steps)
     yield _spans("Stages", report, (*report.stages, report.whole))
-    where = "in the denoising steps" if report.scope == "steps" else "in the whole trace"
+    where = _SCOPES[report.scope]
     if report.operators is not None:
         rows = [(o.name, ms(o.own_ns), str(o.count)) for o in report.operators]
         yield _table(f"Operators by their own time on the host, {where}", ("operator", "ms", "count"), rows)

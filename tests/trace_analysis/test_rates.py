@@ -273,3 +273,21 @@ def test_kernels_take_the_operator_they_were_launched_in(writer) -> None:
     (row,) = report.rates.rows
     assert (row.count, row.time_ns) == (1, 15_000)
     assert {k.kind: k.time_ns for k in report.kinds} == {"gemm bf16": 15_000, "norm and pointwise": 5_000}
+
+
+@pytest.mark.parametrize("wrong", ["no steps", "no GPU", "no GPU here"])
+def test_shapes_from_what_has_none_are_refused(writers, command: Callable, wrong: str) -> None:
+    graph, other = writers("graph"), writers("other")
+    graph_of(graph, ["norm", GEMM])
+    if wrong == "no steps":
+        other.kernel(GEMM, 10, 20, 5)
+    else:
+        other.step(0, 10)
+    analyses = (graph, other) if wrong != "no GPU here" else (other, graph)
+    message = "has no range denoising_step" if wrong == "no steps" else "other/trace.json has no GPU in it"
+    one, reference = analyses
+    with pytest.raises(UsageError, match=message):
+        one.analyse(shapes_from=reference.analyse())
+    done = command("report", one.write(), "--shapes-from", reference.write())
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert message in done.stderr

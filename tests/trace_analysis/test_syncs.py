@@ -102,6 +102,11 @@ def test_none_without_waits(two_steps) -> None:
             ["/venv/lib/python3.11/site-packages/diffusers/a.py(4): b", "/home/me/torch_things.py(1): c"],
             Source("/venv/lib/python3.11/site-packages/diffusers/a.py(4): b", "/home/me/torch_things.py(1): c"),
         ),
+        (
+            [f"/tmp/torchinductor_me/ab/c{'ab2' * 17}.py(9): call", "code/app.py(3): f", "app/run.py(3): go"],
+            Source(f"/tmp/torchinductor_me/ab/c{'ab2' * 17}.py(9): call", "code/app.py(3): f"),
+        ),
+        (["json/decoder.py(3): f", "test/mine.py(1): g"], Source("json/decoder.py(3): f", "test/mine.py(1): g")),
     ],
 )
 def test_source_lines(frames: list[str], wanted: Source) -> None:
