@@ -37,7 +37,7 @@ _PYTHON, _OPERATOR, _RANGE = (frozenset({name}) for name in ("python_function", 
 # Categories and names of events, and the cause they stand for; the first that fits. Waits are told by `sync_calls`.
 _RULES: tuple[tuple[frozenset[str], re.Pattern[str], str], ...] = (
     (CALLS, re.compile(r"cu(da)?Graph(Instantiate|Upload|ExecUpdate)"), INSTANTIATION),
-    (CALLS, re.compile(r"cu(da)?(Module(Load|GetLoading)|Library(Load|GetKernel|GetModule)|LinkC)"), MODULES),
+    (CALLS, re.compile(r"cu(da)?(Module|Library|Link)"), MODULES),
     (CALLS, GRAPH_LAUNCH, GRAPH),
     (CALLS, KERNEL_LAUNCH, LAUNCH),
     (CALLS, COPY_CALL, COPIES),

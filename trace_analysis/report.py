@@ -161,9 +161,10 @@ class Analysis:
         return parts
 
     def _check_shapes_from(self, other: Analysis) -> None:
-        for analysis, what in ((self, "there are no kernels to find shapes for"), (other, "it has no kernels")):
-            if analysis.device is None:
-                raise UsageError(f"{analysis.trace.path} has no GPU in it: {what} (--shapes-from)")
+        if self.device is None:
+            raise UsageError(f"{self.trace.path} has no GPU in it: leave --shapes-from out")
+        if other.device is None:
+            raise UsageError(f"--shapes-from {other.trace.path} has no GPU in it: give a trace of a GPU")
         if not len(other.step_events):
             raise UsageError(
                 f"--shapes-from {other.trace.path} has no range {other.marker}: give a trace with steps, "

@@ -56,8 +56,12 @@ CASES: dict[str, tuple[list[tuple[str, str, float, float]], dict[str, float]]] =
         {"allocator": 50, "operator": 10, "Python": 30},
     ),
     "a module loaded at its first kernel": (
-        [("cpu_op", "aten::add", 10, 60), ("cuda_runtime", "cuModuleLoadData", 20, 30)],
-        {"module loading": 30, "operator": 30, "Python": 30},
+        [
+            ("cpu_op", "aten::add", 10, 60),
+            ("cuda_runtime", "cuModuleLoadData", 20, 30),
+            ("cuda_runtime", "cuLibraryLoadData", 55, 10),
+        ],
+        {"module loading": 40, "operator": 20, "Python": 30},
     ),
     "a graph made ready": (
         [("cuda_runtime", "cudaGraphInstantiateWithFlags", 20, 30), ("cuda_runtime", "cudaGraphUpload", 60, 10)],
