@@ -113,7 +113,8 @@ def measure(events: int) -> dict[str, Any]:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         wall = time.perf_counter() - begun
     if done.returncode:
-        raise UserError(f"the analysis of {events} events failed: {done.stderr.strip().splitlines()[-1]}")
+        said = done.stderr.strip().splitlines() or [f"it ended with code {done.returncode} and said nothing"]
+        raise UserError(f"the analysis of {events} events failed: {said[-1]}")
     return {"events": events, "unpacked_bytes": unpacked, "wall_s": round(wall, 3), **json.loads(done.stdout)}
 
 

@@ -1,7 +1,7 @@
 """What an operator must compute and move at least, from the shapes that `record_shapes=True` leaves in a trace.
 
 FLOPs count a multiplication and an addition as two. Bytes count every input read once and every output written once.
-Both are None where the shapes don't tell.
+Both are None where the shapes don't tell. The bytes of Inductor's fused kernels are the most that they can be.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+
+from trace_analysis.kinds import FUSED
 
 # "Input type" of Kineto: bytes an element, and the dtype's usual name.
 _DTYPES = {
@@ -89,29 +91,38 @@ def _dims(entry: Any) -> Dims:
 
 @dataclass(frozen=True)
 class Cost:
-    """kind: "gemm", "attention", "convolution" or "memory"; dtype: of the operands; shape: to print."""
+    """kind: "gemm", "attention", "convolution" or "memory"; dtype: of the operands; shape: to print.
+
+    at_most: `bytes` is not the least that must be moved but the most that can have been.
+    """
 
     kind: str
     dtype: str | None
     shape: str
     flops: int | None
     bytes: int | None
+    at_most: bool = False
 
 
 def has_cost(operator: str) -> bool:
-    return operator in _COSTS or operator.startswith("triton_")
+    return operator in _COSTS or FUSED.match(operator) is not None
 
 
 def cost(operator: str, shapes: Shapes) -> Cost | None:
     """None where the operator isn't known or the shapes are not those it takes."""
+    if not has_cost(operator):
+        return None
     try:
-        return _COSTS.get(operator, _triton)(operator, shapes)
+        return _COSTS.get(operator, _fused)(operator, shapes)
     except (IndexError, ValueError, TypeError):
         return None
 
 
 def _gemm(first: int) -> Callable[[str, Shapes], Cost | None]:
-    """[.., M, K] x [K, N] or batched [B, M, K] x [B, K, N], operands at `first` and after it."""
+    """[.., M, K] x [K, N] or batched [B, M, K] x [B, K, N], operands at `first` and after it.
+
+    Other tensors among the inputs are a bias or scales. int8 gives int32, and float8 is taken to give bfloat16.
+    """
 
     def found(operator: str, shapes: Shapes) -> Cost | None:
         *batch, rows, inner = shapes.dims[first]
@@ -119,9 +130,8 @@ def _gemm(first: int) -> Callable[[str, Shapes], Cost | None]:
         if inner != other:
             return None
         many = math.prod(batch)
-        size = _size(shapes, first)
-        outputs = many * rows * columns * (2 if shapes.dtype(first) in ("fp8", "int8") else size)
-        moved = size * (many * rows * inner + math.prod(shapes.dims[first + 1])) + outputs
+        result = {"fp8": 2, "int8": 4}.get(shapes.dtype(first) or "", _size(shapes, first))
+        moved = _inputs(shapes) + many * rows * columns * result
         text = f"{rows} x {columns} x {inner}" + (f", {many} times" if many > 1 else "")
         return Cost("gemm", shapes.dtype(first), text, 2 * many * rows * columns * inner, moved)
 
@@ -159,8 +169,8 @@ def _convolution(operator: str, shapes: Shapes) -> Cost | None:
             (height, width), padding, dilation, (rows, columns), stride, strict=True
         )
     ]
-    size, results = _size(shapes, 0), batch * outputs * math.prod(across)
-    moved = size * (math.prod(shapes.dims[0]) + math.prod(shapes.dims[1]) + results)
+    results = batch * outputs * math.prod(across)
+    moved = _inputs(shapes) + _size(shapes, 0) * results
     text = f"{batch} x {inputs} x {height} x {width} by {outputs} x {rows} x {columns}"
     return Cost("convolution", shapes.dtype(0), text, 2 * results * inputs * rows * columns, moved)
 
@@ -196,15 +206,21 @@ def _norm(operator: str, shapes: Shapes) -> Cost | None:
     return Cost("memory", shapes.dtype(0), " x ".join(map(str, shapes.dims[0])), None, 2 * size + weights)
 
 
-def _triton(operator: str, shapes: Shapes) -> Cost | None:
-    """A kernel of Inductor's: its arguments are the tensors it reads and writes, those changed in place once."""
-    if "_mm" in operator or "conv" in operator or "attention" in operator:
-        return None  # templates, whose work isn't told by their arguments
+def _fused(operator: str, shapes: Shapes) -> Cost | None:
+    """A kernel of Inductor's: its arguments are the buffers it reads and writes, those changed in place once.
+
+    A buffer is passed whole even where the kernel uses only a part of it.
+    """
     sizes = [shapes.bytes_of(i) for i in range(len(shapes.dims)) if shapes.dims[i]]
     if not sizes or None in sizes:
         return None
     largest = max(shapes.dims, key=math.prod)
-    return Cost("memory", shapes.dtype(0), " x ".join(map(str, largest)), None, sum(size or 0 for size in sizes))
+    return Cost("memory", shapes.dtype(0), " x ".join(map(str, largest)), None, sum(size or 0 for size in sizes), True)
+
+
+def _inputs(shapes: Shapes) -> int:
+    """Bytes of all inputs that are tensors."""
+    return sum(shapes.bytes_of(i) or 0 for i in range(len(shapes.dims)))
 
 
 def _size(shapes: Shapes, number: int) -> int:

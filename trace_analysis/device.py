@@ -12,7 +12,7 @@ from trace_analysis.intervals import Union
 from trace_analysis.load import CALLS, GPU, NONE, Trace
 
 GRAPH_LAUNCH = re.compile(r"cu(da)?GraphLaunch")
-KERNEL_LAUNCH = re.compile(r"cu(da)?Launch(CooperativeKernel|Kernel|HostFunc)")
+KERNEL_LAUNCH = re.compile(r"cu(da)?Launch(CooperativeKernel|Kernel)")
 COPY_CALL = re.compile(r"cu(da)?(Memcpy|Memset)")
 
 

@@ -2,7 +2,8 @@
 
 A gap ends with a kernel. Until the host's call that launched it returned, the gap is the host's, and each nanosecond
 goes to the cause that the innermost events on that thread name (`_RULES`); what is left of it is the device's own
-latency. Kernels after the first of a CUDA graph were all launched at once: gaps between them are the device's.
+latency, up to `LATENCY_NS` a gap: a GPU that waits longer for a kernel already launched has a reason that the trace
+doesn't tell. Kernels after the first of a CUDA graph were all launched at once: gaps between them are the device's.
 """
 
 from __future__ import annotations
@@ -16,24 +17,27 @@ import numpy as np
 from trace_analysis.device import COPY_CALL, GRAPH_LAUNCH, KERNEL_LAUNCH, Device
 from trace_analysis.host import Host, Timeline, source
 from trace_analysis.load import CALLS, NONE, Trace
-from trace_analysis.syncs import SYNC_CALL, sync_calls
+from trace_analysis.syncs import sync_calls
 
 SYNC, RECOMPILATION, ALLOCATOR, GUARDS = "sync", "recompilation", "allocator", "Dynamo cache lookup and guards"
+INSTANTIATION, MODULES = "graph instantiation", "module loading"
 GRAPH, SCHEDULER, COPIES = "graph launch", "scheduler", "copies"
 LAUNCH, OPERATOR, COMPILED, PYTHON = "kernel launch", "operator", "compiled code", "Python"
 DEVICE, UNKNOWN = "device latency", "unknown"
 # A cause before others in this list keeps what happens inside it: an operator within a recompilation is recompilation.
 # Among the last four the innermost event decides.
 CAUSES = (
-    SYNC, RECOMPILATION, ALLOCATOR, GUARDS, GRAPH, SCHEDULER, COPIES,
+    SYNC, RECOMPILATION, ALLOCATOR, GUARDS, INSTANTIATION, MODULES, GRAPH, SCHEDULER, COPIES,
     LAUNCH, OPERATOR, COMPILED, PYTHON, DEVICE, UNKNOWN,
 )  # fmt: skip
 _KEEPING = CAUSES.index(LAUNCH)  # so many causes keep what is inside
+LATENCY_NS = 20_000  # from the return of a launch to the kernel's start, with a GPU that has nothing else to do
 
 _PYTHON, _OPERATOR, _RANGE = (frozenset({name}) for name in ("python_function", "cpu_op", "user_annotation"))
-# Categories and names of events, and the cause they stand for; the first that fits.
+# Categories and names of events, and the cause they stand for; the first that fits. Waits are told by `sync_calls`.
 _RULES: tuple[tuple[frozenset[str], re.Pattern[str], str], ...] = (
-    (CALLS, SYNC_CALL, SYNC),
+    (CALLS, re.compile(r"cu(da)?Graph(Instantiate|Upload|ExecUpdate)"), INSTANTIATION),
+    (CALLS, re.compile(r"cu(da)?(Module|Library|Link)"), MODULES),
     (CALLS, GRAPH_LAUNCH, GRAPH),
     (CALLS, KERNEL_LAUNCH, LAUNCH),
     (CALLS, COPY_CALL, COPIES),
@@ -100,13 +104,13 @@ class GapFinder:
 
     def __init__(self, trace: Trace, host: Host, device: Device):
         self.trace, self.host, self.device = trace, host, device
-        self.cause = event_causes(trace, host)
+        self.syncs = sync_calls(trace, device)
+        self.cause = event_causes(trace, host, self.syncs)
         self.start = trace.start[device.event]
         first_of_launch = np.zeros(len(self.start), bool)
         first_of_launch[np.unique(device.launch, return_index=True)[1]] = True
         self.first = first_of_launch & (device.launch != NONE)
         self._spent: dict[int, tuple[Timeline, np.ndarray]] = {}
-        self.syncs = sync_calls(trace, device)
 
     def gaps(self, windows: Iterable[tuple[int, int, int]], top: int = 20) -> Gaps:
         """windows: number of the step, start and end in nanoseconds of the trace's clock."""
@@ -139,7 +143,7 @@ class GapFinder:
         for lane in np.unique(lanes[known]):
             here = np.flatnonzero(lanes == lane)
             causes[here] = self._until(int(lane), host_end[here]) - self._until(int(lane), begins[here])
-        causes[:, CAUSES.index(DEVICE)] = np.where(known, ends - host_end, 0)
+        causes[:, CAUSES.index(DEVICE)] = np.where(known, np.minimum(ends - host_end, LATENCY_NS), 0)
         causes[:, CAUSES.index(UNKNOWN)] += ends - begins - causes.sum(axis=1)
         return begins, ends, np.full(len(begins), step), causes
 
@@ -167,7 +171,7 @@ class GapFinder:
         if following < len(self.start) and self.start[following] == end:
             kernel = self.trace.name_of(int(self.device.event[following]))
             launch = int(self.device.launch[following])
-            if launch != NONE and causes[CAUSES.index(DEVICE)] < end - begin:
+            if self.first[following] and self.trace.end[launch] > begin:  # the host hadn't launched it by then
                 lane = int(self.trace.lane[launch])
                 doing = self._longest(lane, begin, min(end, int(self.trace.end[launch])))
                 after = self._sync_before(lane, begin, int(self.trace.start[launch]))
@@ -197,14 +201,18 @@ class GapFinder:
         return None
 
 
-def event_causes(trace: Trace, host: Host) -> np.ndarray:
-    """Of each event of the host the index in CAUSES, by its own name and those around it; int64 [n]."""
+def event_causes(trace: Trace, host: Host, syncs: np.ndarray) -> np.ndarray:
+    """Of each event of the host the index in CAUSES, by its own name and those around it; int64 [n].
+
+    syncs: the events that wait for the GPU, as `sync_calls` tells them.
+    """
     pairs = np.unique(trace.category.astype(np.int64) * len(trace.names) + trace.name)
     table = np.full(len(trace.categories) * len(trace.names), CAUSES.index(UNKNOWN), np.int64)
     for pair in pairs.tolist():
         category, name = divmod(pair, len(trace.names))
         table[pair] = _cause(trace.categories[category], trace.names[name])
     own = table[trace.category.astype(np.int64) * len(trace.names) + trace.name]
+    own[syncs] = CAUSES.index(SYNC)
     found, parents = own.tolist(), host.parent.tolist()
     for event, parent in enumerate(parents):  # in the order of time, so that those around come first
         if parent != NONE and found[parent] < _KEEPING and found[parent] < found[event]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
+import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -17,6 +19,8 @@ _LIBRARIES = frozenset({"torch", "diffusers", "transformers", "accelerate", "tor
 # The wrappers that put the ranges into a trace: between the user's code and the pipeline, but nobody's.
 _RANGES = "utils/ranges.py"
 _FRAME = re.compile(r"(?P<file>[^:]*\.py)\((?P<line>\d+)\): .+")
+# What Inductor generates is named "c" and 51 letters of a hash (torch/_inductor/codecache.py, code_hash).
+_GENERATED = re.compile(r"(?:^|/)c[a-z2-7]{51}\.py$")
 _INSTALLED = re.compile(r"(?:^|(?<=/))(?:site-packages|dist-packages|python3\.\d+)/")
 
 
@@ -139,6 +143,13 @@ def _in_library(file: str) -> bool:
         file.startswith("<")
         or file.endswith(_RANGES)
         or _INSTALLED.search(file) is not None
+        or _GENERATED.search(file) is not None
         or first in _LIBRARIES
-        or first.removesuffix(".py") in sys.stdlib_module_names
+        or (first.removesuffix(".py") in sys.stdlib_module_names and _in_stdlib(file))
     )
+
+
+@lru_cache(maxsize=65536)
+def _in_stdlib(file: str) -> bool:
+    """A path from where Python's own modules lie: Kineto cuts the folders that they are imported from."""
+    return os.path.isfile(os.path.join(sysconfig.get_path("stdlib"), file))

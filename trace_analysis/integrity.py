@@ -58,22 +58,21 @@ def _skipped(trace: Trace) -> Finding | None:
     if not trace.skipped:
         return None
     message = f"{trace.skipped} events with a duration can't be read (no name, or a time out of range) and are left out"
-    return Finding("unreadable_events", message, (STEPS, GAPS, SYNCS))
+    return Finding("unreadable_events", message, (STEPS, GAPS, SYNCS, RATES))
 
 
 def _no_ranges(steps: np.ndarray, marker: str) -> Finding | None:
     if len(steps):
         return None
-    return Finding("no_steps", f"no range {marker}: only the whole trace is reported (--step-marker names another)")
+    return Finding("no_steps", f"no range {marker}: no single steps are reported (--step-marker names another)")
 
 
 def _overlapping(trace: Trace, steps: np.ndarray, marker: str) -> Finding | None:
     overlaps = int((trace.start[steps[1:]] < np.maximum.accumulate(trace.end[steps])[:-1]).sum()) if len(steps) else 0
     if not overlaps:
         return None
-    return Finding(
-        "overlapping_steps", f"{overlaps} ranges {marker} begin before the one before has ended", (STEPS, GAPS, SYNCS)
-    )
+    message = f"{overlaps} ranges {marker} begin before the one before has ended"
+    return Finding("overlapping_steps", message, (STEPS, GAPS, SYNCS, RATES))
 
 
 def _clock_skew(trace: Trace, device: Device) -> Finding | None:
@@ -93,7 +92,7 @@ def _without_launch(trace: Trace, device: Device) -> Finding | None:
         return None
     # A few at the beginning were launched before the profiler began; many mean dropped records.
     message = f"{missing} of {len(device.launch)} kernels and copies have no launch in the trace: no step holds them"
-    return Finding("no_launch", message, (STEPS, GAPS, KERNELS) if missing > len(device.launch) // 100 else ())
+    return Finding("no_launch", message, (STEPS, GAPS, RATES, KERNELS) if missing > len(device.launch) // 100 else ())
 
 
 def _without_kernel(trace: Trace) -> Finding | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,6 @@ class Trace:
     integer nanoseconds on the trace's own clock (int64), `lane` indexes `lanes` (int32): process and thread on the
     host, device and stream on a GPU. `correlation` ties a call to what it launched; NONE where there is none (int64).
     shapes: inputs of the operators whose cost is known, by event; equal ones are one object.
-    copied: bytes of copies and memsets, by event.
     properties: the file's other keys, "deviceProperties" among them.
     incomplete: what was wrong with a file that was read only in part.
     skipped: events with a duration that couldn't be read (no name, a time out of range, ...).
@@ -49,7 +49,6 @@ class Trace:
     lane: np.ndarray
     correlation: np.ndarray
     shapes: dict[int, Shapes]
-    copied: dict[int, int]
     properties: dict[str, Any]
     incomplete: str | None
     skipped: int
@@ -81,11 +80,10 @@ class _Columns:
         self.lanes: dict[tuple[Any, Any], int] = {}
         self.shapes: dict[int, Shapes] = {}
         self.shapes_of = ShapesCache()
-        self.copied: dict[int, int] = {}
         self.skipped = 0
 
 
-def load(path: Path) -> Trace:
+def load(path: Path | str) -> Trace:
     """Read a trace, gzipped or plain; its first bytes decide which, not its name. Shows a bar past 2 s.
 
     A file that ends too early, as a killed profiler leaves one, is read as far as it is whole; `incomplete` says so.
@@ -93,6 +91,7 @@ def load(path: Path) -> Trace:
     Raises:
         UsageError: it can't be read, isn't a Chrome trace, or holds no events with a duration.
     """
+    path = Path(path)
     stream, columns = TraceStream(path), _Columns()
     for number, row in enumerate(stream):
         if not isinstance(row, dict):
@@ -109,7 +108,7 @@ def load(path: Path) -> Trace:
 
 
 def _add(columns: _Columns, row: dict[str, Any]) -> None:
-    """One event. Raises ValueError or TypeError where something is wrong about it."""
+    """One event. Raises ValueError or TypeError where something is wrong about it, before anything is added."""
     name, category, arguments = row.get("name"), row.get("cat", ""), row.get("args") or {}
     if not isinstance(name, str) or not isinstance(category, str) or not isinstance(arguments, dict):
         raise ValueError
@@ -117,15 +116,12 @@ def _add(columns: _Columns, row: dict[str, Any]) -> None:
     if duration < 0:
         raise ValueError
     lane = row.get("pid", 0), row.get("tid", 0)
-    number = len(columns.start)
     if category in GPU:
         lane = arguments.get("device", lane[0]), arguments.get("stream", lane[1])
-        size = arguments.get("bytes")
-        if type(size) is int and size >= 0:
-            columns.copied[number] = size
-    elif category == "cpu_op" and "Input Dims" in arguments and has_cost(name):
-        columns.shapes[number] = columns.shapes_of(arguments)
     columns.lane.append(columns.lanes.setdefault(lane, len(columns.lanes)))  # a TypeError for a list
+    if category == "cpu_op" and "Input Dims" in arguments and has_cost(name):
+        with suppress(ValueError, TypeError):  # an operator without shapes has a time all the same
+            columns.shapes[len(columns.start)] = columns.shapes_of(arguments)
     columns.name.append(columns.names.setdefault(name, len(columns.names)))
     columns.category.append(columns.categories.setdefault(category, len(columns.categories)))
     columns.start.append(start)
@@ -143,6 +139,8 @@ def _nanoseconds(value: Any) -> int:
     if type(value) is str:
         whole, point, fraction = value.partition(".")
         if point and fraction.isdecimal() and whole.lstrip("-").isdecimal() and len(whole) < 18:
+            if not -_LATEST < int(whole) < _LATEST:
+                raise ValueError
             sign = -1 if whole[0] == "-" else 1
             return int(whole) * 1000 + sign * int(f"{fraction}00"[:3])
         value = float(value)  # with an exponent, or wrong
@@ -177,7 +175,6 @@ def _sorted(path: Path, stream: TraceStream, columns: _Columns) -> Trace:
         lane=lane[order],
         correlation=correlation[order],
         shapes={int(place[event]): shapes for event, shapes in columns.shapes.items()},
-        copied={int(place[event]): size for event, size in columns.copied.items()},
         properties=stream.properties,
         incomplete=stream.incomplete,
         skipped=columns.skipped,

@@ -20,11 +20,11 @@ class OperatorTime:
     own_ns: int
 
 
-def operator_times(trace: Trace, host: Host, ranges: np.ndarray | None = None) -> tuple[OperatorTime, ...]:
-    """Every operator by its own time, the longest first; `ranges`: only calls that begin in these events."""
+def operator_times(trace: Trace, host: Host, ranges: Union | None = None) -> tuple[OperatorTime, ...]:
+    """Every operator by its own time, the longest first; `ranges`: only calls that begin in these."""
     events = trace.of({"cpu_op"})
     if ranges is not None:
-        events = events[Union(trace.start[ranges], trace.end[ranges]).holds(trace.start[events])]
+        events = events[ranges.holds(trace.start[events])]
     names, codes = np.unique(trace.name[events], return_inverse=True)
     own = np.zeros(len(names), np.int64)
     np.add.at(own, codes, host.own[events])

@@ -38,8 +38,8 @@ _COLOURS = {
 _CAUSE_COLOURS = dict(
     zip(
         CAUSES,
-        ("#d1495b", "#7b2cbf", "#bc6c25", "#f4a261", "#2a9d8f", "#457b9d", "#00b4d8", "#4361ee", "#90be6d", "#ffb703",
-         "#adb5bd", "#ced4da", "#000000"),
+        ("#d1495b", "#7b2cbf", "#bc6c25", "#f4a261", "#588157", "#a47148", "#2a9d8f", "#457b9d",
+         "#00b4d8", "#4361ee", "#90be6d", "#ffb703", "#adb5bd", "#ced4da", "#000000"),
         strict=True,
     )
 )  # fmt: skip

@@ -26,6 +26,8 @@ class Rate:
     """All calls of one operator on one shape in the steps. n/a is None.
 
     bound: what the floor comes from, "compute" or "memory"; of_peak: the share of that peak (0 to 1) that was reached.
+    at_most: `gbps` is what was moved at most; there is no floor to such a row, and no share of the peak.
+    beyond: bound by memory, and faster than that: the bytes came out of the cache, so neither is known.
     """
 
     kind: str
@@ -39,6 +41,8 @@ class Rate:
     bound: str | None
     of_peak: float | None
     floor_ns: int | None
+    at_most: bool = False
+    beyond: bool = False
 
 
 @dataclass(frozen=True)
@@ -146,12 +150,16 @@ def _rate(costs: list[tuple[str, Cost]], times: list[int], peak: Peak | None) ->
     flops = None if cost.flops is None else sum(each.flops or 0 for _, each in costs)
     moved = None if cost.bytes is None else sum(each.bytes or 0 for _, each in costs)
     seconds: dict[str, float] = {}
-    if peak is not None:
+    if peak is not None and not cost.at_most:
         if flops is not None and cost.dtype in peak.tflops:
             seconds["compute"] = flops / (peak.tflops[cost.dtype] * 1e12)
         if moved is not None and (flops is None or "compute" in seconds):
             seconds["memory"] = moved / (peak.gbps * 1e9)
     bound = max(seconds, key=lambda name: seconds[name]) if seconds else None
+    least = seconds[bound] * 1e9 if bound else None
+    beyond = bound == "memory" and least is not None and least > time
+    if beyond:
+        least = None
     return Rate(
         kind=cost.kind,
         operator=operator,
@@ -162,8 +170,10 @@ def _rate(costs: list[tuple[str, Cost]], times: list[int], peak: Peak | None) ->
         tflops=flops / time / 1e3 if flops is not None and time else None,
         gbps=moved / time if moved is not None and time else None,
         bound=bound,
-        of_peak=seconds[bound] * 1e9 / time if bound and time else None,
-        floor_ns=math.ceil(seconds[bound] * 1e9) if bound else None,
+        of_peak=least / time if least is not None and time else None,
+        floor_ns=math.ceil(least) if least is not None else None,
+        at_most=cost.at_most,
+        beyond=beyond,
     )
 
 

@@ -17,9 +17,10 @@ from trace_analysis.intervals import Union
 from trace_analysis.kernels import TOP, KernelKinds, KernelTime, KindTime, blocks
 from trace_analysis.load import NONE, Trace
 from trace_analysis.operators import OperatorTime, operator_times
-from trace_analysis.rates import Rates, joined, priced, rates
+from trace_analysis.rates import Priced, Rates, joined, priced, rates
 from trace_analysis.steps import DENOISING_STEP, STAGES, Span, Spans, host_ranges, spans
 from trace_analysis.syncs import Sync, syncs
+from utils.errors import UsageError
 
 SCHEMA = 2
 
@@ -28,8 +29,8 @@ SCHEMA = 2
 class Report:
     """Times are integer nanoseconds, starts count from the trace's first event.
 
-    marker: the name of the steps' ranges. scope: what kinds, kernels, operators, gaps and rates are of: "steps", or
-    "trace" for all of a trace without steps.
+    marker: the name of the steps' ranges. scope: what kinds, kernels, operators, gaps and rates are of: "steps";
+    without steps "region", from the first stage to the end of the last; without either "trace", all of it.
     median_step: index of the step with the median device window (host time without a GPU), the first one left out
     where there are three or more.
     operators: the TOP by own time on the host, of a trace without a GPU; None of one with.
@@ -68,7 +69,7 @@ class Analysis:
     shapes_from: a trace without CUDA graphs, for the shapes of the kernels in this one's.
 
     Raises:
-        UsageError: the kernels of `shapes_from` are not in the order of the graph's.
+        UsageError: `shapes_from` has no steps on a GPU, or its kernels are not in the order of the graph's.
     """
 
     def __init__(self, trace: Trace, marker: str = DENOISING_STEP, shapes_from: Analysis | None = None):
@@ -80,12 +81,24 @@ class Analysis:
         self.spans: Spans = spans(trace, self.host, self.device, self.kernels, marker)
         self.report = self._report(shapes_from)
 
+    def _scope(self) -> Union:
+        """Where on the host what the report is of begins."""
+        zero = int(self.trace.start[0])
+        if len(self.step_events):
+            return Union(self.trace.start[self.step_events], self.trace.end[self.step_events])
+        start = zero + self.spans.whole.host_start_ns
+        # A trace's last event may have no duration: the whole trace takes it in.
+        return Union(np.array([start]), np.array([start + self.spans.whole.host_ns + self.spans.everything]))
+
     def in_spans(self, events: np.ndarray) -> np.ndarray:
         """Which of the device's activities were launched in these ranges; bool [n]."""
+        return self._launched_in(Union(self.trace.start[events], self.trace.end[events]))
+
+    def _launched_in(self, ranges: Union) -> np.ndarray:
         assert self.device is not None
         known = self.device.launch != NONE
         launched = np.where(known, self.trace.start[self.device.launch], np.iinfo(np.int64).min)
-        return Union(self.trace.start[events], self.trace.end[events]).holds(launched)
+        return ranges.holds(launched)
 
     def windows(self, steps: tuple[Span, ...]) -> list[tuple[int, int, int]]:
         """Index, start and end on the trace's clock of the device windows of these steps."""
@@ -106,7 +119,7 @@ class Analysis:
         return Report(
             trace=trace.path.name,
             marker=self.marker,
-            scope="steps" if len(steps) else "trace",
+            scope="steps" if len(steps) else "trace" if self.spans.everything else "region",
             events=len(trace),
             has_gpu=self.device is not None,
             findings=found,
@@ -114,17 +127,20 @@ class Analysis:
             stages=shown[1],
             whole=shown[2][0],
             median_step=_median_step(shown[0]),
-            operators=None if self.device else operator_times(trace, self.host, steps if len(steps) else None)[:TOP],
+            operators=None if self.device else operator_times(trace, self.host, self._scope())[:TOP],
             **self._gpu_parts(bad, shapes_from),
         )
 
     def _gpu_parts(self, bad: set[str], shapes_from: Analysis | None) -> dict:
         """The report's fields that need a GPU; None for those that can't be had."""
         parts: dict = dict.fromkeys(("kinds", "kernels", "syncs", "gaps", "rates"))
+        if shapes_from is not None:
+            self._check_shapes_from(shapes_from)
         if self.device is None or self.kernels is None:
             return parts
         trace, steps = self.trace, self.step_events
-        mine = self.in_spans(steps) if len(steps) else np.ones(len(self.device.event), bool)
+        everything = np.ones(len(self.device.event), bool)  # what has no launch in the trace, too
+        mine = everything if self.spans.everything else self._launched_in(self._scope())
         windows = self.windows(self.spans.steps if len(steps) else (self.spans.whole,))
         if integrity.KERNELS not in bad:
             stages = [
@@ -144,10 +160,22 @@ class Analysis:
             parts["rates"] = rates(self.kernels, self._priced(shapes_from), mine, windows_ns)
         return parts
 
-    def _priced(self, shapes_from: Analysis | None):
+    def _check_shapes_from(self, other: Analysis) -> None:
+        if self.device is None:
+            raise UsageError(f"{self.trace.path} has no GPU in it: leave --shapes-from out")
+        if other.device is None:
+            raise UsageError(f"--shapes-from {other.trace.path} has no GPU in it: give a trace of a GPU")
+        if not len(other.step_events):
+            raise UsageError(
+                f"--shapes-from {other.trace.path} has no range {other.marker}: give a trace with steps, "
+                "or their name with --step-marker"
+            )
+
+    def _priced(self, shapes_from: Analysis | None) -> Priced:
         assert self.kernels is not None
-        if shapes_from is None or shapes_from.kernels is None or not len(shapes_from.step_events):
+        if shapes_from is None:
             return priced(self.kernels)
+        assert shapes_from.kernels is not None
         last = shapes_from.step_events[-1:]
         return joined(self.kernels, shapes_from.kernels, shapes_from.in_spans(last))
 

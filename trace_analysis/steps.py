@@ -64,11 +64,12 @@ class Span:
 @dataclass(frozen=True)
 class Spans:
     """steps: in the order of time; stages: prompt encoding, decoding, ...; whole: from the first range to the end of
-    the last one and of all that was launched in between, or without ranges the whole trace."""
+    the last one and of all that was launched in between, or without ranges the whole trace (`everything`)."""
 
     steps: tuple[Span, ...]
     stages: tuple[Span, ...]
     whole: Span
+    everything: bool
 
 
 def host_ranges(trace: Trace, name: str) -> np.ndarray:
@@ -102,7 +103,7 @@ def spans(
         whole, _ = measure.span("timed region", 0, start, end, start, until=end)
     else:
         whole = measure.everything()
-    return Spans(tuple(found), tuple(sorted(others, key=lambda span: span.host_start_ns)), whole)
+    return Spans(tuple(found), tuple(sorted(others, key=lambda span: span.host_start_ns)), whole, not len(every))
 
 
 class _Measure:

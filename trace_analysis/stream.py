@@ -131,8 +131,11 @@ class TraceStream:
                     self._at = end
                     return value
             except (ValueError, StopIteration) as error:
+                if not _cut_off(error, len(self._text)):
+                    self._stop(f"what follows is no JSON ({getattr(error, 'msg', None) or 'no value'})")
+                    return None
                 if len(self._text) - self._at > _LONGEST or not self._more(len(self._text) - self._at):
-                    self._stop("it ends too early" if self._ended else str(error) or "no JSON value")
+                    self._stop("it ends too early" if self._ended else "what follows has no end")
                     return None
 
     def _next_character(self) -> str:
@@ -173,6 +176,19 @@ def _scanner() -> Callable[[str, int], tuple[Any, int]]:
     return json.JSONDecoder(parse_float=str, strict=False).scan_once  # type: ignore[attr-defined]
 
 
+def _cut_off(error: ValueError | StopIteration, length: int) -> bool:
+    """Whether the scan of a text of `length` characters failed at its end, so that more text could help."""
+    if isinstance(error, StopIteration):
+        at = error.value
+    elif isinstance(error, json.JSONDecodeError):
+        if error.msg.startswith("Unterminated string"):  # said of where it begins
+            return True
+        at = error.pos
+    else:  # a number of more digits than Python takes
+        return False
+    return length - at < len("-Infinity")  # the longest word or escape that is nothing until it is whole
+
+
 def _decoded(file: BinaryIO, bar: tqdm) -> Iterator[str]:
     """The file's text, unpacked if its first bytes say that it is gzipped. Raises EOFError, zlib.error."""
     decode = codecs.getincrementaldecoder("utf-8")("replace").decode
@@ -184,7 +200,7 @@ def _decoded(file: BinaryIO, bar: tqdm) -> Iterator[str]:
             yield decode(data)
         else:
             yield from map(decode, _unpacked(unpack, data))
-            if unpack.eof and unpack.unused_data.startswith(_GZIP):  # another member, as `cat a.gz b.gz` makes
+            while unpack.eof and unpack.unused_data.startswith(_GZIP):  # another member, as `cat a.gz b.gz` makes
                 data, unpack = unpack.unused_data, zlib.decompressobj(wbits=31)
                 yield from map(decode, _unpacked(unpack, data))
         data = file.read(_CHUNK)

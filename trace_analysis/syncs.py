@@ -9,7 +9,7 @@ import numpy as np
 
 from trace_analysis.device import COPY_CALL, Device, calls_named
 from trace_analysis.host import Host, source
-from trace_analysis.load import Trace
+from trace_analysis.load import NONE, Trace
 
 SYNC_CALL = re.compile(r"cu(da)?(Stream|Device|Event|Ctx|Thread)Synchronize")
 
@@ -18,7 +18,8 @@ SYNC_CALL = re.compile(r"cu(da)?(Stream|Device|Event|Ctx|Thread)Synchronize")
 class Sync:
     """One wait. Times in nanoseconds, starts from the trace's first event.
 
-    call: "cudaStreamSynchronize", ... or a blocking copy.
+    call: "cudaStreamSynchronize", ... or a blocking copy, which the synchronisation after it in the same operator is
+        part of.
     step: index of the denoising step.
     operators: those around the call, the outermost first.
     outside_torch, own: source lines, where stacks were recorded: innermost frame outside PyTorch, innermost in the
@@ -55,8 +56,8 @@ def syncs(trace: Trace, host: Host, device: Device, steps: np.ndarray) -> tuple[
     """The waits inside the steps (`steps`: their events), in the order of time."""
     found = []
     zero = int(trace.start[0])
-    for call in sync_calls(trace, device).tolist():
-        start, end = int(trace.start[call]), int(trace.end[call])
+    for call, last in _waits(trace, host, sync_calls(trace, device)):
+        start, end = int(trace.start[call]), int(trace.end[last])
         step = np.flatnonzero((trace.start[steps] <= start) & (start < trace.end[steps]))
         if not len(step):
             continue
@@ -74,6 +75,24 @@ def syncs(trace: Trace, host: Host, device: Device, steps: np.ndarray) -> tuple[
             )
         )
     return tuple(found)
+
+
+def _waits(trace: Trace, host: Host, calls: np.ndarray) -> list[tuple[int, int]]:
+    """First and last call of each wait: a copy from or to pageable memory is followed by a synchronisation."""
+    found: list[tuple[int, int]] = []
+    copies: dict[int, int] = {}  # by the operator around them: their place in `found`
+    for call in calls.tolist():
+        operator = int(host.parent[call])
+        within = operator != NONE and trace.categories[trace.category[operator]] == "cpu_op"
+        if not SYNC_CALL.match(trace.name_of(call)):
+            if within:
+                copies[operator] = len(found)
+        elif operator in copies:
+            place = copies.pop(operator)
+            found[place] = found[place][0], call
+            continue
+        found.append((call, call))
+    return found
 
 
 def _idle_after(device: Device, start: int, end: int) -> int:

@@ -15,6 +15,7 @@ NOT_AVAILABLE = "n/a"
 _NOTE = 600  # characters of a note
 _ROWS = 30  # of rates and gaps
 _SHOWN = 20  # of kernels that came or went
+_SCOPES = {"steps": "in the denoising steps", "region": "in the timed region", "trace": "in the whole trace"}
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ def report_tables(report: Report) -> Iterator[Table]:
     yield _findings(report.findings)
     yield _spans("Denoising steps", report, report.steps)
     yield _spans("Stages", report, (*report.stages, report.whole))
-    where = "in the denoising steps" if report.scope == "steps" else "in the whole trace"
+    where = _SCOPES[report.scope]
     if report.operators is not None:
         rows = [(o.name, ms(o.own_ns), str(o.count)) for o in report.operators]
         yield _table(f"Operators by their own time on the host, {where}", ("operator", "ms", "count"), rows)
@@ -170,7 +171,7 @@ def _rates(report: Report, where: str, reasons: dict[str, str]) -> Table:
     rows = [
         (
             r.operator, r.shape, r.dtype or NOT_AVAILABLE, r.bound or NOT_AVAILABLE, str(r.count), ms(r.time_ns),
-            _number(r.tflops), _number(r.gbps), NOT_AVAILABLE if r.of_peak is None else percent(r.of_peak),
+            _number(r.tflops), _number(r.gbps, r.at_most), NOT_AVAILABLE if r.of_peak is None else percent(r.of_peak),
             NOT_AVAILABLE if r.floor_ns is None else ms(r.floor_ns),
         )
         for r in (rates.rows[:_ROWS] if rates else ())
@@ -187,6 +188,12 @@ def _rates(report: Report, where: str, reasons: dict[str, str]) -> Table:
                 f"Floor of what is covered ({percent(rates.covered)} of the kernels' time): {ms(rates.floor_ns)} ms; "
                 f"its kernels took {rates.kernels_above:.2f} times that, the whole steps {rates.steps_above:.2f} times."
             )
+        if any(row.at_most for row in rates.rows[:_ROWS]):
+            notes.append(
+                "Fused kernels are given whole buffers: what they moved is at most that, so they have no floor."
+            )
+        if any(row.beyond for row in rates.rows[:_ROWS]):
+            notes.append("Rows bound by memory without a share ran faster than the memory: they read from the cache.")
         if rates.shapes_from:
             notes.append(f"Shapes of the kernels in CUDA graphs from {rates.shapes_from}, by their order.")
         if len(rates.rows) > _ROWS:
@@ -232,5 +239,5 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
-def _number(value: float | None) -> str:
-    return NOT_AVAILABLE if value is None else f"{value:.1f}"
+def _number(value: float | None, at_most: bool = False) -> str:
+    return NOT_AVAILABLE if value is None else f"{'at most ' if at_most else ''}{value:.1f}"

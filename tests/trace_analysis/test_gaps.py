@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from trace_analysis.gaps import CAUSES, RECOMPILATION, Gaps, event_causes
+from trace_analysis.gaps import CAUSES, RECOMPILATION, GapFinder, Gaps, event_causes
 from trace_analysis.load import load
 from trace_analysis.report import Analysis
 from utils.ranges import SCHEDULER_STEP
@@ -53,6 +54,18 @@ CASES: dict[str, tuple[list[tuple[str, str, float, float]], dict[str, float]]] =
     "the allocator": (
         [("cpu_op", "aten::empty", 20, 60), ("cuda_runtime", "cudaMalloc", 25, 50)],
         {"allocator": 50, "operator": 10, "Python": 30},
+    ),
+    "a module loaded at its first kernel": (
+        [
+            ("cpu_op", "aten::add", 10, 60),
+            ("cuda_runtime", "cuModuleLoadData", 20, 30),
+            ("cuda_runtime", "cuLibraryLoadData", 55, 10),
+        ],
+        {"module loading": 40, "operator": 20, "Python": 30},
+    ),
+    "a graph made ready": (
+        [("cuda_runtime", "cudaGraphInstantiateWithFlags", 20, 30), ("cuda_runtime", "cudaGraphUpload", 60, 10)],
+        {"graph instantiation": 40, "Python": 50},
     ),
     "the scheduler, by its file": (
         [
@@ -114,8 +127,10 @@ def test_what_cannot_be_known_is_unknown(writer) -> None:
     gaps = writer.analyse().report.gaps
     by_start = {gap.start_ns: gap.causes for gap in gaps.longest}
     assert by_start[20_000] == {"unknown": 30_000}
-    assert by_start[60_000] == {"device latency": 40_000}
-    assert gaps.causes["unknown"] == 30_000
+    assert by_start[60_000] == {"device latency": 20_000, "unknown": 20_000}  # more than a latency can be
+    assert by_start[110_000] == {"device latency": 20_000, "unknown": 70_000}
+    assert gaps.causes["unknown"] == 120_000
+    assert all(gap.doing is None for gap in gaps.longest if gap.start_ns in (20_000, 60_000))
 
 
 def test_a_sync_before_the_gap_is_named(writer) -> None:
@@ -129,6 +144,26 @@ def test_a_sync_before_the_gap_is_named(writer) -> None:
     assert longest.causes == {
         "sync": 4_000, "operator": 1_000, "Python": 85_000, "kernel launch": 4_000, "device latency": 6_000,
     }  # fmt: skip
+
+
+def test_the_waits_of_the_gaps_are_those_of_the_table(writer) -> None:
+    """A blocking copy and a synchronisation are both waits, in one table as in the other."""
+    writer.step(0, 300)
+    writer.kernel("gemm", 5, 10, 20)
+    writer.run(
+        "Memcpy DtoH (Device -> Pageable)", 50, 10, writer.call("cudaMemcpyAsync", 30, 40), category="gpu_memcpy"
+    )
+    writer.call("cudaStreamSynchronize", 80, 20)
+    writer.run("Memcpy HtoD (Pinned -> Device)", 105, 5, writer.call("cudaMemcpyAsync", 101, 3), category="gpu_memcpy")
+    writer.kernel("gemm", 150, 160, 10)
+    analysis = writer.analyse()
+    finder = GapFinder(analysis.trace, analysis.host, analysis.device)
+    zero = int(analysis.trace.start[0])
+    named = {int(t) - zero for t in analysis.trace.start[finder.cause == CAUSES.index("sync")]}
+    assert named == {sync.start_ns for sync in analysis.report.syncs} == {30_000, 80_000}
+    by_start = {gap.start_ns: gap.causes for gap in analysis.report.gaps.longest}
+    assert by_start[30_000] == {"sync": 20_000}
+    assert by_start[60_000]["sync"] == 30_000  # the copy's last 10, and the synchronisation's 20
 
 
 def test_causes_add_up_to_idle(two_steps) -> None:
@@ -152,6 +187,6 @@ def test_causes_of_a_real_recompilation(tmp_path) -> None:
     analysis = Analysis(load(path))
     names = {analysis.trace.name_of(i) for i in range(len(analysis.trace))}
     assert {"TorchDynamo Cache Lookup", "Pregraph bytecode", "AOTDispatcher Runtime Wrapper Prologue"} <= names
-    causes = event_causes(analysis.trace, analysis.host)
+    causes = event_causes(analysis.trace, analysis.host, np.zeros(0, np.int64))
     (compile_event,) = [i for i in range(len(causes)) if analysis.trace.name_of(i) == "build_guards (dynamo_timed)"]
     assert CAUSES[causes[compile_event]] == RECOMPILATION

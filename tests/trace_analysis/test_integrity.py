@@ -43,7 +43,7 @@ def test_kernels_without_launch(two_steps, lost: int, blank: bool) -> None:
     report = two_steps.analyse().report
     assert names(report) == ["no_launch"]
     assert f"{lost} of {207 + lost} kernels" in report.findings[0].message
-    assert (report.kinds is None) == blank
+    assert (report.kinds is None) == (report.rates is None) == blank
     assert all((step.device is None) == blank for step in report.steps)
 
 
@@ -71,6 +71,7 @@ def test_overlapping_steps(two_steps) -> None:
     report = two_steps.analyse().report
     assert names(report) == ["overlapping_steps"]
     assert "2 ranges" in report.findings[0].message
+    assert report.rates is None
     assert all(step.device is None for step in report.steps)
     assert report.median_step is not None
 
@@ -81,3 +82,19 @@ def test_several_devices(two_steps) -> None:
     report = two_steps.analyse().report
     assert "several_devices" in names(report)
     assert report.steps[0].device.kernels == 4
+
+
+def test_unreadable_events_leave_the_rates_blank(two_steps) -> None:
+    two_steps.host("a", 110, -1)
+    report = two_steps.analyse().report
+    assert names(report) == ["unreadable_events"]
+    assert report.rates is report.gaps is None
+
+
+def test_a_function_of_the_host_has_no_kernel(two_steps) -> None:
+    before = two_steps.analyse().report
+    for i in range(5):
+        two_steps.call("cudaLaunchHostFunc", 150 + i, 1)
+    report = two_steps.analyse().report
+    assert report.findings == ()
+    assert [s.device.kernel_launches for s in report.steps] == [s.device.kernel_launches for s in before.steps]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import time
 
 import pytest
 
 from trace_analysis.kinds import KINDS, kind_of, with_dtype
+from utils.files import ROOT
 
 NAMES: dict[str, list[str]] = {
     "gemm bf16": [
@@ -43,7 +45,12 @@ NAMES: dict[str, list[str]] = {
         "sm80_xmma_gemm_f32f32_tf32f32_f32_tn_n_tilesize128x128x16_stage4_warpsize2x2x1_ffma_cublas",
         "nvjet_sss_128x128_32x4_1x1_h_bz_TNN",
     ],
-    "gemm": ["triton_tem_fused_addmm_3", "triton_mm", "void cublasLt::splitKreduce_kernel<32, 16, int, float>"],
+    "gemm": [
+        "triton_tem_fused_addmm_3",
+        "triton_tem_fused__softmax_bmm_1",
+        "triton_mm",
+        "void cublasLt::splitKreduce_kernel<32, 16, int, float>",
+    ],
     "attention": [
         "void flash::flash_fwd_kernel<flash::Flash_fwd_kernel_traits<128, 128, 64, 4, cutlass::bfloat16_t>>",
         "void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<128, 64, 64, 4>>(Flash_fwd_params)",
@@ -58,9 +65,17 @@ NAMES: dict[str, list[str]] = {
         "void cudnn::ops::nchwToNhwcKernel<__nv_bfloat16, __nv_bfloat16, float, false, true, (cudnnKernelDataType_t)0>",
         "void implicit_convolve_sgemm<float, float, 1024, 5, 5, 3, 3, 3, 1, false, false, true>",
         "triton_tem_fused_convolution_4",
+        "triton_tem_fused_add_convolution_2",
     ],
     "norm and pointwise": [
         "triton_poi_fused_add_gelu_mul_3",
+        "triton_poi_fused_convolution_silu_5",
+        "triton_red_fused_add_convolution_native_group_norm_7",
+        "triton_poi_fused__scaled_mm_add_3",
+        "triton_poi_fused_mm_4",
+        "triton_per_fused__softmax_2",
+        "triton_poi_fused_cat_mul_1",
+        "triton_for_fused_3",
         "triton_red_fused_add_mul_native_layer_norm_0",
         "triton_per_fused__to_copy_add_mean_mul_pow_rsqrt_2",
         "void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<c10::BFloat16>>",
@@ -73,12 +88,18 @@ NAMES: dict[str, list[str]] = {
         "void at::native::unrolled_elementwise_kernel<at::native::bfloat16_copy_kernel_cuda(at::TensorIteratorBase&)>",
         "void at::native::vectorized_elementwise_kernel<4, at::native::float8_copy_kernel_cuda(...)>",
         "triton_poi_fused__to_copy_7",
+        "void at::native::unrolled_elementwise_kernel<at::native::direct_copy_kernel_cuda(at::TensorIteratorBase&)::"
+        "{lambda()#3}, std::array<char*, 2ul>, 4, at::native::memory::LoadWithCast<1>, "
+        "at::native::memory::StoreWithCast<1>>",
     ],
     "copy": [
         "Memcpy HtoD (Pageable -> Device)",
         "Memset (Device)",
         "void at::native::(anonymous namespace)::CatArrayBatchedCopy<at::native::OpaqueType<2u>, unsigned int, 3>",
         "void at::native::elementwise_kernel<128, 4, at::native::direct_copy_kernel_cuda(...)>",
+        "triton_poi_fused_cat_2",
+        "triton_poi_fused_clone_11",
+        "triton_poi_fused_cat_clone_3",
     ],
     "other": ["", "my_own_thing", "ncclDevKernel_AllReduce_Sum_bf16_RING_LL"],
 }
@@ -104,3 +125,37 @@ def test_a_hostile_name_takes_no_time() -> None:
     assert kind_of("gemm" * 1_000_000) == "gemm"
     kind_of("triton_" + "_" * 1_000_000)
     assert time.perf_counter() - started < 1
+
+
+OWN = {
+    "_adaln_kernel": "norm and pointwise",
+    "_attention_kernel": "attention",
+    "_concat_gelu_kernel": "norm and pointwise",
+    "_gated_residual_kernel": "norm and pointwise",
+    "_qkv_kernel": "norm and pointwise",
+    "_rows_float8_kernel": "quantize and cast",
+    "_value_to_float8_kernel": "quantize and cast",
+}
+
+
+def own_kernels() -> set[str]:
+    """Jitted functions in recipes/kernels that no other one calls: those that are launched."""
+    jitted = [
+        node
+        for path in (ROOT / "recipes" / "kernels").glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef) and any("triton.jit" in ast.unparse(d) for d in node.decorator_list)
+    ]
+    called = {
+        call.func.id
+        for function in jitted
+        for call in ast.walk(function)
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name)
+    }
+    return {function.name for function in jitted} - called
+
+
+def test_every_kernel_of_the_recipes_has_its_kind() -> None:
+    assert own_kernels() == set(OWN)
+    for name, kind in OWN.items():
+        assert kind_of(name) == kind_of(f"{name}_0") == kind, name

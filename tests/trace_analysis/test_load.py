@@ -12,11 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmark import trace_reading
 from trace_analysis import markdown, stream, tables
 from trace_analysis.load import Trace, load
 from trace_analysis.page import page
 from trace_analysis.report import Analysis
-from utils.errors import UsageError
+from utils.errors import UsageError, UserError
 
 
 def write(path: Path, events: str) -> Path:
@@ -134,9 +135,76 @@ def test_events_that_cannot_be_read_are_counted(writer) -> None:
     path.write_text(text.replace('"ts": 1, "dur": 1', '"ts": 1e999, "dur": 1', 1))
     found = load(path)
     assert (len(found), found.skipped) == (1, 9)
+    assert found.shapes == {}
     (finding, *_) = Analysis(found).report.findings
     assert finding.name == "unreadable_events"
     assert finding.message.startswith("9 events")
+
+
+@pytest.mark.parametrize("text", ["99999999999999999", "-99999999999999999", "4000000000000000", "1e300", "1" * 30])
+@pytest.mark.parametrize("point", ["", ".5"])
+def test_times_out_of_range_are_skipped_whole(tmp_path: Path, text: str, point: str) -> None:
+    """With a point and without; nothing of the event stays behind in any column."""
+    number = text if "e" in text else text + point
+    events = ", ".join(
+        f'{{"ph": "X", "cat": "cpu_op", "name": "{name}", "ts": {ts}, "dur": 1, "args": {{"correlation": {tied}}}}}'
+        for name, ts, tied in (("bad", number, 1), ("good", "7", 2))
+    )
+    found = load(write(tmp_path / "trace.json", events))
+    assert (found.skipped, len(found), found.names) == (1, 1, ("good",))
+    assert {len(column) for column in (found.name, found.lane, found.category, found.correlation, found.end)} == {1}
+    assert (found.start.tolist(), found.correlation.tolist()) == ([7000], [2])
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        {"Input Dims": 3},
+        {"Input Dims": [[2, -1]]},
+        {"Input Dims": [3, "x"]},
+        {"Input Dims": [[2, 2]], "Input type": None},
+        {"Input Dims": [[2, 2]], "Concrete Inputs": 5},
+    ],
+)
+def test_malformed_shapes_cost_only_the_shapes(writer, shapes: dict) -> None:
+    writer.host("aten::mm", 0, 5, **shapes)
+    writer.addmm(10, 5, 2, 3, 4)
+    found = load(writer.write())
+    assert (len(found), found.skipped) == (2, 0)
+    assert [found.name_of(event) for event in found.shapes] == ["aten::addmm"]
+
+
+def test_shapes_of_a_skipped_event_are_nobodys(writer) -> None:
+    writer.addmm(10, 5, 2, 3, 4)
+    writer.events[0]["tid"] = [1]
+    writer.host("aten::mm", 0, 5)
+    found = load(writer.write())
+    assert (found.skipped, found.shapes) == (1, {})
+
+
+@pytest.mark.parametrize("members", [2, 5, 40])
+def test_many_members_in_one_chunk(two_steps, members: int) -> None:
+    plain = two_steps.write("plain.json")
+    data = plain.read_bytes()
+    size = -(-len(data) // members)
+    packed = two_steps.folder / "members.json.gz"
+    packed.write_bytes(b"".join(gzip.compress(data[at : at + size]) for at in range(0, len(data), size)))
+    found = load(packed)
+    assert rows(found) == rows(load(plain))
+    assert found.incomplete is None
+
+
+@pytest.mark.parametrize("wrong", ['{"ph": "X" "cat"}', '{"ph": X}', '{"ph": "X",}', '{"a": "\\u12xx"}', "9" * 5000])
+def test_a_bad_event_in_the_middle_is_no_early_end(tmp_path: Path, wrong: str) -> None:
+    good = '{"ph": "X", "cat": "cpu_op", "name": "a", "ts": 1, "dur": 1}'
+    found = load(write(tmp_path / "trace.json", ", ".join([good] * 3 + [wrong] + [good] * 30)))
+    assert len(found) == 3
+    assert str(found.incomplete).startswith("after 3 events: what follows is no JSON (")
+
+
+def test_a_path_may_be_text(two_steps) -> None:
+    path = two_steps.write()
+    assert load(str(path)).path == path
 
 
 WHOLE = json.dumps({"traceEvents": [{"ph": "X", "cat": "cpu_op", "name": "a", "ts": 0, "dur": 1}] * 100}).encode()
@@ -269,3 +337,9 @@ def test_a_bar_shows_what_takes_long(
     monkeypatch.setattr(stream, "_SLOW_S", 0)
     load(two_steps.write())
     assert "reading trace.json" in capfd.readouterr().err
+
+
+def test_a_timed_reading_that_dies_without_a_word_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trace_reading, "_MEASURED", "import os; os._exit(3)")
+    with pytest.raises(UserError, match="200 events failed: it ended with code 3 and said nothing"):
+        trace_reading.measure(200)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from trace_analysis import markdown, tables
 from trace_analysis.costs import Cost, Shapes, cost
 from trace_analysis.load import load
 from trace_analysis.peaks import PEAKS
@@ -32,7 +33,12 @@ REAL: dict[str, tuple[str, Callable[[], Any], Cost]] = {
     "addmm": (
         "aten::addmm",
         lambda: torch.nn.functional.linear(torch.ones(6, 4, **BF16), torch.ones(8, 4, **BF16), torch.ones(8, **BF16)),
-        Cost("gemm", "bf16", "6 x 8 x 4", 2 * 6 * 8 * 4, 2 * (6 * 4 + 8 * 4 + 6 * 8)),
+        Cost("gemm", "bf16", "6 x 8 x 4", 2 * 6 * 8 * 4, 2 * (8 + 6 * 4 + 8 * 4 + 6 * 8)),
+    ),
+    "int8": (
+        "aten::_int_mm",
+        lambda: torch._int_mm(torch.ones(32, 8, dtype=torch.int8), torch.ones(8, 16, dtype=torch.int8)),
+        Cost("gemm", "int8", "32 x 16 x 8", 2 * 32 * 16 * 8, 32 * 8 + 8 * 16 + 4 * 32 * 16),
     ),
     "bmm": (
         "aten::bmm",
@@ -42,14 +48,14 @@ REAL: dict[str, tuple[str, Callable[[], Any], Cost]] = {
     "convolution": (
         "aten::_convolution",
         lambda: torch.nn.functional.conv2d(
-            torch.ones(2, 4, 10, 12), torch.ones(8, 2, 3, 3), stride=2, padding=1, groups=2
+            torch.ones(2, 4, 10, 12), torch.ones(8, 2, 3, 3), torch.ones(8), stride=2, padding=1, groups=2
         ),
         Cost(
             "convolution",
             "fp32",
             "2 x 2 x 10 x 12 by 8 x 3 x 3",
             2 * (2 * 8 * 5 * 6) * 2 * 9,
-            4 * (2 * 4 * 10 * 12 + 8 * 2 * 9 + 2 * 8 * 5 * 6),
+            4 * (2 * 4 * 10 * 12 + 8 * 2 * 9 + 8 + 2 * 8 * 5 * 6),
         ),
     ),
     "broadcast": (
@@ -91,14 +97,18 @@ def test_flux_attention() -> None:
 def test_float8_gemm_writes_bfloat16() -> None:
     types = ("c10::Float8_e4m3fn", "c10::Float8_e4m3fn", "float", "float")
     found = cost("aten::_scaled_mm", Shapes(((64, 32), (32, 16), (64, 1), (1, 16)), types, ("",) * 4))
-    assert found == Cost("gemm", "fp8", "64 x 16 x 32", 2 * 64 * 16 * 32, 64 * 32 + 32 * 16 + 2 * 64 * 16)
+    moved = 64 * 32 + 32 * 16 + 4 * (64 + 16) + 2 * 64 * 16
+    assert found == Cost("gemm", "fp8", "64 x 16 x 32", 2 * 64 * 16 * 32, moved)
 
 
 def test_fused_kernels_of_inductor() -> None:
     types = ("c10::BFloat16", "c10::BFloat16", "float", "Scalar")
     shapes = Shapes(((4, 8), (4, 8), (8,), ()), types, ("",) * 4)
-    assert cost("triton_poi_fused_add_0", shapes) == Cost("memory", "bf16", "4 x 8", None, 2 * 32 + 2 * 32 + 4 * 8)
-    assert cost("triton_tem_fused_mm_0", shapes) is None
+    assert cost("triton_poi_fused_add_0", shapes) == Cost("memory", "bf16", "4 x 8", None, 160, at_most=True)
+    assert cost("triton_red_fused_add_convolution_native_group_norm_7", shapes) is not None
+    for template in ("addmm", "bmm", "mm", "convolution", "flex_attention"):
+        assert cost(f"triton_tem_fused_{template}_0", shapes) is None
+    assert cost("triton_mm", shapes) is None
 
 
 @pytest.mark.parametrize(
@@ -134,6 +144,41 @@ def test_rate_against_the_gpus_peak(writer) -> None:
     assert rates.kernels_above == pytest.approx(800_000 / row.floor_ns)
     assert rates.steps_above == pytest.approx(1_050_000 / row.floor_ns)  # the window: 0..1050
     assert rates.covered == pytest.approx(0.8)
+
+
+def memory_bound(writer, operator: str, kernel: str, duration: float, start: float = 60) -> None:
+    """One call on two tensors of 4608 x 3072 in bfloat16, 56.6 MB: 17 us of an H100's memory."""
+    inputs = {"Input Dims": [[4608, 3072], [4608, 3072]], "Input type": ["c10::BFloat16"] * 2}
+    writer.host(operator, 50, 8, **inputs)
+    writer.kernel(kernel, 52, start, duration)
+
+
+def test_fused_kernels_have_a_rate_at_most_and_no_floor(writer) -> None:
+    large_gemm(writer)
+    alone = writer.analyse().report.rates
+    name = "triton_poi_fused_add_0"
+    memory_bound(writer, name, name, 40, start=1050)
+    report = writer.analyse().report
+    gemm, fused = report.rates.rows
+    assert (gemm.kind, gemm.at_most) == ("gemm", False)
+    assert (fused.operator, fused.at_most, fused.bound, fused.of_peak, fused.floor_ns) == (name, True, None, None, None)
+    assert fused.gbps == pytest.approx(2 * 4608 * 3072 * 2 / 40_000)
+    assert report.rates.floor_ns == alone.floor_ns
+    assert report.rates.covered == pytest.approx(800 / 1040)
+    text = markdown.document("x", tables.report_tables(report))
+    assert f"at most {fused.gbps:.1f}" in text
+    assert "have no floor" in text
+
+
+@pytest.mark.parametrize(("duration", "beyond"), [(40, False), (10, True)])
+def test_no_share_of_the_memorys_peak_beyond_it(writer, duration: float, beyond: bool) -> None:
+    writer.step(0, 100)
+    memory_bound(writer, "aten::copy_", "direct_copy_kernel_cuda", duration)
+    report = writer.analyse().report
+    (row,) = report.rates.rows
+    assert (row.bound, row.beyond) == ("memory", beyond)
+    assert (row.of_peak is None, row.floor_ns is None, report.rates.floor_ns is None) == (beyond,) * 3
+    assert ("ran faster than the memory" in markdown.document("x", tables.report_tables(report))) == beyond
 
 
 def test_no_peak_of_an_unknown_gpu_or_dtype(writer) -> None:
@@ -228,3 +273,21 @@ def test_kernels_take_the_operator_they_were_launched_in(writer) -> None:
     (row,) = report.rates.rows
     assert (row.count, row.time_ns) == (1, 15_000)
     assert {k.kind: k.time_ns for k in report.kinds} == {"gemm bf16": 15_000, "norm and pointwise": 5_000}
+
+
+@pytest.mark.parametrize("wrong", ["no steps", "no GPU", "no GPU here"])
+def test_shapes_from_what_has_none_are_refused(writers, command: Callable, wrong: str) -> None:
+    graph, other = writers("graph"), writers("other")
+    graph_of(graph, ["norm", GEMM])
+    if wrong == "no steps":
+        other.kernel(GEMM, 10, 20, 5)
+    else:
+        other.step(0, 10)
+    analyses = (graph, other) if wrong != "no GPU here" else (other, graph)
+    message = "has no range denoising_step" if wrong == "no steps" else "other/trace.json has no GPU in it"
+    one, reference = analyses
+    with pytest.raises(UsageError, match=message):
+        one.analyse(shapes_from=reference.analyse())
+    done = command("report", one.write(), "--shapes-from", reference.write())
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert message in done.stderr

@@ -97,6 +97,7 @@ def test_equal_intervals_nest_in_the_order_of_their_numbers(writer) -> None:
 
 def test_blocks_by_modules_and_stages(writer) -> None:
     writer.step(0, 100)
+    writer.step(0, 4, "prompt_encoding")
     writer.frame("nn.Module: FluxTransformerBlock_0", 5, 20)
     writer.frame("nn.Module: Linear_3", 8, 10)
     writer.kernel("gemm", 10, 20, 5)

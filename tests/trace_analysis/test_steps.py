@@ -7,6 +7,7 @@ import random
 import numpy as np
 import pytest
 
+from trace_analysis import markdown, tables
 from trace_analysis.intervals import Total, Union, union
 from trace_analysis.load import load
 from trace_analysis.report import Analysis
@@ -172,3 +173,29 @@ def test_union_against_counting_points() -> None:
             begins, ends = found.holes(low, max(low, high))
             assert (ends - begins).sum() == (~covered[low:high]).sum()
             assert all(not covered[b:e].any() for b, e in zip(begins, ends, strict=True))
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+def test_without_steps_all_parts_are_of_the_timed_region(writer, gpu: bool) -> None:
+    writer.host("aten::add", 0, 5)
+    writer.step(100, 50, "decoding")
+    writer.host("aten::mul", 110, 5)
+    if gpu:
+        writer.kernel("gemm_bf16", 2, 10, 20)  # before the region
+        writer.kernel("flash_fwd", 112, 120, 10)
+        writer.kernel("elementwise", 160, 170, 10)  # after it
+    report = writer.analyse().report
+    assert (report.scope, report.whole.name) == ("region", "timed region")
+    if gpu:
+        assert {row.kind: row.time_ns for row in report.kinds} == report.whole.device.kinds == {"attention": 10_000}
+        assert report.gaps.idle_ns == report.whole.device.idle_ns == 40_000
+    else:
+        assert [row.name for row in report.operators] == ["aten::mul"]
+    assert ", in the timed region" in markdown.document("x", tables.report_tables(report))
+
+
+def test_without_ranges_all_parts_are_of_the_whole_trace(writer) -> None:
+    writer.kernel("gemm_bf16", 2, 10, 20)
+    report = writer.analyse().report
+    assert report.scope == "trace"
+    assert {row.kind: row.time_ns for row in report.kinds} == report.whole.device.kinds == {"gemm bf16": 20_000}

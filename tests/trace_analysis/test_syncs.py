@@ -51,6 +51,24 @@ def test_a_copy_that_returns_when_it_is_done_blocks(writer) -> None:
     assert (plain.call, plain.start_ns, plain.idle_after_ns) == ("cudaMemcpy", 120_000, 31_000)  # from 134 to 165
 
 
+def test_a_pageable_copy_and_its_synchronisation_are_one_wait(writer) -> None:
+    writer.step(0, 300)
+    writer.host("aten::copy_", 10, 80)
+    writer.run(
+        "Memcpy DtoH (Device -> Pageable)", 30, 20, writer.call("cudaMemcpyAsync", 20, 31), category="gpu_memcpy"
+    )
+    writer.call("cudaStreamSynchronize", 53, 4)
+    writer.call("cudaStreamSynchronize", 70, 5)  # in the same operator, but another wait
+    writer.call("cudaStreamSynchronize", 95, 2)
+    writer.kernel("gemm", 110, 120, 10)
+    copy, *others = writer.analyse().report.syncs
+    assert (copy.call, copy.operators, copy.start_ns, copy.time_ns) == (
+        "cudaMemcpyAsync", ("aten::copy_",), 20_000, 37_000,
+    )  # fmt: skip
+    assert copy.idle_after_ns == 70_000  # from 50 to 120
+    assert [sync.start_ns for sync in others] == [70_000, 95_000]
+
+
 @pytest.mark.parametrize(
     "call", ["cudaDeviceSynchronize", "cudaEventSynchronize", "cudaStreamSynchronize", "cuStreamSynchronize"]
 )
@@ -84,6 +102,11 @@ def test_none_without_waits(two_steps) -> None:
             ["/venv/lib/python3.11/site-packages/diffusers/a.py(4): b", "/home/me/torch_things.py(1): c"],
             Source("/venv/lib/python3.11/site-packages/diffusers/a.py(4): b", "/home/me/torch_things.py(1): c"),
         ),
+        (
+            [f"/tmp/torchinductor_me/ab/c{'ab2' * 17}.py(9): call", "code/app.py(3): f", "app/run.py(3): go"],
+            Source(f"/tmp/torchinductor_me/ab/c{'ab2' * 17}.py(9): call", "code/app.py(3): f"),
+        ),
+        (["json/decoder.py(3): f", "test/mine.py(1): g"], Source("json/decoder.py(3): f", "test/mine.py(1): g")),
     ],
 )
 def test_source_lines(frames: list[str], wanted: Source) -> None:
