@@ -84,6 +84,17 @@ def shifted(time: torch.Tensor, shift: float) -> torch.Tensor:
     return shift * time / (1 + (shift - 1) * time)
 
 
+def draw_noisy(
+    latents: torch.Tensor, settings: Settings, random: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A batch of the pool's latents: their index [b], themselves and noise for them [b, 256, 64], noise levels [b]."""
+    device = latents.device
+    index = torch.randint(len(latents), (settings.flow_batch,), generator=random, device=device)
+    clean = latents[index].float()
+    noise = torch.randn(clean.shape, generator=random, device=device)
+    return index, clean, noise, sample_time(len(index), settings.time_shift, random, device)
+
+
 def train_flow(
     pipe: FluxPipeline, pool: Pool, latents: torch.Tensor, settings: Settings, work: Path, device: torch.device
 ) -> Velocity:
@@ -93,10 +104,7 @@ def train_flow(
     forward = torch.compile(velocity) if settings.compile else velocity
 
     def loss(random: torch.Generator) -> dict[str, torch.Tensor]:
-        index = torch.randint(len(pool), (settings.flow_batch,), generator=random, device=device)
-        clean = latents[index].float()
-        noise = torch.randn(clean.shape, generator=random, device=device)
-        time = sample_time(len(index), settings.time_shift, random, device)
+        index, clean, noise, time = draw_noisy(latents, settings, random)
         captions = pool.captions(index, random, settings.empty_captions)
         error, predicted = flow_loss(forward, clean, noise, time, captions, device)
         with autocast(device):

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from tiny_flux.data import Pool
-from tiny_flux.flow import Velocity, sample_time
+from tiny_flux.flow import Velocity, draw_noisy
 from tiny_flux.settings import Settings
 from tiny_flux.stage import Stage, autocast
 
@@ -26,10 +26,7 @@ def distil_guidance(
     student_forward, teacher_forward = (torch.compile(v) if settings.compile else v for v in (velocity, teacher))
 
     def loss(random: torch.Generator) -> dict[str, torch.Tensor]:
-        index = torch.randint(len(pool), (settings.flow_batch,), generator=random, device=device)
-        clean = latents[index].float()
-        noise = torch.randn(clean.shape, generator=random, device=device)
-        time = sample_time(len(index), settings.time_shift, random, device)
+        index, clean, noise, time = draw_noisy(latents, settings, random)
         t = time[:, None, None]
         noisy = (1 - t) * clean + t * noise
         captions, nothing = pool.captions(index, random), pool.empty(len(index))

@@ -48,7 +48,6 @@ PRESETS = {
     "full": Settings(),
     "smoke": Settings(
         pool=64, captions=2, vae_steps=4, vae_batch=4, flow_steps=4, flow_batch=4, guidance_steps=2,
-        reflow_pairs=8,
-        reflow_sampling_steps=2, reflow_steps=2, save_every=2, only_right=0, compile=0,
+        reflow_pairs=8, reflow_sampling_steps=2, reflow_steps=2, only_right=0, save_every=2, compile=0,
     ),
 }  # fmt: skip
