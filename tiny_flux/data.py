@@ -32,13 +32,13 @@ from tiny_flux.tokenizers import CLIP_LENGTH, T5_LENGTH
 MOST_THINGS = 4
 # How often each category is trained on; what is harder to learn comes more often.
 _WEIGHTS = {
-    "single_object": 0.08,
-    "colors": 0.10,
-    "counting": 0.22,
-    "two_objects": 0.14,
+    "single_object": 0.06,
+    "colors": 0.08,
+    "counting": 0.18,
+    "two_objects": 0.12,
     "color_attribution": 0.16,
     "position": 0.20,
-    EXTRA_CATEGORY: 0.10,
+    EXTRA_CATEGORY: 0.20,
 }
 
 

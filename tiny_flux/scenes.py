@@ -44,7 +44,8 @@ PLACES: dict[str, tuple[float, float]] = {
 Relation = Literal["left of", "right of", "above", "below"]
 RELATIONS: tuple[Relation, ...] = ("left of", "right of", "above", "below")
 CATEGORIES = ("single_object", "two_objects", "counting", "colors", "position", "color_attribution")
-# Descriptions of more than two kinds of object are trained on, and belong to no scored category.
+# Trained on, and of no scored category: up to four kinds of object, the colours of some of them named. They show each
+# kind beside every other, also those that the scored categories keep apart (`is_held_out`).
 EXTRA_CATEGORY = "several_objects"
 
 _GAP = 10.0  # pixels between two objects, at least
@@ -151,9 +152,12 @@ def sample_description(rng: random.Random, category: str) -> Description:
                 Described(second, color=b if colored else None),
             ]
     elif category == EXTRA_CATEGORY:
-        kinds = rng.sample([(c, s) for c in COLORS for s in SHAPES], rng.choice((2, 3, 3, 4)))
-        objects = [Described(shape, color=color) for color, shape in kinds]
-        if len(objects) == 2:
+        count = rng.choice((2, 2, 3, 3, 4))
+        kinds = list(zip(rng.sample(SHAPES, count), rng.sample(list(COLORS), count), strict=True))
+        objects = [Described(shape, color=color if rng.random() < 0.6 else None) for shape, color in kinds]
+        if count == 2 and rng.random() < 0.6:
+            relation = rng.choice(RELATIONS)
+        elif count == 2:
             many = rng.randrange(2)
             objects[many] = replace(objects[many], count=rng.randint(2, 3))
     else:
@@ -173,7 +177,7 @@ def realize(description: Description, rng: random.Random) -> Scene:
 def _place_things(description: Description, rng: random.Random) -> tuple[Thing, ...] | None:
     """Try once; None when an object found no room or the relation does not hold."""
     total = sum(o.count for o in description.objects)
-    sizes = list(SIZES) if total <= 2 else ["small", "medium"]
+    sizes = ("medium", "large") if total <= 2 else ("medium",)  # of what is just "a star"
     things: list[Thing] = []
     for described in description.objects:
         # Like objects share colour and size, as "three red circles" suggests.
