@@ -68,11 +68,42 @@ def inductor_flags(parent: Recipe) -> Recipe:
     return replace(parent, inductor_flags=flags)
 
 
+def cuda_graph(parent: Recipe) -> Recipe:
+    """A denoising step is one CUDA graph, launched at once; so is the VAE's decoder."""
+    return replace(parent, cuda_graph=True)
+
+
+def hoisted_modulation(parent: Recipe) -> Recipe:
+    """The AdaLN modulation of all steps computed once before the loop, as one GEMM a Linear."""
+    return replace(parent, modulation="hoisted")
+
+
+def hoisted_embeddings(parent: Recipe) -> Recipe:
+    """Prompt embedding and rotary table computed once before the loop."""
+    return replace(parent, hoisted_embeddings=True)
+
+
+def compiled_text_encoders(parent: Recipe) -> Recipe:
+    """torch.compile of CLIP and T5."""
+    return replace(parent, compiled_text_encoders=True)
+
+
+def fused_kernels(parent: Recipe) -> Recipe:
+    """Triton kernels for what Inductor leaves apart: AdaLN, GELU, QK norm and rotary, each with its float8 cast."""
+    return replace(parent, fused_kernels=True)
+
+
+def float8_attention(parent: Recipe) -> Recipe:
+    """Attention in float8 by a Triton kernel."""
+    return replace(parent, attention="triton_fp8")
+
+
 def aoti(parent: Recipe) -> Recipe:
     """Ahead-of-time compiled packages instead of compiling at the first call."""
     return replace(parent, execution="aoti")
 
 
+# Up to inductor_flags, and with aoti, the optimizations of huggingface/flux-fast.
 LADDER: tuple[Callable[[Recipe], Recipe], ...] = (
     fp32,
     bf16,
@@ -84,6 +115,12 @@ LADDER: tuple[Callable[[Recipe], Recipe], ...] = (
     fa3_fp8,
     float8,
     inductor_flags,
+    cuda_graph,
+    hoisted_modulation,
+    hoisted_embeddings,
+    compiled_text_encoders,
+    fused_kernels,
+    float8_attention,
     aoti,
 )
 

@@ -110,5 +110,6 @@ def test_fastest_leaves_out_what_is_refused_or_emulated() -> None:
 
 def test_lossless() -> None:
     lossy = [name for name, recipe in recipes.named().items() if not recipes.is_lossless(recipe)]
-    assert lossy == ["fa3_fp8", "float8", "inductor_flags", "aoti"]
+    names = list(recipes.named())
+    assert lossy == names[names.index("fa3_fp8") :]
     assert not recipes.is_lossless(Recipe(cache=FirstBlockCache()))
