@@ -8,6 +8,8 @@ on few tokens or set the scale of everything, and stay as they are."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from diffusers import DiffusionPipeline
 from torch import nn
@@ -42,28 +44,26 @@ def _check_shapes(linears: dict[str, nn.Linear]) -> None:
             )
 
 
-def _needs(recipe: Recipe) -> Needs:
+def needs(recipe: Recipe) -> Needs:
     return Needs(capability=(8, 9), packages=("torchao",))
 
 
-def _not_timed(device: torch.device) -> str | None:
+def not_timed(device: torch.device) -> str | None:
     return "float8 on a CPU is emulated: right, but its time says nothing" if device.type == "cpu" else None
 
 
-def _apply(pipe: DiffusionPipeline, recipe: Recipe) -> str:
+def quantize(linears: Iterable[nn.Linear], per_row: bool) -> None:
+    """Weights to float8, a scale a row or one for all, in place; activations follow at each call."""
     from torchao.float8.inference import Float8MMConfig
     from torchao.quantization import Float8Tensor, PerRow, PerTensor
     from torchao.quantization.quantize_.common import KernelPreference
     from torchao.quantization.quantize_.workflows import QuantizeTensorToFloat8Kwargs
 
-    granularity = PerRow() if recipe.quantization == "float8_per_row" else PerTensor()
+    granularity = PerRow() if per_row else PerTensor()
     # TORCH: plain torch._scaled_mm, which has a CPU path and which torch.export and Inductor know.
     kernel = KernelPreference.TORCH
     activation = QuantizeTensorToFloat8Kwargs(granularity=granularity, kernel_preference=kernel)
-    linears = quantized_linears(pipe.transformer)
-    if recipe.quantization == "float8_per_tensor":
-        _check_shapes(linears)
-    for linear in linears.values():
+    for linear in linears:
         weight = Float8Tensor.from_hp(
             linear.weight.detach(),
             granularity=granularity,
@@ -72,9 +72,16 @@ def _apply(pipe: DiffusionPipeline, recipe: Recipe) -> str:
             act_quant_kwargs=activation,
         )
         linear.weight = nn.Parameter(weight, requires_grad=False)
+
+
+def _apply(pipe: DiffusionPipeline, recipe: Recipe) -> str:
+    linears = quantized_linears(pipe.transformer)
+    if recipe.quantization == "float8_per_tensor":
+        _check_shapes(linears)
+    quantize(linears.values(), per_row=recipe.quantization == "float8_per_row")
     return f"{recipe.quantization}, {len(linears)} Linears"
 
 
 OPTIMIZATION = Optimization(
-    field="quantization", needs=_needs, lossless=lambda recipe: False, apply=_apply, not_timed=_not_timed
+    field="quantization", needs=needs, lossless=lambda recipe: False, apply=_apply, not_timed=not_timed
 )

@@ -88,6 +88,11 @@ def compiled_text_encoders(parent: Recipe) -> Recipe:
     return replace(parent, compiled_text_encoders=True)
 
 
+def float8_text_encoder(parent: Recipe) -> Recipe:
+    """float8 weights and dynamic float8 activations in T5's Linears."""
+    return replace(parent, float8_text_encoder=True)
+
+
 def fused_kernels(parent: Recipe) -> Recipe:
     """Triton kernels for what Inductor leaves apart: AdaLN, GELU, QK norm and rotary, each with its float8 cast."""
     return replace(parent, fused_kernels=True)
@@ -119,6 +124,7 @@ LADDER: tuple[Callable[[Recipe], Recipe], ...] = (
     hoisted_modulation,
     hoisted_embeddings,
     compiled_text_encoders,
+    float8_text_encoder,
     fused_kernels,
     float8_attention,
     aoti,

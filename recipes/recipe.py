@@ -76,6 +76,7 @@ class Recipe:
     modulation: Literal["per_step", "hoisted", "offloaded"] = "per_step"
     hoisted_embeddings: bool = False
     compiled_text_encoders: bool = False
+    float8_text_encoder: bool = False
     cuda_graph: bool = False
 
     def __post_init__(self) -> None:

@@ -104,6 +104,21 @@ def test_float8_quantizes_the_blocks_and_stays_close(
     assert 1e-4 < error_of(predict(pipe), predict(plain)) < 0.1
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_float8_text_encoder_quantizes_t5_and_stays_close(tiny: Callable, error_of: Callable, device: str) -> None:
+    plain, pipe = (tiny(torch.bfloat16, torch.device(device)) for _ in range(2))
+    pipe.text_encoder_2.encoder.block[0].layer[1].DenseReluDense.wo.float()  # as transformers keeps the real one
+    applied = recipes.apply(pipe, Recipe(dtype="bfloat16", float8_text_encoder=True))
+    linears = [m for m in pipe.text_encoder_2.modules() if isinstance(m, torch.nn.Linear)]
+    assert all(isinstance(m.weight, Float8Tensor) and m.weight.dtype == torch.bfloat16 for m in linears)
+    assert applied["float8_text_encoder"] == f"{len(linears)} Linears of T5"
+    assert not any(isinstance(p, Float8Tensor) for p in pipe.text_encoder.parameters()), "CLIP stays as it is"
+    with torch.no_grad():
+        (t5, clip, _), (t5_plain, clip_plain, _) = (p.encode_prompt("two red circles", None) for p in (pipe, plain))
+    assert torch.equal(clip, clip_plain)
+    assert 1e-3 < error_of(t5, t5_plain) < 0.1
+
+
 def with_transformer(pipe: object, **config: object) -> object:
     """The pipeline with another transformer, of random weights."""
     torch.manual_seed(0)

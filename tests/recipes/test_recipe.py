@@ -93,6 +93,7 @@ def test_hash_differs_for_every_field() -> None:
         Recipe(modulation="offloaded"),
         Recipe(hoisted_embeddings=True),
         replace(compiled, compiled_text_encoders=True),
+        Recipe(float8_text_encoder=True),
         Recipe(cuda_graph=True),
     ]
     changed = {name for recipe in variants for name in recipe.differences(Recipe())}

@@ -1,0 +1,28 @@
+"""T5's Linears in float8, a scale per row of weights and per token: 4.4 GB less than in bfloat16 at full size."""
+
+from __future__ import annotations
+
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from recipes import float8
+from recipes.dtype import torch_dtype
+from recipes.optimization import Optimization
+from recipes.recipe import Recipe
+
+
+def _apply(pipe: DiffusionPipeline, recipe: Recipe) -> str:
+    linears = [m for m in pipe.text_encoder_2.encoder.block.modules() if isinstance(m, nn.Linear)]
+    for linear in linears:  # transformers keeps some in float32, a dtype that rows' scales don't go with on a GPU
+        linear.to(torch_dtype(recipe))
+    float8.quantize(linears, per_row=True)
+    return f"{len(linears)} Linears of T5"
+
+
+OPTIMIZATION = Optimization(
+    field="float8_text_encoder",
+    needs=float8.needs,
+    lossless=lambda recipe: False,
+    apply=_apply,
+    not_timed=float8.not_timed,
+)
