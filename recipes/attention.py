@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from diffusers import DiffusionPipeline
-from diffusers.models.attention import AttentionModuleMixin
 
 from recipes import attention_backends, flash_attention_3
 from recipes.attention_processor import Processor
@@ -22,13 +21,7 @@ _NEEDS = {
 
 
 def _apply(pipe: DiffusionPipeline, recipe: Recipe) -> str:
-    if recipe.attention in attention_backends.DIFFUSERS:
-        # Attention by attention: the model's own method sets a default for the whole process besides.
-        for module in pipe.transformer.modules():
-            if isinstance(module, AttentionModuleMixin):
-                module.set_attention_backend(attention_backends.DIFFUSERS[recipe.attention].value)
-    else:
-        pipe.transformer.set_attn_processor(Processor(attention_backends.backend(recipe.attention).attend))
+    pipe.transformer.set_attn_processor(Processor(attention_backends.backend(recipe.attention).attend))
     return recipe.attention
 
 
