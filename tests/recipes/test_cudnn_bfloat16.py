@@ -27,7 +27,7 @@ class Kernel:
     ) -> tuple:  # fmt: skip
         assert attn_bias is None
         assert scale is None
-        assert not (compute_log_sumexp or dropout_p or is_causal or return_debug_mask)
+        assert (compute_log_sumexp, dropout_p, is_causal, return_debug_mask) == (False, 0.0, False, False)
         self.calls += 1
         self.inputs = (query, key, value)
         self.out = torch.empty_like(query)  # dense, in the order of the query's strides, as cuDNN's
