@@ -9,7 +9,13 @@ from recipes.attention_processor import Processor
 from recipes.optimization import Needs, Optimization
 from recipes.recipe import Recipe
 
-_FLASH_ATTENTION_3 = Needs("cuda", capability=(9, 0), capability_below=(10, 0), packages=flash_attention_3.PACKAGES)
+_FLASH_ATTENTION_3 = Needs(
+    device="cuda",
+    capability=(9, 0),
+    capability_below=(10, 0),
+    packages=flash_attention_3.PACKAGES,
+    loading_error=flash_attention_3.loading_error,
+)
 _NEEDS = {
     "native": Needs(),
     "cudnn": Needs(device="cuda", capability=(8, 0)),
