@@ -1,8 +1,9 @@
 """Time every attention backend, with its error: `python -m benchmark.attention --tokens 4352 4608 8704 --output FILE`.
 
-24 heads of 128, one image. A backend in float8 is timed from float8 inputs: what its casts cost stands in
-benchmark.kernels. The error is ||out - reference|| / ||reference|| against float32 attention of the same bfloat16
-inputs, casts included: of standard normal ones, and of ones whose query and key have been through RMSNorm.
+24 heads of 128, one image. Each is timed as the fused blocks call it: a backend in float8 from float8 inputs, and to
+float8 with a scale a row where it gives that. What the casts before cost stands in benchmark.kernels. The error is
+||out - reference|| / ||reference|| against float32 attention of the same bfloat16 inputs, casts included: of standard
+normal ones, and of ones whose query and key have been through RMSNorm.
 """
 
 from __future__ import annotations
@@ -49,17 +50,22 @@ def reference(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> to
     return torch.stack(out, dim=2)
 
 
-def timed_call(name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Callable[[], torch.Tensor]:
-    """What is timed: the backend on what it takes, cast beforehand if that is float8."""
+def timed_call(name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Callable[[], tuple[torch.Tensor, ...]]:
+    """What is timed: the backend on what it takes, cast beforehand if that is float8, to what it gives.
+
+    The call returns attention's output first, [1, tokens, 24, 128], and then its scale, if it has one.
+    """
     one = backend(name)
     if one.float8 is None:
-        return lambda: one.attend(q, k, v)
+        return lambda: (one.attend(q, k, v),)
     float8 = one.float8
     (q8, dq), (k8, dk), (v8, dv) = (float8_heads.to_float8(x, float8.value_per_head) for x in (q, k, v))
     if float8.tokens_innermost:
         v8 = float8_heads.tokens_innermost(v8)
     descales = torch.stack([dq, dk, dv])
-    return lambda: float8.attend(q8, k8, v8, descales)
+    if (rows := float8.rows) is not None:
+        return lambda: rows(q8, k8, v8, descales)
+    return lambda: (float8.attend(q8, k8, v8, descales),)
 
 
 def measure(name: str, tokens: int, device: torch.device) -> dict[str, Any]:
@@ -68,16 +74,18 @@ def measure(name: str, tokens: int, device: torch.device) -> dict[str, Any]:
         bfloat16 = inputs(kind, tokens, device)
         expected = reference(*bfloat16)
         errors[kind] = float((backend(name).attend(*bfloat16).float() - expected).norm() / expected.norm())
-    ms = graph_ms([timed_call(name, *bfloat16)] * 10)
+    call = timed_call(name, *bfloat16)
+    output = str(call()[0].dtype).removeprefix("torch.")
+    ms = graph_ms([call] * 10)
     flops = 4 * HEADS * tokens**2 * HEAD_DIM
-    return {"ms": ms, "tflops": flops / ms["median"] / 1e9, "relative_error": errors}
+    return {"output": output, "ms": ms, "tflops": flops / ms["median"] / 1e9, "relative_error": errors}
 
 
 def line(row: dict[str, Any]) -> str:
     text = f"{row['tokens']:>6}  {row['backend']:<10}"
     if "ms" in row:
         error = row["relative_error"]
-        text += f"  {row['ms']['median']:7.3f}  {row['tflops']:9.0f}"
+        text += f"  {row['output']:<13}  {row['ms']['median']:7.3f}  {row['tflops']:9.0f}"
         text += f"  {error['random']:13.4f}  {error['rms_normed']:10.4f}"
     return text
 
@@ -102,7 +110,7 @@ def main() -> None:
             for tokens in arguments.tokens
             for name in arguments.backends
         ]
-        header = "tokens  backend          ms    TFLOP/s  error: random  rms-normed"
+        header = "tokens  backend     output              ms    TFLOP/s  error: random  rms-normed"
         series.run("attention", measurements, header, line, arguments, device)
 
     run_command(benchmark, arguments.debug)

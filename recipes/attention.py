@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from diffusers import DiffusionPipeline
-from diffusers.models.attention import AttentionModuleMixin
 
 from recipes import attention_backends, flash_attention_3
 from recipes.attention_processor import Processor
 from recipes.optimization import Needs, Optimization
 from recipes.recipe import Recipe
 
-_FLASH_ATTENTION_3 = Needs("cuda", capability=(9, 0), capability_below=(10, 0), packages=flash_attention_3.PACKAGES)
+_FLASH_ATTENTION_3 = Needs(
+    device="cuda",
+    capability=(9, 0),
+    capability_below=(10, 0),
+    packages=flash_attention_3.PACKAGES,
+    loading_error=flash_attention_3.loading_error,
+)
 _NEEDS = {
     "native": Needs(),
     "cudnn": Needs(device="cuda", capability=(8, 0)),
@@ -22,13 +27,7 @@ _NEEDS = {
 
 
 def _apply(pipe: DiffusionPipeline, recipe: Recipe) -> str:
-    if recipe.attention in attention_backends.DIFFUSERS:
-        # Attention by attention: the model's own method sets a default for the whole process besides.
-        for module in pipe.transformer.modules():
-            if isinstance(module, AttentionModuleMixin):
-                module.set_attention_backend(attention_backends.DIFFUSERS[recipe.attention].value)
-    else:
-        pipe.transformer.set_attn_processor(Processor(attention_backends.backend(recipe.attention).attend))
+    pipe.transformer.set_attn_processor(Processor(attention_backends.backend(recipe.attention).attend))
     return recipe.attention
 
 

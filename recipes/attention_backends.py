@@ -10,10 +10,9 @@ from functools import partial
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 
+from recipes import cudnn_bfloat16
 from recipes.attention_processor import Attend
 
-# What diffusers' own dispatcher calls those that it has.
-DIFFUSERS = {"native": AttentionBackendName.NATIVE, "cudnn": AttentionBackendName._NATIVE_CUDNN}
 FLOAT8 = ("fa3_fp8", "cudnn_fp8", "triton_fp8")
 
 
@@ -45,8 +44,10 @@ class Backend:
 @functools.cache
 def backend(name: str) -> Backend:
     """The backend that a recipe's `attention` names. Imports what it needs."""
-    if name in DIFFUSERS:
-        return Backend(partial(dispatch_attention_fn, backend=DIFFUSERS[name]))
+    if name == "native":
+        return Backend(partial(dispatch_attention_fn, backend=AttentionBackendName.NATIVE))
+    if name == "cudnn":
+        return Backend(cudnn_bfloat16.cudnn_attention)
     if name in ("fa3", "fa3_fp8"):
         from recipes import flash_attention_3 as fa3
 

@@ -40,9 +40,12 @@ def _handle(device: int) -> Any:
         return cudnn.create_handle()
 
 
-@functools.lru_cache(maxsize=32)
+@functools.cache
 def _graph(device: int, query: tuple, key: tuple, value: tuple, out: tuple) -> _Graph:
-    """query, key, value, out: each (shape, strides) as [batch, heads, tokens, head_dim]."""
+    """query, key, value, out: each (shape, strides) as [batch, heads, tokens, head_dim].
+
+    None is ever let go: a CUDA graph that captured its kernels may be replayed for as long as the process lives.
+    """
     import cudnn
 
     fp8, fp32 = cudnn.data_type.FP8_E4M3, cudnn.data_type.FLOAT

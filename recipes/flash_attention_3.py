@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 
 from recipes.float8_heads import to_float8
-from utils.errors import UserError
+from utils.errors import UserError, one_line
 
 PACKAGES = ("flash_attn_interface", "kernels")  # either will do
 HUB_KERNEL = "kernels-community/flash-attn3"
@@ -36,15 +36,27 @@ def _from_hub() -> Callable[..., torch.Tensor]:
     Raises:
         UserError: the hub can't be reached, or has no build for this PyTorch, CUDA and GPU.
     """
-    from kernels import get_kernel
-
     try:
+        from kernels import get_kernel
+
         return get_kernel(HUB_KERNEL, version=HUB_VERSION).flash_attn_func
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise UserError(
-            f"FlashAttention-3 can't be loaded from {HUB_KERNEL} ({error}): install flash_attn_interface "
+            f"FlashAttention-3 can't be loaded from {HUB_KERNEL} ({one_line(error)}): install flash_attn_interface "
             "(see requirements-gpu.txt) or use attention=cudnn"
         ) from None
+
+
+@functools.cache
+def loading_error() -> str | None:
+    """Why the kernel can't be loaded, in one line; None if it can: it is then, once, from the hub if need be."""
+    try:
+        _flash_attn_func()
+    except UserError as error:
+        return str(error)
+    except (OSError, ImportError) as error:
+        return f"flash_attn_interface can't be imported ({one_line(error)}): build it for this PyTorch"
+    return None
 
 
 def _only(out: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:

@@ -10,6 +10,7 @@ by its timestep, on the device: nothing waits, and steps may be left out or come
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -79,6 +80,23 @@ class HoistedModulation:
         return steps, rows.unflatten(0, (len(steps), batch))
 
 
+def _end_loop_with_call(pipe: DiffusionPipeline) -> None:
+    """Let a call that is broken off leave its loop as one that ends does.
+
+    diffusers would keep its current timestep, by which a call of the transformer by hand is told from one of the loop.
+    """
+    kind = type(pipe)
+
+    @functools.wraps(kind.__call__)
+    def call(self: DiffusionPipeline, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return kind.__call__(self, *args, **kwargs)
+        finally:
+            self._current_timestep = None
+
+    pipe.__class__ = type(kind.__name__, (kind,), {"__call__": call, "__module__": kind.__module__})
+
+
 def _precompute(transformer: FluxTransformer2DModel) -> list[tuple[Precomputed, ...]]:
     """Put `Precomputed` in place of every AdaLN's Linear, and nothing in place of the SiLU before it."""
     names = {id(linear): name for name, linear in transformer.named_modules() if isinstance(linear, nn.Linear)}
@@ -115,6 +133,7 @@ def _offload(linears: list[Precomputed]) -> int:
 def _apply(pipe: DiffusionPipeline, recipe: Recipe) -> str:
     hoisted = HoistedModulation(pipe)
     hoist(pipe.transformer, hoisted.replace)
+    _end_loop_with_call(pipe)
     done = f"{len(hoisted.linears)} Linears once a call for all its steps"
     if recipe.modulation == "offloaded":
         done += f", their {_offload(hoisted.linears)} bytes in host memory"

@@ -19,7 +19,7 @@ from recipes.recipe import Recipe, default
 class Needs:
     """What must be there: a kind of device, a CUDA compute capability (at least, and below), packages, a compiler.
 
-    One of `packages` is enough.
+    One of `packages` is enough. loading_error(): why what they load can't be had, in one line; asked last.
     """
 
     device: str | None = None
@@ -27,6 +27,7 @@ class Needs:
     capability_below: tuple[int, int] | None = None
     packages: tuple[str, ...] = ()
     compiler: bool = False
+    loading_error: Callable[[], str | None] = lambda: None
 
     def missing(self, device: torch.device) -> str | None:
         """What `device` and this Python lack, in words; None when nothing is missing."""
@@ -41,6 +42,8 @@ class Needs:
                 return f"needs compute capability {wanted}, {name} has {_dotted(have)}"
         if self.packages and not any(importlib.util.find_spec(package) for package in self.packages):
             return f"needs the package {' or '.join(self.packages)}, not installed (see requirements-gpu.txt)"
+        if error := self.loading_error():
+            return f"needs its kernel: {error}"
         return _missing_for_compiling(device) if self.compiler else None
 
 

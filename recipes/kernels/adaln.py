@@ -85,7 +85,7 @@ def _launch(
     block, warps = block_and_warps(dim)
     first = image if text is None else text
     wrap_triton(_adaln_kernel)[(tokens, batch)](
-        first, image, shift, scale, out, out if out_scale is None else out_scale,
+        first, image, shift, scale, out, image if out_scale is None else out_scale,
         0 if text is None else text.shape[1], tokens,
         first.stride(0), first.stride(1), image.stride(0), image.stride(1), shift.stride(0), scale.stride(0),
         EPS=eps, DIM=dim, BLOCK=block, FLOAT8=out_scale is not None, num_warps=warps,

@@ -84,7 +84,7 @@ def _launch(
     dim = 0 if attention is None else attention.shape[2]
     wrap_triton(_concat_gelu_kernel)[(tokens, batch)](
         before, before if attention_scale is None else attention_scale,
-        hidden, out, out if scale is None else scale, tokens,
+        hidden, out, hidden if scale is None else scale, tokens,
         before.stride(0), before.stride(1), hidden.stride(0), hidden.stride(1),
         DIM=dim, DIM_BLOCK=triton.next_power_of_2(max(dim, 1)), HIDDEN=columns, HIDDEN_BLOCK=block,
         FLOAT8=scale is not None, SCALED=attention_scale is not None, num_warps=warps,

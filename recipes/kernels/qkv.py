@@ -106,8 +106,8 @@ def qkv_norm_rotary_float8(
 
     Returns query and key [batch, tokens, 2, heads, head_dim] and the values, float8_e4m3fn, and the float32 descales
     [3, batch, heads] of query, key and value; the values' is one for all heads unless value_per_head. The values are
-    [batch, tokens, heads, head_dim], or, tokens_innermost, [batch, heads, head_dim, tokens rounded up to 16], where
-    what lies beyond the tokens is not set.
+    [batch, tokens, heads, head_dim], or, tokens_innermost, [batch, heads, head_dim, tokens rounded up to 16], zero
+    beyond the tokens.
     """
     batch, tokens, _, heads, head_dim = image.shape
     tokens += 0 if text is None else text.shape[1]
@@ -119,13 +119,14 @@ def qkv_norm_rotary_float8(
     else:
         value = image.new_empty((batch, tokens, heads, head_dim), dtype=torch.float8_e4m3fn)
         by_token = value
+        padded = tokens
     descales = image.new_empty((3, batch, heads), dtype=torch.float32)
     # As integers: positive floats are in the same order, and the atomic maximum is one instruction.
     amax = image.new_zeros((batch, heads) if value_per_head else (1, 1), dtype=torch.int32)
     _launch(image, text, norm_q, norm_k, text_norm_q, text_norm_k, cos, sin, eps, query_key, amax, descales)
     first = image if text is None else text
     wrap_triton(_value_to_float8_kernel)[(triton.cdiv(tokens, _VALUE_BLOCK), heads, batch)](
-        first, image, amax, value, descales, 0 if text is None else text.shape[1], tokens,
+        first, image, amax, value, descales, 0 if text is None else text.shape[1], tokens, padded,
         first.stride(0), first.stride(1), image.stride(0), image.stride(1),
         by_token.stride(0), by_token.stride(1), by_token.stride(2), by_token.stride(3),
         HEADS=heads, HEAD_DIM=head_dim, BLOCK=_VALUE_BLOCK, PER_HEAD=value_per_head, num_warps=4,
@@ -152,7 +153,7 @@ def _launch(
     first = image if text is None else text
     wrap_triton(_qkv_kernel)[(tokens, batch)](
         first, image, norm_q if text_norm_q is None else text_norm_q, norm_k if text_norm_k is None else text_norm_k,
-        norm_q, norm_k, cos, sin, out, out if value_amax is None else value_amax, out if descales is None else descales,
+        norm_q, norm_k, cos, sin, out, cos if value_amax is None else value_amax, cos if descales is None else descales,
         0 if text is None else text.shape[1], tokens,
         first.stride(0), first.stride(1), image.stride(0), image.stride(1), cos.stride(0), sin.stride(0),
         EPS=eps, HEADS=heads, HEADS_BLOCK=triton.next_power_of_2(heads), HEAD_DIM=head_dim, PARTS=parts,
@@ -254,6 +255,7 @@ def _value_to_float8_kernel(
     descales,
     text_tokens,
     tokens,
+    padded,
     text_batch,
     text_row,
     image_batch,
@@ -274,11 +276,12 @@ def _value_to_float8_kernel(
     row = tl.where(is_text, text, image) + tl.where(
         is_text, batch * text_batch + token * text_row, batch * image_batch + (token - text_tokens) * image_row
     )
-    mask = (token < tokens)[:, None]
-    x = tl.load(row[:, None] + (2 * HEADS + head) * HEAD_DIM + dims[None, :], mask, other=0.0).to(tl.float32)
+    is_token = (token < tokens)[:, None]
+    x = tl.load(row[:, None] + (2 * HEADS + head) * HEAD_DIM + dims[None, :], is_token, other=0.0).to(tl.float32)
     largest = tl.load(amax + batch * HEADS + head if PER_HEAD else amax)
     scale = row_scale(largest.to(tl.float32, bitcast=True))
     if tl.program_id(0) == 0:
         tl.store(descales + (2 * tl.num_programs(2) + batch) * HEADS + head, scale)
     place = batch * out_batch + head * out_head + token[:, None] * out_token + dims[None, :] * out_dim
-    tl.store(out + place, to_e4m3(x, scale), mask)
+    # Ending at a multiple of 16 the mask lets 16 tokens go in one store; at the last token it would write single bytes.
+    tl.store(out + place, to_e4m3(x, scale), (token < padded)[:, None])

@@ -130,7 +130,7 @@ def _launch(
     scale = gate if scale is None else scale
     wrap_triton(_gated_residual_kernel)[(tokens, batch)](
         x, gate, text, residual, shift, scale, hidden,
-        hidden if normed is None else normed, hidden if normed_scale is None else normed_scale,
+        x if normed is None else normed, x if normed_scale is None else normed_scale,
         0 if text_residual is None else text_residual.shape[1], tokens,
         x.stride(0), x.stride(1), gate.stride(0), text.stride(0), text.stride(1),
         residual.stride(0), residual.stride(1), shift.stride(0), scale.stride(0),

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
 import recipes
-from recipes import InductorFlags, Recipe
+from recipes import InductorFlags, Recipe, compile
 from recipes.compile import FEW_CANDIDATES, MAX_AUTOTUNE, inductor_options
 from utils.compile_clock import CompileClock
 
@@ -100,3 +101,20 @@ def test_two_compilations_for_all_blocks(tiny: Callable, draw: Callable, batch: 
     draw(pipe, batch=batch, steps=2, output_type="latent")
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
     assert len(pipe.transformer.transformer_blocks) + len(pipe.transformer.single_transformer_blocks) == 6
+
+
+@pytest.mark.parametrize("scope", ["regional", "whole"])
+def test_many_shapes(tiny: Callable, predict: Callable, monkeypatch: pytest.MonkeyPatch, scope: str) -> None:
+    """One more than Dynamo's own limit, each a compilation of its own; the limit is as it was afterwards."""
+    limit = torch._dynamo.config.recompile_limit
+    pipe, plain = tiny(), tiny()
+    # Dynamo alone, whose limit it is: Inductor would take half a minute a shape.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(compile, "inductor_options", lambda recipe, device: None)
+    compile.apply(pipe, Recipe(execution="compile", compile_scope=scope))
+    torch._dynamo.utils.counters.clear()
+    for batch in range(1, limit + 2):
+        torch.testing.assert_close(predict(pipe, batch), predict(plain, batch), atol=1e-4, rtol=0)
+    graphs = {"regional": 2, "whole": 1}[scope]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs * (limit + 1)
+    assert torch._dynamo.config.recompile_limit == limit

@@ -16,7 +16,7 @@ import torch
 import recipes
 from recipes import Recipe, RecipeError, attention, fused_qkv
 from recipes.flash_attention_3 import _from_hub as from_hub
-from recipes.flash_attention_3 import flash_attention_3, flash_attention_3_float8, flash_attention_3_fp8
+from recipes.flash_attention_3 import flash_attention_3, flash_attention_3_float8, flash_attention_3_fp8, loading_error
 from utils.errors import UserError
 
 FA3_FP8 = Recipe(attention="fa3_fp8")
@@ -169,6 +169,42 @@ def test_hub_kernel_that_cannot_be_had(answer: Exception, monkeypatch: pytest.Mo
         flash_attention_3(*(torch.zeros(1, 4, 1, 16, dtype=torch.bfloat16) for _ in range(3)))
     assert "\n" not in str(raised.value)
     assert asked == [("kernels-community/flash-attn3", None, 1)]
+
+
+def test_refused_where_the_hub_has_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a Hopper GPU with the package `kernels` alone: said before anything is loaded or compiled, and asked once."""
+    asked = []
+
+    def get_kernel(repo_id: str, version: int) -> object:
+        asked.append(repo_id)
+        raise FileNotFoundError("no build for this PyTorch\n  in: build/")
+
+    module = types.ModuleType("kernels")
+    module.get_kernel = get_kernel
+    monkeypatch.setitem(sys.modules, "kernels", module)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name == "kernels" else None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    loading_error.cache_clear()
+    try:
+        refusals = [attention.OPTIMIZATION.refusal(recipe, torch.device("cuda")) for recipe in BACKENDS]
+    finally:
+        loading_error.cache_clear()
+    assert refusals == [
+        f"attention={recipe.attention} needs its kernel: FlashAttention-3 can't be loaded from kernels-community/"
+        "flash-attn3 (no build for this PyTorch): install flash_attn_interface (see requirements-gpu.txt) or use "
+        "attention=cudnn"
+        for recipe in BACKENDS
+    ]
+    assert len(asked) == 1
+
+
+def test_not_refused_where_the_kernel_loads(kernel: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    loading_error.cache_clear()
+    try:
+        assert attention.OPTIMIZATION.refusal(FA3_FP8, torch.device("cuda")) is None
+    finally:
+        loading_error.cache_clear()
 
 
 def test_hub_kernel_is_taken_where_there_is_no_module(kernel: list, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -164,6 +164,27 @@ def test_transformer_called_by_hand(tiny: Callable, draw: Callable, predict: Cal
     torch.testing.assert_close(predict(hoisted, 2), predict(plain, 2), atol=1e-5, rtol=0)
 
 
+@ALL
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt, RuntimeError])
+def test_transformer_called_by_hand_after_an_interrupted_call(
+    tiny: Callable, draw: Callable, predict: Callable, recipe: Recipe, interruption: type[BaseException]
+) -> None:
+    plain, hoisted = tiny(), tiny()
+    kind = type(hoisted)
+    recipes.apply(hoisted, recipe)
+
+    def interrupt(*_: Any) -> dict:
+        raise interruption
+
+    with pytest.raises(interruption):
+        draw(hoisted, steps=3, callback_on_step_end=interrupt)
+    torch.testing.assert_close(predict(hoisted), predict(plain), atol=1e-5, rtol=0)
+    expected = draw(plain, steps=2, output_type="latent")
+    torch.testing.assert_close(draw(hoisted, steps=2, output_type="latent"), expected, atol=2e-5, rtol=0)
+    assert isinstance(hoisted, kind)
+    assert type(hoisted).__name__ == kind.__name__
+
+
 def test_timestep_that_is_not_the_schedulers_is_an_error(tiny: Callable, draw: Callable, predict: Callable) -> None:
     pipe = tiny()
     recipes.apply(pipe, MODULATION)

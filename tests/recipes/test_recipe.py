@@ -43,7 +43,6 @@ def test_frozen_and_usable_as_key() -> None:
         ({"execution": "compile", "cache": FirstBlockCache()}, "cache needs execution=eager"),
         ({"execution": "aoti", "cache": FirstBlockCache()}, "cache needs execution=eager"),
         ({"cuda_graph": True, "cache": FirstBlockCache()}, "cache needs cuda_graph=false"),
-        ({"execution": "aoti", "attention": "cudnn"}, "attention=cudnn needs execution=eager or compile"),
         ({"modulation": True}, "modulation is one of per_step, hoisted, offloaded, not True"),
         ({"compiled_text_encoders": True}, "compiled_text_encoders has no effect with execution=eager"),
     ],

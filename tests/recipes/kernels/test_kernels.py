@@ -186,6 +186,7 @@ def test_qkv_norm_rotary_float8(
     torch.testing.assert_close(descales, expected, rtol=1e-5, atol=0)
     if innermost:
         assert value.shape == (batch, heads, head_dim, -(-(text + image) // 16) * 16)
+        assert (value[..., text + image :].view(torch.uint8) == 0).all()
         value = value.permute(0, 3, 1, 2)[:, : text + image]
     restored = torch.cat([query_key.float(), value.float()[:, :, None]], dim=2)
     by_part = descales.permute(1, 0, 2)[:, None, :, :, None]
@@ -237,6 +238,16 @@ def test_attention_float8(
     ).transpose(1, 2)
     if head_dim >= 64:
         assert error_of(attention.triton_fp8(query, key, value).float(), whole) < 0.2
+
+
+@pytest.mark.parametrize(("keys", "left_out"), [(4608, 0), (4600, 2), (50, 2)])
+def test_search_leaves_out_what_spills_registers(keys: int, left_out: int) -> None:
+    kernel = attention._attention_kernel
+    tried = kernel.early_config_prune(kernel.configs, {}, KEY_TOKENS=keys, HEAD_DIM=128, SOFTMAX_SCALE=0.1)
+    assert len(kernel.configs) - len(tried) == left_out
+    assert all(
+        config.kwargs["LATE"] and config.kwargs["KEYS"] == 128 for config in kernel.configs if config not in tried
+    )
 
 
 @pytest.mark.parametrize("head_dim", [16, 48])

@@ -1,0 +1,44 @@
+"""benchmark.attention times what the fused blocks call, and says what that gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from benchmark import attention
+from recipes import cudnn_attention
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> tuple[torch.Tensor, ...]:
+    monkeypatch.setattr(attention, "HEADS", 2)
+    return attention.inputs("rms_normed", 20, torch.device("cpu"))
+
+
+def float8_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scalars: torch.Tensor) -> torch.Tensor:
+    """`cudnn_attention_float8` in plain PyTorch, for where there is no GPU to run it."""
+    by_name = dict(zip(("q", "k", "v", "s", "scale_s", "scale_o"), scalars[:, 0], strict=True))
+    query, key, value = (x.float() * by_name[name] for x, name in ((q, "q"), (k, "k"), (v, "v")))
+    return (attention.reference(query, key, value) * by_name["scale_o"]).to(torch.float8_e4m3fn)
+
+
+def test_cudnn_in_float8_is_timed_without_a_cast_behind_it(
+    small: tuple[torch.Tensor, ...], monkeypatch: pytest.MonkeyPatch, error_of: Callable
+) -> None:
+    monkeypatch.setattr(cudnn_attention, "cudnn_attention_float8", float8_attention)
+    values, scale = attention.timed_call("cudnn_fp8", *small)()
+    assert values.dtype == torch.float8_e4m3fn
+    assert error_of(values.float() * scale[..., None], attention.reference(*small)) < 0.08
+
+
+@pytest.mark.parametrize(("name", "output"), [("native", "bfloat16"), ("cudnn_fp8", "float8_e4m3fn")])
+def test_a_row_says_what_comes_out(
+    small: tuple[torch.Tensor, ...], monkeypatch: pytest.MonkeyPatch, name: str, output: str
+) -> None:
+    monkeypatch.setattr(cudnn_attention, "cudnn_attention_float8", float8_attention)
+    monkeypatch.setattr(attention, "graph_ms", lambda calls: {"median": 0.5})
+    row = {"backend": name, "tokens": 20, **attention.measure(name, 20, torch.device("cpu"))}
+    assert row["output"] == output
+    assert f" {output} " in attention.line(row)
