@@ -152,12 +152,12 @@ def sample_description(rng: random.Random, category: str) -> Description:
                 Described(second, color=b if colored else None),
             ]
     elif category == EXTRA_CATEGORY:
-        count = rng.choice((2, 2, 3, 3, 4))
-        kinds = list(zip(rng.sample(SHAPES, count), rng.sample(list(COLORS), count), strict=True))
-        objects = [Described(shape, color=color if rng.random() < 0.6 else None) for shape, color in kinds]
-        if count == 2 and rng.random() < 0.6:
+        count = rng.choice((2, 2, 2, 3, 3, 4))
+        kinds = zip(rng.sample(SHAPES, count), rng.sample(list(COLORS), count), strict=True)
+        objects = [replace(thing(0.0, 0.1), shape=s, color=c if rng.random() < 0.5 else None) for s, c in kinds]
+        if count == 2 and rng.random() < 0.4:
             relation = rng.choice(RELATIONS)
-        elif count == 2:
+        elif count == 2 and rng.random() < 0.4:
             many = rng.randrange(2)
             objects[many] = replace(objects[many], count=rng.randint(2, 3))
     else:
