@@ -4,14 +4,21 @@ Quicker and coarser than run_benchmark.py, for comparing optimizations one by on
 capture, and then `--calls` times, where each step of the pipeline's own loop is timed by itself: on a GPU by events
 around the transformer's call, so that nothing waits. The first step of a call holds what is hoisted out of the others;
 the mean counts it, the median doesn't. FILE is written anew after every recipe.
+
+Compile seconds are those of the machine's caches as they lie, and a recipe finds what one before it compiled; with
+--cold each one has empty caches of compiled code and builds its own packages (kernels that Triton alone compiled stay
+in the process). FILE says which: `cold_caches`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -19,6 +26,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from torch._inductor.utils import fresh_cache
 
 from utils.quiet import quiet
 
@@ -26,6 +34,7 @@ with quiet():
     import recipes
     from benchmark import prompts
     from benchmark.memory import peak_bytes, reset_peak
+    from export.package import PackageStore
     from recipes.dtype import torch_dtype
     from recipes.recipe import Recipe
     from utils import checkpoints, command_line, environment
@@ -62,8 +71,18 @@ class StepClock:
         return event
 
 
+@contextmanager
+def caches(cold: bool) -> Iterator[PackageStore]:
+    """Where the body's packages lie. If `cold`, that and all else that compilers keep on disk is its own, and empty."""
+    if not cold:
+        yield PackageStore()
+        return
+    with tempfile.TemporaryDirectory() as scratch, fresh_cache(dir=scratch):
+        yield PackageStore(Path(scratch) / "packages")
+
+
 def measure(
-    checkpoint: str, recipe: Recipe, request: Request, calls: int, device: torch.device
+    checkpoint: str, recipe: Recipe, request: Request, calls: int, device: torch.device, packages: PackageStore
 ) -> tuple[dict[str, Any], torch.Tensor]:
     """Figures of one recipe, and the final latents of `request`, float32 on the CPU."""
     pipe = checkpoints.load(checkpoint, torch_dtype(recipe), device, progress=False)
@@ -78,7 +97,7 @@ def measure(
             return pipe(**arguments).images
 
     started = time.perf_counter()
-    applied = recipes.apply(pipe, recipe)
+    applied = recipes.apply(pipe, recipe, packages)
     with CompileClock() as compiling:
         latents(prompts.prompt(checkpoint, prompts.WARM_UP), 0)
         synchronize(device)
@@ -116,6 +135,7 @@ def parser() -> command_line.Parser:
     parser.add_argument("--height", type=int)
     parser.add_argument("--width", type=int)
     parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--cold", action="store_true", help="empty caches of compiled code for each recipe")
     parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto")
     parser.add_argument("--commit", help="the commit to record where no git is at hand")
     parser.add_argument("--debug", action="store_true", help="show the tracebacks of errors")
@@ -142,6 +162,7 @@ def main() -> None:
             "checkpoint": arguments.checkpoint,
             "request": request.to_dict(),
             "calls": arguments.calls,
+            "cold_caches": arguments.cold,
             "environment": environment.capture(device, arguments.commit),
         }
         rows: list[dict[str, Any]] = []
@@ -151,7 +172,8 @@ def main() -> None:
         for text, recipe in asked.items():
             try:
                 recipes.check(recipe, device)
-                row, latents = measure(arguments.checkpoint, recipe, request, arguments.calls, device)
+                with caches(arguments.cold) as packages:
+                    row, latents = measure(arguments.checkpoint, recipe, request, arguments.calls, device, packages)
             except Exception as error:  # the others are still worth measuring
                 if arguments.debug:
                     traceback.print_exc()

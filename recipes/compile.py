@@ -64,7 +64,7 @@ def apply(pipe: DiffusionPipeline, recipe: Recipe) -> str:
     if recipe.compile_scope == "regional":
         for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
             block.forward = torch.compile(block.forward, **options)
-        # Around all blocks at once: setting the limit takes 24 microseconds, as long as a small block's launch.
+        # Around all blocks at once: setting the limit takes the host 24 microseconds, and each block would pay them.
         transformer.forward = with_many_shapes(transformer.forward)
         transformer.single_transformer_blocks[0].register_forward_pre_hook(_as_later_blocks_get_them, with_kwargs=True)
     else:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from benchmark import step_times
+from export.package import PackageStore
 
 SMALL = ("--height", "64", "--width", "48", "--steps", "3", "--calls", "2")
 
@@ -38,6 +42,7 @@ def test_every_recipe_is_timed_and_compared(run: Callable, tmp_path: Path) -> No
     assert "error: not measured: bf16,cuda_graph=true" in err
     found = json.loads(path.read_text())
     assert found["checkpoint"] == "tiny"
+    assert found["cold_caches"] is False
     assert found["request"]["width"] == 48
     assert found["environment"]["torch"]
     rows = {row["recipe"]["name"]: row for row in found["recipes"]}
@@ -59,6 +64,40 @@ def test_every_recipe_is_timed_and_compared(run: Callable, tmp_path: Path) -> No
     assert lines[2].startswith("| fp32 | ")
     assert len({line.count("|") for line in lines}) == 1
     assert "failed: RecipeError" in lines[-1]
+
+
+@pytest.mark.slow
+def test_cold_caches_hold_nothing_of_the_recipe_before(
+    run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two recipes with the same blocks: the second one compiles them too. Inductor's counts, as each row is printed."""
+    path, counts, line = tmp_path / "steps.json", [], step_times.line
+
+    def counting(*arguments: Any) -> str:
+        inductor = torch._dynamo.utils.counters["inductor"]
+        counts.append((inductor["fxgraph_cache_miss"], inductor["fxgraph_cache_hit"]))
+        return line(*arguments)
+
+    monkeypatch.setattr(step_times, "line", counting)
+    recipes = ("fp32,execution=compile", "fp32,execution=compile,hoisted_embeddings=true")
+    code, _, _ = run(*recipes, *SMALL, "--steps", "1", "--calls", "1", "--cold", "--output", str(path))
+    assert code == 0
+    assert json.loads(path.read_text())["cold_caches"] is True
+    assert counts == [(2, 0), (4, 0)]  # they add up: two kinds of block each, no hit
+
+
+def test_cold_caches_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    before = dict(os.environ)
+    with pytest.raises(RuntimeError), step_times.caches(cold=True) as packages:
+        places = [packages.folder, *(Path(os.environ[f"{name}_CACHE_DIR"]) for name in ("TORCHINDUCTOR", "TRITON"))]
+        assert all(tmp_path in place.parents for place in places)
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    assert dict(os.environ) == before
+    with step_times.caches(cold=False) as packages:
+        assert packages == PackageStore()
+        assert dict(os.environ) == before
 
 
 @pytest.mark.parametrize(
