@@ -3,7 +3,8 @@
 A gap ends with a kernel. Until the host's call that launched it returned, the gap is the host's, and each nanosecond
 goes to the cause that the innermost events on that thread name (`_RULES`); what is left of it is the device's own
 latency, up to `LATENCY_NS` a gap: a GPU that waits longer for a kernel already launched has a reason that the trace
-doesn't tell. Kernels after the first of a CUDA graph were all launched at once: gaps between them are the device's.
+doesn't tell. Between the kernels of a CUDA graph such latencies are the device's even while the launch still runs: it
+hands over the first kernels before the last ones; only a longer gap is the launch's.
 """
 
 from __future__ import annotations
@@ -137,7 +138,8 @@ class GapFinder:
         known = inside & (self.start[following] == ends) & (launch != NONE)
         # Until here the host had not launched what ends the gap.
         returned = np.where(known, self.trace.end[launch], begins)
-        returned = np.where(known & ~self.first[following], begins, returned)
+        within_graph = known & ~self.first[following] & (ends - begins <= LATENCY_NS)
+        returned = np.where(within_graph, begins, returned)
         host_end = np.clip(returned, begins, ends)
         lanes = np.where(known, self.trace.lane[launch], NONE)
         for lane in np.unique(lanes[known]):
@@ -171,7 +173,8 @@ class GapFinder:
         if following < len(self.start) and self.start[following] == end:
             kernel = self.trace.name_of(int(self.device.event[following]))
             launch = int(self.device.launch[following])
-            if self.first[following] and self.trace.end[launch] > begin:  # the host hadn't launched it by then
+            launched_alone = self.first[following] or (launch != NONE and end - begin > LATENCY_NS)
+            if launched_alone and self.trace.end[launch] > begin:  # the host hadn't launched it by then
                 lane = int(self.trace.lane[launch])
                 doing = self._longest(lane, begin, min(end, int(self.trace.end[launch])))
                 after = self._sync_before(lane, begin, int(self.trace.start[launch]))

@@ -260,7 +260,7 @@ def test_on_a_gpu(tiny: Callable, draw: Callable, waiting_is_an_error: Callable,
     weights = sum(p.nbytes for group in modulated(hoisted.transformer) for m in group for p in m.parameters())
     if modulation == "offloaded":
         assert f"their {weights} bytes in host memory" in applied["modulation"]
-        assert abs(freed - weights) < 2**16, "the allocator rounds to 512 bytes a tensor"
+        assert 0 <= freed - weights < 2**20, "a large block keeps what would be less than 1 MiB apart"
         assert all(p.is_pinned() for group in modulated(hoisted.transformer) for m in group for p in m.parameters())
     options = {"steps": 3, "batch": 2, "output_type": "latent"}
     torch.testing.assert_close(draw(hoisted, **options), draw(plain, **options), atol=1e-3, rtol=0)

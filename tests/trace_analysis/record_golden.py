@@ -84,10 +84,10 @@ class Recorder:
         with ranges.annotate(self.pipe):
             trace(lambda: self.call(steps, only_loop, callback), path, stacks, device)
         if cut:
-            shrink(path, self.pipe)
+            shrink(path)
 
 
-def shrink(path: Path, pipe: DiffusionPipeline) -> None:
+def shrink(path: Path) -> None:
     """Take out of a trace what its analysis doesn't read, then the shortest Python functions until it is small enough.
 
     The key "cut" in the file says what went.
@@ -95,6 +95,8 @@ def shrink(path: Path, pipe: DiffusionPipeline) -> None:
     with gzip.open(path, "rt") as file:
         found = json.load(file)
     events = [event for event in found["traceEvents"] if event.get("ph") not in _NOT_ARROWS]
+    for event in events:
+        event.get("args", {}).pop("kernel_file", None)  # a path in this machine's cache
     shortest = 0.0
     while True:
         kept = [e for e in events if e.get("cat") != "python_function" or e.get("dur", 0) >= shortest]

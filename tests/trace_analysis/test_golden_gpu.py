@@ -4,17 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
 from trace_analysis.diff import diff
 from trace_analysis.load import load
 from trace_analysis.report import Analysis
 
 FOLDER = Path(__file__).parent / "traces"
-
-pytestmark = pytest.mark.skipif(
-    not (FOLDER / "eager.json.gz").exists(), reason="no traces of a GPU yet: record_golden.py makes them on one"
-)
 
 
 def gpu(name: str) -> Analysis:
