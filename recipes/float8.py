@@ -8,6 +8,8 @@ on few tokens or set the scale of everything, and stay as they are."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from diffusers import DiffusionPipeline
 from torch import nn
@@ -50,27 +52,33 @@ def _not_timed(device: torch.device) -> str | None:
     return "float8 on a CPU is emulated: right, but its time says nothing" if device.type == "cpu" else None
 
 
-def _apply(pipe: DiffusionPipeline, recipe: Recipe) -> str:
+def quantize(weight: torch.Tensor, quantization: str) -> Any:
+    """weight [out features, in features] as a torchao Float8Tensor: `qdata` float8_e4m3fn of its shape, `scale` float32
+    [out features, 1] (float8_per_row) or [1, 1] (float8_per_tensor). A Linear with it casts its input likewise.
+    """
     from torchao.float8.inference import Float8MMConfig
     from torchao.quantization import Float8Tensor, PerRow, PerTensor
     from torchao.quantization.quantize_.common import KernelPreference
     from torchao.quantization.quantize_.workflows import QuantizeTensorToFloat8Kwargs
 
-    granularity = PerRow() if recipe.quantization == "float8_per_row" else PerTensor()
+    granularity = PerRow() if quantization == "float8_per_row" else PerTensor()
     # TORCH: plain torch._scaled_mm, which has a CPU path and which torch.export and Inductor know.
     kernel = KernelPreference.TORCH
-    activation = QuantizeTensorToFloat8Kwargs(granularity=granularity, kernel_preference=kernel)
+    return Float8Tensor.from_hp(
+        weight,
+        granularity=granularity,
+        mm_config=Float8MMConfig(use_fast_accum=True),
+        kernel_preference=kernel,
+        act_quant_kwargs=QuantizeTensorToFloat8Kwargs(granularity=granularity, kernel_preference=kernel),
+    )
+
+
+def _apply(pipe: DiffusionPipeline, recipe: Recipe) -> str:
     linears = quantized_linears(pipe.transformer)
     if recipe.quantization == "float8_per_tensor":
         _check_shapes(linears)
     for linear in linears.values():
-        weight = Float8Tensor.from_hp(
-            linear.weight.detach(),
-            granularity=granularity,
-            mm_config=Float8MMConfig(use_fast_accum=True),
-            kernel_preference=kernel,
-            act_quant_kwargs=activation,
-        )
+        weight = quantize(linear.weight.detach(), recipe.quantization)
         linear.weight = nn.Parameter(weight, requires_grad=False)
     return f"{recipe.quantization}, {len(linears)} Linears"
 

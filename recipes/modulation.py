@@ -114,7 +114,7 @@ def _offload(linears: list[Precomputed]) -> int:
 
 def _apply(pipe: DiffusionPipeline, recipe: Recipe) -> str:
     hoisted = HoistedModulation(pipe)
-    hoist(pipe.transformer, hoisted.replace)
+    hoist(pipe.transformer, hoisted.replace, [hoisted.table])
     done = f"{len(hoisted.linears)} Linears once a call for all its steps"
     if recipe.modulation == "offloaded":
         done += f", their {_offload(hoisted.linears)} bytes in host memory"
