@@ -12,7 +12,6 @@ one addition; `remove` gives back the checkpoint's weights bit for bit.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,48 +102,45 @@ class Adapter:
         recipe = recipes.applied(self._pipe) or Recipe()
         return weights(self._pipe.transformer, recipe.quantization)
 
+    @torch.no_grad()
     def _become(self, new: _Loaded | None) -> None:
         """Write every weight that `new` or the LoRA before it touches."""
         old, begun = self._loaded, []
         try:
             for weight in self._weights():
-                if not (_touches(new, weight.layers) or _touches(old, weight.layers)):
+                if not (_touches(new, weight) or _touches(old, weight)):
                     continue
-                if not _touches(old, weight.layers):
-                    self._check_untouched(weight)
+                plain = self._read(weight)
+                if not _touches(old, weight) and not weight.holds(_with(None, plain)):
+                    raise UsageError(
+                        f"{weight.layers[0]} is not as in {self._checkpoint}: the pipeline was loaded from another "
+                        "checkpoint, in another dtype than its recipe's, or has a LoRA already"
+                    )
                 begun.append(weight)
-                weight.write(self._value(weight, new))
+                weight.write(_with(new, plain))
             self._loaded = new
         except BaseException:
             for weight in begun:
-                weight.write(self._value(weight, old))
+                weight.write(_with(old, self._read(weight)))
             raise
         finally:
             hoisting.forget(self._pipe.transformer)
 
-    def _check_untouched(self, weight: Weight) -> None:
-        """What `remove` will write must be what is there."""
-        if not weight.holds(self._value(weight, None)):
-            raise UsageError(
-                f"{weight.layers[0]} is not as in {self._checkpoint}: the pipeline was loaded from another checkpoint, "
-                "in another dtype than its recipe's, or has a LoRA already"
-            )
-
-    @torch.no_grad()
-    def _value(self, weight: Weight, loaded: _Loaded | None) -> torch.Tensor:
-        """A weight [out features, in features] with a LoRA, before it is quantized, on the transformer's device."""
-        device = self._pipe.transformer.x_embedder.weight.device  # offloaded weights are computed there, too
-        rows = []
-        for layer in weight.layers:
-            plain = self._files.read(f"{layer}.weight").to(device, weight.dtype)
-            if loaded is not None and layer in loaded.lora.layers:
-                plain = loaded.lora.layers[layer].added_to(plain, loaded.scale)
-            rows.append(plain)
-        return torch.cat(rows) if len(rows) > 1 else rows[0]
+    def _read(self, weight: Weight) -> dict[str, torch.Tensor]:
+        """The checkpoint's layers whose rows a weight has, in its dtype before it was quantized."""
+        device = self._pipe.transformer.x_embedder.weight.device  # what was offloaded is computed there, too
+        return {layer: self._files.read(f"{layer}.weight").to(device, weight.dtype) for layer in weight.layers}
 
 
-def _touches(loaded: _Loaded | None, layers: Collection[str]) -> bool:
-    return loaded is not None and not loaded.lora.layers.keys().isdisjoint(layers)
+def _with(loaded: _Loaded | None, plain: dict[str, torch.Tensor]) -> torch.Tensor:
+    """A weight [out features, in features] of these layers' rows, with a LoRA or without."""
+    of_lora = loaded.lora.layers if loaded else {}
+    rows = [of_lora[n].added_to(w, loaded.scale) if loaded and n in of_lora else w for n, w in plain.items()]
+    return torch.cat(rows)
+
+
+def _touches(loaded: _Loaded | None, weight: Weight) -> bool:
+    return loaded is not None and not loaded.lora.layers.keys().isdisjoint(weight.layers)
 
 
 def _finite(scale: float) -> float:

@@ -20,7 +20,6 @@ import torch
 from diffusers import FluxPipeline
 from diffusers.utils import convert_unet_state_dict_to_peft
 from huggingface_hub import HfApi, hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from safetensors import SafetensorError, safe_open
 
 from utils.errors import UsageError, UserError, one_line
@@ -29,7 +28,7 @@ from utils.quiet import quiet
 _USUAL_NAME = "pytorch_lora_weights.safetensors"
 _METADATA = "lora_adapter_metadata"  # peft's configuration, where diffusers wrote the file
 _PREFIX = "transformer."
-_FACTOR = re.compile(r"lora\d?[._](A|B|down|up)(\.default)?\.weight$|\.alpha$")
+_FACTOR = re.compile(r"lora\d?[._](A|B|down|up)\.weight$|\.alpha$")
 _OF_TEXT_ENCODER = re.compile(r"^(text_encoder|lora_te|text_model)")
 
 
@@ -91,12 +90,15 @@ def _find(source: str) -> Path:
     if path.is_dir():
         return path / _only(source, (p.name for p in path.iterdir()))
     parts = source.split("/")
-    if len(parts) < 2 or path.is_absolute() or parts[0] in (".", "..", ""):
+    if len(parts) < 2 or parts[0] in ("", ".", "..", "~") or (len(parts) == 2 and source.endswith(".safetensors")):
         raise UsageError(f"the LoRA {source} is no file or folder, and no hub id")
     repository, name = "/".join(parts[:2]), "/".join(parts[2:])
     try:
-        return Path(hf_hub_download(repository, name or _only(source, HfApi().list_repo_files(repository))))
-    except (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        with quiet():
+            return Path(hf_hub_download(repository, name or _only(source, HfApi().list_repo_files(repository))))
+    except UsageError:
+        raise
+    except Exception as error:  # of the Hub's client, or of the HTTP library below it
         raise UserError(
             f"the LoRA {source} is no file or folder, and could not be downloaded: {one_line(error)}"
         ) from None

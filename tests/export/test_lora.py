@@ -399,6 +399,7 @@ def test_refuses_what_is_no_lora_file(untouched: Callable, made: Made, style: Pa
         (damaged, "no whole safetensors file"),
         (lied, "the rank of .* is 2, and 3 by the file's configuration"),
         (tmp_path / "missing.safetensors", "no file or folder, and no hub id"),
+        ("styles/missing.safetensors", "no file or folder, and no hub id"),
         (tmp_path / "none", "has no safetensors files"),
         (two, r"2 safetensors files: a\.safetensors, b\.safetensors; name one, as in .*two/a\.safetensors"),
     ):
