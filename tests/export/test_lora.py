@@ -265,7 +265,9 @@ def test_other_formats(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", [replace(FUSED, execution="compile"), replace(FLOAT8, execution="aoti")])
+@pytest.mark.parametrize(
+    "recipe", [replace(FUSED, execution="compile"), replace(FLOAT8, execution="aoti")], ids=["compile", "aoti-float8"]
+)
 def test_nothing_is_compiled_anew(
     running: Callable,
     fused: Callable,
