@@ -11,6 +11,7 @@ from utils.quiet import quiet
 
 with quiet():
     import recipes
+    from export.lora import Adapter
     from recipes.dtype import torch_dtype
     from utils import checkpoints, command_line
     from utils.compile_clock import CompileClock
@@ -25,6 +26,9 @@ def parser() -> command_line.Parser:
     output = Path("output.png")
     parser.add_argument(
         "--output", type=Path, default=output, help="the image's file; with --batch, output-1.png, ... too"
+    )
+    parser.add_argument(
+        "--lora", metavar="PATH[:SCALE]", help="a LoRA: safetensors file, folder or hub id, and its scale (default: 1)"
     )
     parser.add_argument("--trace-file", type=Path, help="has no effect here: run_benchmark.py writes traces")
     return parser
@@ -51,8 +55,11 @@ def main() -> None:
         if arguments.trace_file is not None:
             print("warning: --trace-file has no effect here: run_benchmark.py writes traces", file=sys.stderr)
         recipes.check(recipe, device)
+        lora = command_line.lora(arguments, checkpoint)
         pipe = checkpoints.load(checkpoint, torch_dtype(recipe), device)
         recipes.apply(pipe, recipe, command_line.packages(arguments))
+        if lora is not None:
+            Adapter(pipe, checkpoint).load(*lora)
         warn_of_cut_tokens(pipe, request)
         loaded = time.perf_counter()
         with CompileClock(progress=True) as clock:

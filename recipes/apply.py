@@ -61,7 +61,7 @@ def apply(pipe: DiffusionPipeline, recipe: Recipe, packages: PackageStore | None
     """
     if not isinstance(getattr(pipe, "transformer", None), FluxTransformer2DModel):
         raise RecipeError(f"recipes are for Flux pipelines: {type(pipe).__name__} has no FluxTransformer2DModel")
-    if hasattr(pipe, _MARK):
+    if applied(pipe) is not None:
         raise RecipeError("a recipe was applied to this pipeline already: load the pipeline again")
     check(recipe, pipe.device)
     setattr(pipe, _MARK, recipe)
@@ -69,6 +69,11 @@ def apply(pipe: DiffusionPipeline, recipe: Recipe, packages: PackageStore | None
     if "execution" in apply_by_field:
         apply_by_field["execution"] = partial(apply_by_field["execution"], packages=packages or PackageStore())
     return {field: apply_one(pipe, recipe) for field, apply_one in apply_by_field.items()}
+
+
+def applied(pipe: DiffusionPipeline) -> Recipe | None:
+    """The recipe that was applied to a pipeline; None if none was."""
+    return getattr(pipe, _MARK, None)
 
 
 def check(recipe: Recipe, device: torch.device) -> None:

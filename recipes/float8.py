@@ -9,6 +9,7 @@ on few tokens or set the scale of everything, and stay as they are."""
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -52,33 +53,38 @@ def not_timed(device: torch.device) -> str | None:
     return "float8 on a CPU is emulated: right, but its time says nothing" if device.type == "cpu" else None
 
 
-def quantize(linears: Iterable[nn.Linear], per_row: bool) -> None:
-    """Weights to float8, a scale a row or one for all, in place; activations follow at each call."""
+def quantize(weight: torch.Tensor, quantization: str) -> Any:
+    """weight [out features, in features] as a torchao Float8Tensor: `qdata` float8_e4m3fn of its shape, `scale` float32
+    [out features, 1] (float8_per_row) or [1, 1] (float8_per_tensor). A Linear with it casts its input likewise.
+    """
     from torchao.float8.inference import Float8MMConfig
     from torchao.quantization import Float8Tensor, PerRow, PerTensor
     from torchao.quantization.quantize_.common import KernelPreference
     from torchao.quantization.quantize_.workflows import QuantizeTensorToFloat8Kwargs
 
-    granularity = PerRow() if per_row else PerTensor()
+    granularity = PerRow() if quantization == "float8_per_row" else PerTensor()
     # TORCH: plain torch._scaled_mm, which has a CPU path and which torch.export and Inductor know.
     kernel = KernelPreference.TORCH
-    activation = QuantizeTensorToFloat8Kwargs(granularity=granularity, kernel_preference=kernel)
+    return Float8Tensor.from_hp(
+        weight,
+        granularity=granularity,
+        mm_config=Float8MMConfig(use_fast_accum=True),
+        kernel_preference=kernel,
+        act_quant_kwargs=QuantizeTensorToFloat8Kwargs(granularity=granularity, kernel_preference=kernel),
+    )
+
+
+def quantize_linears(linears: Iterable[nn.Linear], quantization: str) -> None:
+    """Weights to float8 in place; activations follow at each call."""
     for linear in linears:
-        weight = Float8Tensor.from_hp(
-            linear.weight.detach(),
-            granularity=granularity,
-            mm_config=Float8MMConfig(use_fast_accum=True),
-            kernel_preference=kernel,
-            act_quant_kwargs=activation,
-        )
-        linear.weight = nn.Parameter(weight, requires_grad=False)
+        linear.weight = nn.Parameter(quantize(linear.weight.detach(), quantization), requires_grad=False)
 
 
 def _apply(pipe: DiffusionPipeline, recipe: Recipe) -> str:
     linears = quantized_linears(pipe.transformer)
     if recipe.quantization == "float8_per_tensor":
         _check_shapes(linears)
-    quantize(linears.values(), per_row=recipe.quantization == "float8_per_row")
+    quantize_linears(linears.values(), recipe.quantization)
     return f"{recipe.quantization}, {len(linears)} Linears"
 
 

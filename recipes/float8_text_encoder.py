@@ -15,7 +15,7 @@ def _apply(pipe: DiffusionPipeline, recipe: Recipe) -> str:
     linears = [m for m in pipe.text_encoder_2.encoder.block.modules() if isinstance(m, nn.Linear)]
     for linear in linears:  # transformers keeps some in float32, a dtype that rows' scales don't go with on a GPU
         linear.to(torch_dtype(recipe))
-    float8.quantize(linears, per_row=True)
+    float8.quantize_linears(linears, "float8_per_row")
     return f"{len(linears)} Linears of T5"
 
 

@@ -21,6 +21,9 @@ from recipes.float8_linear import Float8Linear
 from recipes.optimization import Needs, Optimization
 from recipes.recipe import Recipe
 
+# The single block's joined projection, and the layers whose rows it has, in their order.
+SEPARATE = {"proj_qkv_mlp": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")}
+
 
 def _apply(pipe: DiffusionPipeline, recipe: Recipe) -> str:
     from recipes import fused_blocks  # needs triton, which only a machine with a GPU has
@@ -29,7 +32,7 @@ def _apply(pipe: DiffusionPipeline, recipe: Recipe) -> str:
     kernels: fused_blocks.Plain | fused_blocks.Float8 = fused_blocks.Plain(backend(recipe.attention))
     if recipe.quantization != "none":
         kernels = fused_blocks.Float8(kernels.attention)
-        _take_rows(transformer)
+    rearrange(transformer, recipe)
     for blocks, forward in (
         (transformer.transformer_blocks, fused_blocks.double_block),
         (transformer.single_transformer_blocks, fused_blocks.single_block),
@@ -37,12 +40,18 @@ def _apply(pipe: DiffusionPipeline, recipe: Recipe) -> str:
         for block in blocks:
             block.kernels = kernels
             block.forward = MethodType(forward, block)
-    for block in transformer.single_transformer_blocks:
-        block.proj_qkv_mlp = _joined(block.attn.to_qkv, block.proj_mlp)
-        del block.attn.to_qkv, block.proj_mlp
     return f"{type(kernels).__name__.lower()} kernels in {len(transformer.transformer_blocks)} double and " + (
         f"{len(transformer.single_transformer_blocks)} single blocks"
     )
+
+
+def rearrange(transformer: FluxTransformer2DModel, recipe: Recipe) -> None:
+    """The Linears as the kernels' blocks call them: those in float8 take rows, the single blocks' are one."""
+    if recipe.quantization != "none":
+        _take_rows(transformer)
+    for block in transformer.single_transformer_blocks:
+        block.proj_qkv_mlp = _joined(block.attn.to_qkv, block.proj_mlp)
+        del block.attn.to_qkv, block.proj_mlp
 
 
 def _joined(first: nn.Module, second: nn.Module) -> nn.Module:

@@ -12,7 +12,8 @@ from torch import nn
 from recipes.optimization import Needs, Optimization
 from recipes.recipe import Recipe
 
-_SEPARATE = {"to_qkv": ("to_q", "to_k", "to_v"), "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj")}
+# The fused projection's name, and those whose rows it has, in their order.
+SEPARATE = {"to_qkv": ("to_q", "to_k", "to_v"), "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj")}
 
 
 def _apply(pipe: DiffusionPipeline, recipe: Recipe) -> str:
@@ -20,7 +21,7 @@ def _apply(pipe: DiffusionPipeline, recipe: Recipe) -> str:
     pipe.vae.fuse_qkv_projections()
     fused = freed = 0
     for module in (*pipe.transformer.modules(), *pipe.vae.modules()):
-        for together, separate in _SEPARATE.items():
+        for together, separate in SEPARATE.items():
             if isinstance(getattr(module, together, None), nn.Module):
                 fused += 1
                 for name in separate:

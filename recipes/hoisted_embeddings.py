@@ -25,7 +25,7 @@ def _apply(pipe: DiffusionPipeline, recipe: Recipe) -> str:
         states, text, image = (arguments.pop(name) for name in ("encoder_hidden_states", "txt_ids", "img_ids"))
         return {**arguments, "context": context(states), "rotary": rotary(text, image)}
 
-    hoist(transformer, replace)
+    hoist(transformer, replace, [context])
     return "rotary table and context embedding once a call"
 
 

@@ -24,6 +24,7 @@ from utils.errors import UserError
 Result = TypeVar("Result")
 Rotary = tuple[torch.Tensor, torch.Tensor]
 Replace = Callable[[dict[str, Any]], dict[str, Any]]
+_REMEMBERED = "_remembered"
 
 
 class Remembered(Generic[Result]):
@@ -49,12 +50,17 @@ class Remembered(Generic[Result]):
         self._last.append((arguments, versions, result))
         return result
 
+    def forget(self) -> None:
+        self._last.clear()
 
-def hoist(transformer: FluxTransformer2DModel, replace: Replace) -> None:
+
+def hoist(transformer: FluxTransformer2DModel, replace: Replace, remembered: list[Remembered]) -> None:
     """Before each call of `transformer`, `replace` its arguments, by name; its forward becomes `step`.
 
     replace: gives the arguments as `step` takes them, and leaves alone those that it has replaced already.
+    remembered: what `replace` remembers of the transformer's layers, for `forget`.
     """
+    setattr(transformer, _REMEMBERED, [*getattr(transformer, _REMEMBERED, ()), *remembered])
     names = list(inspect.signature(FluxTransformer2DModel.forward).parameters)[1:]
 
     def hook(module: FluxTransformer2DModel, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -62,6 +68,12 @@ def hoist(transformer: FluxTransformer2DModel, replace: Replace) -> None:
 
     transformer.forward = MethodType(step, transformer)
     transformer.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def forget(transformer: FluxTransformer2DModel) -> None:
+    """Compute what is hoisted anew at the next call: the transformer's weights were written to."""
+    for remembered in getattr(transformer, _REMEMBERED, ()):
+        remembered.forget()
 
 
 def step(

@@ -132,7 +132,7 @@ def _offload(linears: list[Precomputed]) -> int:
 
 def _apply(pipe: DiffusionPipeline, recipe: Recipe) -> str:
     hoisted = HoistedModulation(pipe)
-    hoist(pipe.transformer, hoisted.replace)
+    hoist(pipe.transformer, hoisted.replace, [hoisted.table])
     _end_loop_with_call(pipe)
     done = f"{len(hoisted.linears)} Linears once a call for all its steps"
     if recipe.modulation == "offloaded":

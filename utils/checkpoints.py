@@ -118,13 +118,31 @@ def load(checkpoint: str, dtype: torch.dtype, device: torch.device, progress: bo
         UserError: it could not be downloaded, or weights are missing or damaged.
     """
     known = defaults(checkpoint)
-    kind = FluxKontextPipeline if known.takes_image else FluxPipeline
+    kind = _kind(known)
     if checkpoint.startswith("random/"):
         pipe = random_weights.build(kind, known.guidance > 0, dtype, device, _RANDOM_SEED, TINY_FOLDER)
     else:
         pipe = _from_pretrained(kind, checkpoint, dtype, progress).to(device)
     pipe.set_progress_bar_config(disable=not progress, desc="denoising")
     return pipe
+
+
+def folder(checkpoint: str) -> Path:
+    """The folder with a checkpoint's files in diffusers format, downloaded where they aren't in the cache.
+
+    Raises:
+        UsageError: unknown checkpoint, a gated one without a token, or random/..., which has no files.
+        UserError: it could not be downloaded.
+    """
+    known = defaults(checkpoint)
+    if checkpoint.startswith("random/"):
+        raise UsageError(f"{checkpoint} has no files to read weights from: use a folder or a hub id")
+    local = TINY_FOLDER if checkpoint == "tiny" else Path(checkpoint)
+    return local if local.exists() else Path(_download(_kind(known), checkpoint))
+
+
+def _kind(known: Defaults) -> type[DiffusionPipeline]:
+    return FluxKontextPipeline if known.takes_image else FluxPipeline
 
 
 def _download(kind: type[DiffusionPipeline], checkpoint: str) -> str:
@@ -145,8 +163,7 @@ def _from_pretrained(
     kind: type[DiffusionPipeline], checkpoint: str, dtype: torch.dtype, progress: bool
 ) -> DiffusionPipeline:
     """diffusers' own loading, part by part: only so does it tell of weights it didn't find and made up at random."""
-    folder = TINY_FOLDER if checkpoint == "tiny" else Path(checkpoint)
-    source = str(folder) if folder.exists() else _download(kind, checkpoint)
+    source = str(folder(checkpoint))
     for library in (diffusers_logging, transformers_logging):
         library.disable_progress_bar()  # theirs would break up ours
     parts: dict[str, torch.nn.Module] = {}

@@ -9,6 +9,8 @@ from typing import Any, NoReturn
 import torch
 
 import recipes
+from export import lora_file
+from export.lora_file import LoRA
 from export.package import PackageStore, default_folder
 from recipes.flux_fast_flags import add_flags, recipe_from_flags
 from recipes.recipe import Recipe
@@ -79,6 +81,24 @@ def recipe(arguments: argparse.Namespace, where: torch.device) -> tuple[Recipe, 
 
 def packages(arguments: argparse.Namespace) -> PackageStore:
     return PackageStore(arguments.cache_dir or default_folder(), build=not arguments.use_cached_model)
+
+
+def lora(arguments: argparse.Namespace, checkpoint: str) -> tuple[LoRA, float] | None:
+    """The LoRA asked for and its scale, read before any weight is loaded.
+
+    Raises:
+        UsageError: it can't be used (`lora_file.read`), or the checkpoint has no files to compute its layers from.
+        UserError: it could not be downloaded.
+    """
+    if arguments.lora is None:
+        return None
+    checkpoints.folder(checkpoint)
+    path, _, scale = arguments.lora.rpartition(":")
+    try:
+        asked = (path, float(scale)) if path else (arguments.lora, 1.0)
+    except ValueError:  # the colon is the path's own
+        asked = (arguments.lora, 1.0)
+    return lora_file.read(asked[0]), asked[1]
 
 
 def request(arguments: argparse.Namespace, checkpoint: str) -> Request:
