@@ -24,7 +24,7 @@ _GPU_STATE = {
 
 
 def capture(device: torch.device, commit: str | None = None) -> dict[str, Any]:
-    """Everything that doesn't change during a run. `commit` is for a tree without git."""
+    """Everything that doesn't change during a run. `commit` is for a tree without git, or with another's."""
     cuda = device.type == "cuda"
     versions = {name: version(name) for name in _PACKAGES}
     return {
@@ -82,7 +82,7 @@ def _git(commit: str | None) -> dict[str, Any]:
         except (OSError, subprocess.CalledProcessError):
             return None
 
-    found = git("rev-parse", "HEAD")
+    found = git("rev-parse", "HEAD") if commit is None else None
     if found is None:
         return {"commit": commit, "clean": None}
     # Results are written into the tree while it is measured: they don't make it another program.
