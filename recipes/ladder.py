@@ -221,5 +221,8 @@ def command_line_name(recipe: Recipe) -> str:
     changes = [base]
     for name in known.differences(recipe):
         value = asdict(recipe)[name]
+        if isinstance(value, dict):  # what is left out is at its default
+            plain = asdict(type(getattr(recipe, name))())
+            value = {key: x for key, x in value.items() if x != plain[key]}
         changes.append(f"{name}={value if isinstance(value, str) else json.dumps(value, separators=(',', ':'))}")
     return ",".join(changes)
