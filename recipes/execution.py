@@ -5,7 +5,7 @@ from __future__ import annotations
 from diffusers import DiffusionPipeline
 
 from export import runtime
-from export.package import PackageStore
+from export.store import PackageStore
 from recipes import compile
 from recipes.optimization import Needs, Optimization
 from recipes.recipe import Recipe

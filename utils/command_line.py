@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import torch
 
 import recipes
-from export.package import PackageStore, default_folder
+from export.store import PackageStore, default_folder
 from recipes.flux_fast_flags import add_flags, recipe_from_flags
 from recipes.recipe import Recipe
 from utils import checkpoints, environment, results
