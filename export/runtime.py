@@ -118,9 +118,13 @@ class Library:
         """A package's model with the region's weights, after all checks.
 
         Raises:
-            UserError: the package is damaged, or the weights aren't those that it was compiled for.
+            UserError: the package was built for something else, it is damaged, or the weights aren't those that it
+                was compiled for.
         """
         command = self.command(region.region, inputs)
+        reason = entry.manifest.identity.refusal(self.identity, region.region.component)
+        if reason is not None:
+            raise UserError(f"{entry.path} {reason}: build one that fits with `{command}`")
         if entry.beside.sha256 not in self._whole:
             check_file(entry, f"delete it and {entry.path.stem}.json, and build it again with `{command}`")
             self._whole.add(entry.beside.sha256)

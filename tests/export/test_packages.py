@@ -17,6 +17,7 @@ import recipes
 from export import regions
 from export.runtime import BoundModel, PackagedRegion, library_of
 from export.store import Entry, PackageStore
+from export.verify import verify
 from recipes import Recipe
 from utils import checkpoints
 from utils.compile_clock import CompileClock
@@ -217,8 +218,13 @@ def test_bfloat16_draws_the_image_that_eager_draws(tiny: Callable, tmp_path: Pat
     eager, packaged = tiny(torch.bfloat16), tiny(torch.bfloat16)
     recipes.apply(eager, Recipe(dtype="bfloat16"))
     recipes.apply(packaged, Recipe(dtype="bfloat16", execution="aoti"), PackageStore(tmp_path))
+    packaged.vae = eager.vae  # the decoder's package is tested in float32; it takes long to build
     (reference,), (image,) = request.run(eager), request.run(packaged)
     assert difference(image, reference)["psnr_db"] > 35
+    (entry,) = PackageStore(tmp_path).entries()
+    errors = verify(entry, library_of(packaged))
+    assert all(error.ok for error in errors), errors
+    assert max(error.value for error in errors) > 1e-5, "bfloat16 rounds otherwise somewhere"
 
 
 @pytest.mark.slow
@@ -236,6 +242,8 @@ def test_float8_in_a_package(tiny: Callable, predict: Callable, error_of: Callab
     assert any(
         spec.dtype == "float8_e4m3fn" for model in entry.manifest.models.values() for spec in model.weights.values()
     )
+    errors = verify(entry, library_of(packaged))
+    assert all(error.ok for error in errors), errors
     quantization_error = error_of(reference, predict(plain))
     assert 0.5 * quantization_error < error_of(output, predict(plain)) < 2 * quantization_error
     assert error_of(output, reference) < 2 * quantization_error
