@@ -1,4 +1,4 @@
-"""Command line: `python -m export build --checkpoint tiny --recipe aoti --out packages`, and what looks at packages."""
+"""Command line: `python -m export build --checkpoint tiny --out packages`, and what looks at packages."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def parser() -> command_line.Parser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     build = commands.add_parser("build", help="compile a package for a recipe and shapes")
     build.add_argument("--checkpoint", required=True, help="hub id, folder, tiny, or random/flux-...")
-    build.add_argument("--recipe", default="aoti", help="a rung's name, with changes: aoti,attention=fa3_fp8")
+    build.add_argument("--recipe", help="a rung's name, with changes: aoti,attention=native; default: the fastest here")
     build.add_argument("--resolutions", help="HEIGHTxWIDTH in pixels, several with commas (default: the checkpoint's)")
     build.add_argument("--batch", default="1", help="images a call, several with commas (default: %(default)s)")
     build.add_argument("--text-lengths", help="T5 tokens, several with commas (default: the checkpoint's)")
@@ -72,15 +72,17 @@ def resolutions(text: str) -> tuple[tuple[int, int], ...]:
 
 def run_build(arguments: argparse.Namespace) -> None:
     known = checkpoints.defaults(arguments.checkpoint)
+    device = command_line.device(arguments)
+    chosen = arguments.recipe and recipes.parse(arguments.recipe)
     wanted = Order(
         checkpoint=arguments.checkpoint,
-        recipe=recipes.parse(arguments.recipe),
+        recipe=chosen or command_line.fastest(arguments.checkpoint, device),
         resolutions=resolutions(arguments.resolutions or f"{known.height}x{known.width}"),
         batches=numbers("batch", arguments.batch),
         text_lengths=numbers("text-lengths", arguments.text_lengths or str(known.max_sequence_length)),
         embed_weights=arguments.embed_weights,
     )
-    entry, was_there = order.fill(wanted, arguments.out, command_line.device(arguments))
+    entry, was_there = order.fill(wanted, arguments.out, device)
     print(f"{line(entry)}{', was there already' if was_there else ''}")
 
 

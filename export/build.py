@@ -27,8 +27,7 @@ from export.regions import Inputs, Region
 
 MANIFEST_RECORD = "extra/manifest.json"
 _COMPRESSED_BELOW = 64 * 2**20  # bytes of a record; weights don't get smaller, and take minutes
-# What a loader opens: the code, its metadata, the GPU's kernels. The C++ that it was made from isn't needed again.
-_SUFFIXES = (".so", ".json", ".cubin", ".fatbin", ".spv", ".bin")
+_NOT_LOADED = (".cpp", ".h", ".o")  # what the code was made from
 
 
 @dataclass(frozen=True)
@@ -127,7 +126,7 @@ def command_line() -> str:
 
 
 def _needed(files: list[Any]) -> list[Any]:
-    return [file for file in files if not isinstance(file, str) or file.endswith(_SUFFIXES)]
+    return [file for file in files if not (isinstance(file, str) and file.endswith(_NOT_LOADED))]
 
 
 def _write(draft: Path, path: Path, manifest: Manifest) -> None:

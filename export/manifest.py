@@ -81,8 +81,8 @@ class Identity:
     """What a package fits, apart from shapes; of a pipeline on a machine, what it needs.
 
     architecture: configuration fields by part of the pipeline. arch: the GPU's compute capability, or the CPU's kind
-    and instruction sets. triton: on a GPU only; torchao, cudnn_frontend: where the recipe uses them. sources: a hash
-    of the files of this repository that shape the graphs.
+    and instruction sets. triton: on a GPU only; torchao, cudnn_frontend, flash_attention: where the recipe uses them.
+    sources: a hash of the files of this repository that shape the graphs.
     """
 
     architecture: dict[str, dict[str, Any]]
@@ -96,6 +96,7 @@ class Identity:
     diffusers: str
     torchao: str | None
     cudnn_frontend: str | None
+    flash_attention: str | None
     sources: str
 
     def refusal(self, here: Identity, component: str) -> str | None:
@@ -220,8 +221,16 @@ def identify(pipe: DiffusionPipeline, recipe: Recipe) -> Identity:
         diffusers=environment.version("diffusers") or "unknown",
         torchao=environment.version("torchao") if recipe.quantization != "none" else None,
         cudnn_frontend=environment.version("nvidia-cudnn-frontend") if recipe.attention.startswith("cudnn") else None,
+        flash_attention=_flash_attention() if recipe.attention.startswith("fa3") else None,
         sources=sources(),
     )
+
+
+def _flash_attention() -> str:
+    """What FlashAttention-3 comes from: its own package, or else a build that `kernels` fetches."""
+    names = ("flash_attn_3", "kernels")
+    found = {name: version for name in names if (version := environment.version(name)) is not None}
+    return next((f"{name} {version}" for name, version in found.items()), "unknown")
 
 
 def gpu_arch(device: torch.device) -> str:

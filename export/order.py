@@ -17,6 +17,7 @@ from export.store import Entry, PackageStore
 from recipes.dtype import torch_dtype
 from recipes.recipe import Recipe
 from utils import checkpoints
+from utils.compile_clock import CompileClock
 from utils.errors import UsageError
 from utils.request import Request
 
@@ -60,9 +61,11 @@ def fill(order: Order, folder: Path, device: torch.device) -> tuple[Entry, bool]
     pipe, library = pipeline(order.checkpoint, order.recipe, folder, device)
     with library.recording() as calls:
         for request in requests:
-            print(f"{request.height}x{request.width}, batch {request.batch}", file=sys.stderr)
+            tokens = f"{request.max_sequence_length} text tokens"
+            print(f"calling {request.height}x{request.width}, batch {request.batch}, {tokens}", file=sys.stderr)
             pipe(**arguments(request, checkpoints.defaults(order.checkpoint).takes_image))
-    return library.build(calls.values(), order.embed_weights)
+    with CompileClock(progress=True):
+        return library.build(calls.values(), order.embed_weights)
 
 
 def pipeline(checkpoint: str, recipe: Recipe, folder: Path, device: torch.device) -> tuple[DiffusionPipeline, Library]:

@@ -99,7 +99,7 @@ class Library:
     recorded: dict[tuple[Region, Key], PackagedCall] | None = None
 
     def __post_init__(self) -> None:
-        self._whole: set[str] = set()  # the sha256 of files that were checked
+        self._whole: set[tuple[Path, str]] = set()  # files that were checked, with their sha256
 
     def bind(self, region: PackagedRegion, inputs: Inputs) -> BoundModel:
         """The model for these inputs, with the region's weights; built first if it isn't there and may be built.
@@ -125,9 +125,9 @@ class Library:
         reason = entry.manifest.identity.refusal(self.identity, region.region.component)
         if reason is not None:
             raise UserError(f"{entry.path} {reason}: build one that fits with `{command}`")
-        if entry.beside.sha256 not in self._whole:
+        if (entry.path, entry.beside.sha256) not in self._whole:
             check_file(entry, f"delete it and {entry.path.stem}.json, and build it again with `{command}`")
-            self._whole.add(entry.beside.sha256)
+            self._whole.add((entry.path, entry.beside.sha256))
         tensors = weights.exported_tensors(region.module)
         device = self.pipe.transformer.device
         reason = weights.refusal(entry.manifest.models[name], tensors, device)

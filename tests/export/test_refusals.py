@@ -16,7 +16,8 @@ import torch
 from export import build
 from export.manifest import Identity
 from export.runtime import Library, PackagedRegion
-from export.store import Entry, PackageStore
+from export.store import Entry, PackageStore, of_file
+from export.verify import verify
 from tests.export.conftest import agree, forge, inputs_of_after
 from utils.errors import UserError
 
@@ -205,3 +206,20 @@ def test_extra_weight(refuse: Callable, package: Entry, after: PackagedRegion) -
         assert "has no weight lora_A, which the after here has" in refuse(package.path.parent)
     finally:
         del after.module.lora_A
+
+
+@pytest.mark.parametrize("suffix", [".pt2", ".json"])
+def test_damaged_package_is_not_built_again_in_silence(
+    library: Library, after: PackagedRegion, damaged: Path, suffix: str
+) -> None:
+    file = damaged.with_suffix(suffix)
+    file.write_bytes(file.read_bytes()[:-10])
+    fresh = replace(library, store=PackageStore(damaged.parent, build=True))
+    with pytest.raises(UserError, match="delete it and"):
+        fresh.bind(after, inputs_of_after())
+
+
+def test_verify_refuses_a_package_of_something_else(library: Library, damaged: Path) -> None:
+    forge(damaged, lambda manifest: manifest["identity"].update(torch="2.0.0"))
+    with pytest.raises(UserError, match=r"was built for torch 2\.0\.0, this is "):
+        verify(of_file(damaged), library)
