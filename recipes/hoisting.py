@@ -107,8 +107,8 @@ def run(
     unsupported += joint_attention_kwargs or ()
     if unsupported:
         raise UserError(
-            f"this recipe's denoising step takes no {unsupported[0]}: use a recipe with execution=eager or compile, "
-            "modulation=per_step and hoisted_embeddings=false"
+            f"this recipe's denoising step takes no {unsupported[0]}: use a recipe with modulation=per_step, "
+            "hoisted_embeddings=false and execution=eager or compile"
         )
     needed: dict[str, torch.Tensor | None] = {"hidden_states": hidden_states}
     if context is None:
