@@ -29,7 +29,7 @@ with quiet():
     from benchmark import prompts
     from benchmark.job import Job
     from benchmark.memory import peak_bytes, reset_peak
-    from export.package import PackageStore, default_folder
+    from export.store import PackageStore, default_folder
     from recipes.dtype import torch_dtype
     from utils import checkpoints, environment, ranges, results
     from utils.compile_clock import CompileClock

@@ -34,7 +34,7 @@ with quiet():
     import recipes
     from benchmark import prompts
     from benchmark.memory import peak_bytes, reset_peak
-    from export.package import PackageStore
+    from export.store import PackageStore
     from recipes.dtype import torch_dtype
     from recipes.recipe import Recipe
     from utils import checkpoints, command_line, environment

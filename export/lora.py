@@ -21,6 +21,7 @@ from diffusers import DiffusionPipeline
 import recipes
 from export import lora_file
 from export.lora_file import LoRA
+from export.runtime import runs_embedded_weights
 from export.stored_weights import StoredWeights
 from recipes import hoisting
 from recipes.recipe import Recipe
@@ -55,7 +56,7 @@ class Adapter:
 
         Raises:
             UsageError: the file can't be used (`lora_file.read`) or is for another architecture; the pipeline's
-                weights aren't the checkpoint's; `scale` isn't finite.
+                weights aren't the checkpoint's, or a package's; `scale` isn't finite.
             UserError: a file could not be downloaded or read.
         """
         if not isinstance(lora, LoRA):
@@ -105,6 +106,11 @@ class Adapter:
     @torch.no_grad()
     def _become(self, new: _Loaded | None) -> None:
         """Write every weight that `new` or the LoRA before it touches."""
+        if runs_embedded_weights(self._pipe):
+            raise UsageError(
+                "the pipeline runs a package with weights inside, which a LoRA can't reach: build it without "
+                "--embed-weights"
+            )
         old, begun = self._loaded, []
         try:
             for weight in self._weights():

@@ -1,45 +1,295 @@
-"""Run a pipeline's transformer and VAE decoder from packages."""
+"""Run a pipeline's transformer and VAE decoder from packages: find them, check them, bind the weights, call them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shlex
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from diffusers import DiffusionPipeline
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import nn
+from torch.utils import _pytree as pytree
 
-from export.package import PackageStore, signature
+from export import build, regions, weights
+from export.build import Call
+from export.checks import check_file
+from export.manifest import Identity, Manifest, Model, TensorSpec, content_key, identify
+from export.regions import Inputs, Key, Region
+from export.store import Entry, PackageStore
+from recipes import hoisting, ladder
+from utils import checkpoints
+from utils.compile_clock import compilation
+from utils.errors import UserError
 
 if TYPE_CHECKING:  # recipes import export, to execute what it builds
     from recipes.recipe import Recipe
 
 
-class PackagedForward:
-    """Stands in for a module's forward: one package for each kind of input, fetched at the first such call.
+class BoundModel:
+    """A package's model with a module's weights: it can't be had without them, and would crash.
 
-    options: Inductor's, for packages that have to be built.
+    The weights aren't copied: values written to them in place count at the next call.
     """
 
-    def __init__(self, part: str, module: nn.Module, recipe: Recipe, options: dict[str, Any], packages: PackageStore):
-        self.part, self.module, self.recipe, self.options, self.packages = part, module, recipe, options, packages
+    def __init__(self, entry: Entry, name: str, tensors: dict[str, torch.Tensor], device: torch.device):
+        self.embedded = entry.manifest.models[name].weights_sha256 is not None
+        self._loader = build.loader(entry.path, name, -1 if device.index is None else device.index)
+        self._outputs = pytree.treespec_loads(self._loader.get_call_spec()[1])
+        # Kept, because the package knows their addresses alone.
+        self._weights = {name: tensors[name].detach() for name in entry.manifest.models[name].bound}
+        if self._weights:
+            self._loader.load_constants(self._weights, False, True, True)  # all of them, and managed here
+
+    def __call__(self, inputs: Inputs) -> Any:
+        return pytree.tree_unflatten(self._loader.boxed_run(pytree.tree_leaves(inputs)), self._outputs)
+
+
+class PackagedRegion:
+    """Stands in for a module's forward: one bound model for each kind of input, fetched at the first such call."""
+
+    def __init__(self, region: Region, module: nn.Module, library: Library):
+        self.region, self.module, self.library = region, module, library
         self.original = module.forward
-        self.loaded: dict[str, Callable] = {}
+        self.bound: dict[Key, BoundModel] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        key = signature(args, kwargs)
-        if key not in self.loaded:
-            around = self.module.forward  # this object, or what was put around it since
-            self.module.forward = self.original  # export sees the module as it was
-            try:
-                self.loaded[key] = self.packages.get(self.part, self.module, self.recipe, self.options, args, kwargs)
-            finally:
-                self.module.forward = around
-        return self.loaded[key](*args, **kwargs)
+        inputs = self.region.arguments(args, kwargs)
+        key = regions.key(inputs)
+        if self.library.recorded is not None:
+            self.library.recorded.setdefault((self.region, key), (self, inputs))
+            return self.original(**inputs)
+        if key not in self.bound:
+            self.bound[key] = self.library.bind(self, inputs)
+        return self.bound[key](inputs)
+
+    @contextmanager
+    def unpackaged(self) -> Iterator[nn.Module]:
+        """The module as it was, for export to see."""
+        around = self.module.forward  # this object, or what was put around it since
+        self.module.forward = self.original
+        try:
+            yield self.module
+        finally:
+            self.module.forward = around
+
+
+PackagedCall = tuple[PackagedRegion, Inputs]
+
+
+@dataclass
+class Library:
+    """The packages of one pipeline.
+
+    identity: what a package must be to fit. options: Inductor's, for packages that have to be built. checkpoint: what
+    the pipeline was loaded from, as `--checkpoint` takes it. packaged: all that packages stand in for. recorded: while
+    calls are recorded instead of packages run, the first one of each kind.
+    """
+
+    pipe: DiffusionPipeline
+    recipe: Recipe
+    identity: Identity
+    options: dict[str, Any]
+    store: PackageStore
+    checkpoint: str
+    packaged: list[PackagedRegion] = field(default_factory=list)
+    recorded: dict[tuple[Region, Key], PackagedCall] | None = None
+
+    def __post_init__(self) -> None:
+        self._whole: set[tuple[Path, str]] = set()  # files that were checked, with their sha256
+
+    def bind(self, region: PackagedRegion, inputs: Inputs) -> BoundModel:
+        """The model for these inputs, with the region's weights; built first if it isn't there and may be built.
+
+        Raises:
+            UserError: there is none that fits, it is damaged, or the weights aren't those it was compiled for.
+        """
+        found = self.find(region.region, inputs)
+        if found is None:
+            self.build([(region, inputs)])
+            found = self.find(region.region, inputs)
+            assert found is not None
+        return self.bound(region, *found, inputs)
+
+    def bound(self, region: PackagedRegion, entry: Entry, name: str, inputs: Inputs) -> BoundModel:
+        """A package's model with the region's weights, after all checks.
+
+        Raises:
+            UserError: the package was built for something else, it is damaged, or the weights aren't those that it
+                was compiled for.
+        """
+        command = self.command(region.region, inputs)
+        reason = entry.manifest.identity.refusal(self.identity, region.region.component)
+        if reason is not None:
+            raise UserError(f"{entry.path} {reason}: build one that fits with `{command}`")
+        if (entry.path, entry.beside.sha256) not in self._whole:
+            check_file(entry, f"delete it and {entry.path.stem}.json, and build it again with `{command}`")
+            self._whole.add((entry.path, entry.beside.sha256))
+        tensors = weights.exported_tensors(region.module)
+        device = self.pipe.transformer.device
+        reason = weights.refusal(entry.manifest.models[name], tensors, device)
+        if reason is not None:
+            raise UserError(
+                f"{entry.path} {reason}: load a checkpoint of the architecture it was built for, or build one for "
+                f"this in another folder with `{command}`"
+            )
+        return BoundModel(entry, name, tensors, device)
+
+    def find(self, region: Region, inputs: Inputs) -> tuple[Entry, str] | None:
+        """The package and the model for these inputs; None if there is none but it may be built.
+
+        Raises:
+            UserError: there is none that fits, and none may be built. A package's manifest is damaged.
+        """
+        wanted = build.input_specs(inputs)
+        nearest = (0, "")
+        for entry in self.store.entries():
+            models = {name: model for name, model in entry.manifest.models.items() if model.region == region.name}
+            if not models:
+                continue
+            reason = entry.manifest.identity.refusal(self.identity, region.component)
+            fitting = [name for name, model in models.items() if model.inputs == wanted]
+            if reason is None and fitting:
+                return entry, fitting[0]
+            rank = 3 if reason is None else 2 if fitting else 1
+            if rank > nearest[0]:
+                nearest = rank, f" ({entry.path.name} {reason or _other_inputs(list(models.values()), wanted)})"
+        if self.store.build:
+            return None
+        inputs_here = ", ".join(f"{name} {spec.dtype}{list(spec.shape)}" for name, spec in list(wanted.items())[:2])
+        raise UserError(
+            f"no package in {self.store.folder} has the {region.name} for {inputs_here}{nearest[1]}: build it with "
+            f"`{self.command(region, inputs)}`, or run once without --use-cached-model"
+        )
+
+    def build(self, calls: Iterable[PackagedCall], embed_weights: bool = False) -> tuple[Entry, bool]:
+        """One package with a model for each of these calls, and whether it was there already."""
+        of_name = {Call(region.region, region.module, inputs).name: (region, inputs) for region, inputs in calls}
+        with ExitStack() as stack:
+            planned = {
+                name: Call(region.region, stack.enter_context(region.unpackaged()), inputs)
+                for name, (region, inputs) in of_name.items()
+            }
+            models = build.planned(planned.values(), embed_weights)
+            kind = "vae_decoder" if all(c.region is regions.DECODER for c in planned.values()) else "transformer"
+            name = f"{kind}-{content_key(self.identity, models)}"
+
+            def make(path: Path) -> Manifest:
+                with compilation(name):
+                    return build.build(path, self.identity, planned, models, self.options, self.checkpoint)
+
+            return self.store.write(name, make)
+
+    @contextmanager
+    def recording(self) -> Iterator[dict[tuple[Region, Key], PackagedCall]]:
+        """Run the modules as they were, and record how they are called: one call of each kind."""
+        recorded: dict[tuple[Region, Key], PackagedCall] = {}
+        self.recorded = recorded
+        try:
+            yield recorded
+        finally:
+            self.recorded = None
+
+    def command(self, region: Region, inputs: Inputs) -> str:
+        """The command that builds a package for such a call, as far as the call tells."""
+        options = ["--checkpoint", self.checkpoint, "--recipe", ladder.command_line_name(self.recipe)]
+        first = inputs[region.inputs[0]] if region.inputs[0] in inputs else inputs["hidden_states"]
+        scale = self.pipe.vae_scale_factor
+        if region is regions.DECODER:
+            options += ["--resolutions", f"{first.shape[2] * scale}x{first.shape[3] * scale}"]
+        if "img_ids" in inputs:
+            # A token is 2 x 2 latents; those of Kontext's image have another number in the first column.
+            ids = inputs["img_ids"][inputs["img_ids"][:, 0] == 0].amax(dim=0).int().tolist()
+            options += ["--resolutions", "x".join(str((last + 1) * 2 * scale) for last in ids[1:])]
+        if "encoder_hidden_states" in inputs:
+            options += ["--text-lengths", str(inputs["encoder_hidden_states"].shape[1])]
+        options += ["--batch", str(first.shape[0]), "--out", str(self.store.folder)]
+        return f"python -m export build {shlex.join(options)}"
+
+
+class PackagedTransformer:
+    """Stands in for the transformer's forward: the denoising step, with `before` and `after` from packages.
+
+    The blocks that it calls are from packages as well. Where something is missing and may be built, one eager call of a
+    new kind shows what the regions are called with, and they are built into one package.
+    """
+
+    def __init__(self, library: Library, before: PackagedRegion, after: PackagedRegion):
+        self.library, self.before, self.after = library, before, after
+        self.known: set[Key] = set()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        named = hoisting.by_name(args, kwargs)
+        if self.library.recorded is None and self.library.store.build:
+            key = regions.key({name: value for name, value in named.items() if regions.is_tensors(value)})
+            if key not in self.known:
+                self._build_what_is_missing(named)
+                self.known.add(key)
+        return self._run(named)
+
+    def _build_what_is_missing(self, named: dict[str, Any]) -> None:
+        with self.library.recording() as calls:
+            self._run(named)
+        missing = [call for (region, _), call in calls.items() if self.library.find(region, call[1]) is None]
+        if missing:
+            self.library.build(missing)
+
+    def _run(self, named: dict[str, Any]) -> Any:
+        return hoisting.run(self.library.pipe.transformer, self.before, self.after, **named)
+
+
+class WholeTransformer:
+    """Stands in for the transformer's forward: the denoising step as one model."""
+
+    def __init__(self, region: PackagedRegion):
+        self.library, self.region = region.library, region
+
+    def __call__(self, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
+        sample = self.region(**hoisting.by_name(args, kwargs))
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
 
 def attach(pipe: DiffusionPipeline, recipe: Recipe, options: dict[str, Any], packages: PackageStore) -> str:
     """Let packages do the work of `pipe.transformer` and `pipe.vae.decoder`; the pipeline is called as before."""
-    for part, module in (("transformer", pipe.transformer), ("vae_decoder", pipe.vae.decoder)):
-        module.requires_grad_(False)
-        module.forward = PackagedForward(part, module, recipe, options, packages)
-    return "torch.export + AOTInductor, transformer and VAE decoder"
+    pipe.transformer.requires_grad_(False)
+    pipe.vae.decoder.requires_grad_(False)
+    library = Library(pipe, recipe, identify(pipe, recipe), options, packages, _checkpoint(pipe))
+    for region, module in regions.modules(pipe, recipe.compile_scope):
+        library.packaged.append(PackagedRegion(region, module, library))
+        module.forward = library.packaged[-1]
+    if recipe.compile_scope == "whole":
+        pipe.transformer.forward = WholeTransformer(library.packaged[0])
+        return "torch.export + AOTInductor, transformer and VAE decoder"
+    before, *_, after, _ = library.packaged
+    pipe.transformer.forward = PackagedTransformer(library, before, after)
+    return "torch.export + AOTInductor, the transformer's blocks, what surrounds them, and the VAE's decoder"
+
+
+def library_of(pipe: DiffusionPipeline) -> Library:
+    """The packages that `attach` gave a pipeline, before CUDA graphs were put around them."""
+    return pipe.transformer.forward.library
+
+
+def runs_embedded_weights(pipe: DiffusionPipeline) -> bool:
+    """Whether some of the pipeline's work is done with weights that a package holds, and not with its own."""
+    forward = pipe.transformer.forward
+    library = getattr(getattr(forward, "function", forward), "library", None)  # perhaps inside a CUDA graph
+    return library is not None and any(one.embedded for region in library.packaged for one in region.bound.values())
+
+
+def _checkpoint(pipe: DiffusionPipeline) -> str:
+    name = pipe.config.get("_name_or_path") or "CHECKPOINT"
+    return "tiny" if Path(name) == checkpoints.TINY_FOLDER else name
+
+
+def _other_inputs(models: list[Model], wanted: dict[str, TensorSpec]) -> str:
+    """What the first of the models takes, where it isn't what is wanted."""
+    there = models[0].inputs
+    for name in (*wanted, *there):
+        if there.get(name) != wanted.get(name):
+            return f"takes {name} {there.get(name, 'not at all')}, it comes {wanted.get(name, 'not at all')}"
+    raise AssertionError("a model of these very inputs fits")

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from diffusers import DiffusionPipeline, FluxTransformer2DModel
 
-from export.package import PackageStore
+from export.store import PackageStore
 from recipes import (
     attention,
     channels_last,

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from diffusers import DiffusionPipeline
 
-from export import runtime
-from export.package import PackageStore
+from export.store import PackageStore
 from recipes import compile
 from recipes.optimization import Needs, Optimization
 from recipes.recipe import Recipe
@@ -16,6 +15,8 @@ def _needs(recipe: Recipe) -> Needs:
 
 
 def _apply(pipe: DiffusionPipeline, recipe: Recipe, packages: PackageStore) -> str:
+    from export import runtime  # which knows recipes, and takes parts of them
+
     options = compile.inductor_options(recipe, pipe.device)
     if recipe.execution == "compile":
         done = compile.apply(pipe, recipe)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from types import MethodType
 from typing import Any, Generic, TypeVar
 
@@ -61,10 +62,9 @@ def hoist(transformer: FluxTransformer2DModel, replace: Replace, remembered: lis
     remembered: what `replace` remembers of the transformer's layers, for `forget`.
     """
     setattr(transformer, _REMEMBERED, [*getattr(transformer, _REMEMBERED, ()), *remembered])
-    names = list(inspect.signature(FluxTransformer2DModel.forward).parameters)[1:]
 
     def hook(module: FluxTransformer2DModel, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        return (), replace({**dict(zip(names, args, strict=False)), **kwargs})
+        return (), replace(by_name(args, kwargs))
 
     transformer.forward = MethodType(step, transformer)
     transformer.register_forward_pre_hook(hook, with_kwargs=True)
@@ -76,8 +76,21 @@ def forget(transformer: FluxTransformer2DModel) -> None:
         remembered.forget()
 
 
-def step(
-    self: FluxTransformer2DModel,
+def by_name(args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a call of the transformer by name."""
+    names = list(inspect.signature(FluxTransformer2DModel.forward).parameters)[1:]
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def step(self: FluxTransformer2DModel, *args: Any, **kwargs: Any) -> Any:
+    """FluxTransformer2DModel.forward, which computes what it isn't given: `run` with the transformer's own layers."""
+    return run(self, partial(before, self), partial(after, self), *args, **kwargs)
+
+
+def run(
+    transformer: FluxTransformer2DModel,
+    before: Callable[..., dict[str, Any]],
+    after: Callable[..., torch.Tensor],
     hidden_states: torch.Tensor,
     context: torch.Tensor | None = None,
     rotary: Rotary | None = None,
@@ -92,11 +105,12 @@ def step(
     return_dict: bool = True,
     **others: Any,
 ) -> Any:
-    """FluxTransformer2DModel.forward, which computes what it isn't given.
+    """A denoising step: what lies before the blocks, the transformer's blocks, what lies after them.
 
     hidden_states [batch, image tokens, in_channels]. Hoisted: `context` [batch, text tokens, dim] is the context
     embedder's output, `rotary` the cosines and sines [tokens, head_dim] in float32, `modulation` [batch, width] the
     output of every AdaLN's Linear, side by side in the order of `modulated`. The rest as diffusers has it.
+    before, after: as the functions of these names, without the transformer.
 
     Raises:
         UserError: ControlNet's or an IP-Adapter's arguments, or a LoRA's scale.
@@ -105,39 +119,63 @@ def step(
     unsupported += joint_attention_kwargs or ()
     if unsupported:
         raise UserError(
-            f"a hoisted denoising step takes no {unsupported[0]}: use a recipe with modulation=per_step and "
-            "hoisted_embeddings=false"
+            f"this recipe's denoising step takes no {unsupported[0]}: use a recipe with modulation=per_step, "
+            "hoisted_embeddings=false and execution=eager or compile"
         )
-    hidden_states = self.x_embedder(hidden_states)
+    needed: dict[str, torch.Tensor | None] = {"hidden_states": hidden_states}
     if context is None:
-        context = self.context_embedder(encoder_hidden_states)
+        needed |= {"encoder_hidden_states": encoder_hidden_states}
     if rotary is None:
-        assert txt_ids is not None
-        assert img_ids is not None
-        rotary = rotary_table(self, txt_ids, img_ids)
+        needed |= {"txt_ids": txt_ids, "img_ids": img_ids}
     if modulation is None:
-        assert timestep is not None
-        assert pooled_projections is not None
-        temb = conditioning(self, timestep, guidance, pooled_projections)
-        rows: tuple[torch.Tensor, ...] = (temb,) * len(modulated(self))
+        needed |= {"timestep": timestep, "guidance": guidance, "pooled_projections": pooled_projections}
+    made = before(**{name: tensor for name, tensor in needed.items() if tensor is not None})
+    hidden_states, context = made["hidden_states"], made.get("context", context)
+    rotary = made.get("rotary", rotary)
+    if modulation is None:
+        rows: tuple[torch.Tensor, ...] = (made["conditioning"],) * len(modulated(transformer))
     else:
-        rows = modulation.split([sum(linear.out_features for linear in group) for group in modulated(self)], dim=1)
+        widths = [sum(linear.out_features for linear in group) for group in modulated(transformer)]
+        rows = modulation.split(widths, dim=1)
     *of_blocks, of_out = rows
-    double, single = of_blocks[: len(self.transformer_blocks)], of_blocks[len(self.transformer_blocks) :]
-    for block, row in zip(self.transformer_blocks, double, strict=True):
+    blocks = (*transformer.transformer_blocks, *transformer.single_transformer_blocks)
+    for block, row in zip(blocks, of_blocks, strict=True):
         context, hidden_states = block(
             hidden_states=hidden_states, encoder_hidden_states=context, temb=row, image_rotary_emb=rotary
         )
-    for block, row in zip(self.single_transformer_blocks, single, strict=True):
-        context, hidden_states = block(
-            hidden_states=hidden_states, encoder_hidden_states=context, temb=row, image_rotary_emb=rotary
-        )
-    sample = self.proj_out(self.norm_out(hidden_states, of_out))
+    sample = after(hidden_states=hidden_states, temb=of_out)
     return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
 
+def before(
+    transformer: Any,
+    hidden_states: torch.Tensor,
+    encoder_hidden_states: torch.Tensor | None = None,
+    txt_ids: torch.Tensor | None = None,
+    img_ids: torch.Tensor | None = None,
+    timestep: torch.Tensor | None = None,
+    guidance: torch.Tensor | None = None,
+    pooled_projections: torch.Tensor | None = None,
+) -> dict[str, Any]:
+    """What the blocks take, of what is given: `hidden_states` and `context` [batch, tokens, dim], `rotary`, and
+    `conditioning` [batch, dim]. transformer: a FluxTransformer2DModel, or whatever has its embedders."""
+    made: dict[str, Any] = {"hidden_states": transformer.x_embedder(hidden_states)}
+    if encoder_hidden_states is not None:
+        made["context"] = transformer.context_embedder(encoder_hidden_states)
+    if txt_ids is not None and img_ids is not None:
+        made["rotary"] = rotary_table(transformer, txt_ids, img_ids)
+    if timestep is not None and pooled_projections is not None:
+        made["conditioning"] = conditioning(transformer, timestep, guidance, pooled_projections)
+    return made
+
+
+def after(transformer: Any, hidden_states: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
+    """The predicted velocity [batch, image tokens, out channels]; `transformer` as for `before`."""
+    return transformer.proj_out(transformer.norm_out(hidden_states, temb))
+
+
 def conditioning(
-    transformer: FluxTransformer2DModel,
+    transformer: Any,
     timestep: torch.Tensor,
     guidance: torch.Tensor | None,
     pooled_projections: torch.Tensor,
@@ -150,7 +188,7 @@ def conditioning(
     return transformer.time_text_embed(times, guidance.to(dtype) * 1000, pooled_projections)
 
 
-def rotary_table(transformer: FluxTransformer2DModel, txt_ids: torch.Tensor, img_ids: torch.Tensor) -> Rotary:
+def rotary_table(transformer: Any, txt_ids: torch.Tensor, img_ids: torch.Tensor) -> Rotary:
     """Cosines and sines [tokens, head_dim] float32 of the text's and the image's position ids [tokens, 3]."""
     if txt_ids.ndim != 2 or img_ids.ndim != 2:
         raise UserError(f"position ids are [tokens, 3], not {list(txt_ids.shape)} and {list(img_ids.shape)}")

@@ -11,7 +11,7 @@ import torch
 import recipes
 from export import lora_file
 from export.lora_file import LoRA
-from export.package import PackageStore, default_folder
+from export.store import PackageStore, default_folder
 from recipes.flux_fast_flags import add_flags, recipe_from_flags
 from recipes.recipe import Recipe
 from utils import checkpoints, environment, results
@@ -74,9 +74,13 @@ def recipe(arguments: argparse.Namespace, where: torch.device) -> tuple[Recipe, 
         return asked, f"{recipes.command_line_name(asked)} (from flux-fast's flags)"
     if arguments.recipe:
         return recipes.parse(arguments.recipe), arguments.recipe
-    known = not_paying(results.RESULTS, environment.capture(where), checkpoint(arguments, where))
-    fastest = recipes.fastest(where, known)
-    return fastest, f"{recipes.command_line_name(fastest)} (the fastest on this machine)"
+    chosen = fastest(checkpoint(arguments, where), where)
+    return chosen, f"{recipes.command_line_name(chosen)} (the fastest on this machine)"
+
+
+def fastest(checkpoint: str, where: torch.device) -> Recipe:
+    """The ladder's top on this machine, without the rungs that are known not to pay there."""
+    return recipes.fastest(where, not_paying(results.RESULTS, environment.capture(where), checkpoint))
 
 
 def packages(arguments: argparse.Namespace) -> PackageStore:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmark import step_times
-from export.package import PackageStore
+from export.store import PackageStore
 
 SMALL = ("--height", "64", "--width", "48", "--steps", "3", "--calls", "2")
 

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 import recipes
 from export import lora_file
 from export.lora import Adapter
-from export.package import PackageStore
+from export.store import PackageStore
 from recipes import Recipe
 from recipes.dtype import torch_dtype
 from recipes.fused_kernels import rearrange

@@ -47,7 +47,7 @@ def test_refuses_a_step_cache() -> None:
 def test_keeps_images_without_waiting(
     tiny: Callable, draw: Callable, waiting_is_an_error: Callable, recipe: Recipe, tmp_path: Any
 ) -> None:
-    from export.package import PackageStore
+    from export.store import PackageStore
 
     cuda = torch.device("cuda")
     plain, graphed = tiny(device=cuda), tiny(device=cuda)

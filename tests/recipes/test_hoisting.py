@@ -15,7 +15,7 @@ from diffusers import FluxKontextPipeline, FluxTransformer2DModel
 from PIL import Image
 
 import recipes
-from export.package import PackageStore
+from export.store import PackageStore
 from recipes import Recipe
 from recipes.hoisting import Remembered, modulated
 from recipes.modulation import Precomputed

@@ -1,0 +1,141 @@
+"""Command line: `python -m export build --checkpoint tiny --out packages`, and what looks at packages."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from utils.quiet import quiet
+
+with quiet():
+    import torch
+
+    import recipes
+    from export import doctor, order, verify
+    from export.checks import check_file
+    from export.order import Order
+    from export.store import Entry, PackageStore, default_folder, of_file
+    from export.tables import description, line
+    from recipes.recipe import Recipe
+    from utils import checkpoints, command_line
+    from utils.errors import UsageError, UserError, run_command
+
+
+def parser() -> command_line.Parser:
+    parser = command_line.Parser(
+        prog="python -m export", description="Ahead-of-time packages: .pt2 files of compiled code, without weights."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    build = commands.add_parser("build", help="compile a package for a recipe and shapes")
+    build.add_argument("--checkpoint", required=True, help="hub id, folder, tiny, or random/flux-...")
+    build.add_argument("--recipe", help="a rung's name, with changes: aoti,attention=native; default: the fastest here")
+    build.add_argument("--resolutions", help="HEIGHTxWIDTH in pixels, several with commas (default: the checkpoint's)")
+    build.add_argument("--batch", default="1", help="images a call, several with commas (default: %(default)s)")
+    build.add_argument("--text-lengths", help="T5 tokens, several with commas (default: the checkpoint's)")
+    build.add_argument("--out", type=Path, default=default_folder(), help="the folder (default: %(default)s)")
+    build.add_argument(
+        "--embed-weights", action="store_true", help="put the weights inside, for this checkpoint alone (whole models)"
+    )
+    listing = commands.add_parser("list", help="the packages in a folder")
+    listing.add_argument("folder", type=Path, nargs="?", default=default_folder(), metavar="DIR")
+    inspect = commands.add_parser("inspect", help="what a package fits, holds, and how it was built; loads nothing")
+    check = commands.add_parser("verify", help="run a package's models against the eager modules, on random inputs")
+    for command in (inspect, check):
+        command.add_argument("file", type=Path, metavar="FILE", help="a package's .pt2 file, its .json beside it")
+    check.add_argument("--checkpoint", help="whose weights (default: those that the package was built with)")
+    examine = commands.add_parser("doctor", help="compile, load and run a one-layer package, and say what is wrong")
+    for command in (build, check, examine):
+        command.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto", help="auto: cuda if there is")
+    for command in (build, listing, inspect, check, examine):
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def numbers(option: str, text: str) -> tuple[int, ...]:
+    """Raises UsageError: not positive whole numbers with commas between them."""
+    words = text.split(",")
+    if not all(word.isdecimal() and int(word) > 0 for word in words):
+        raise UsageError(f"--{option} {text}: give positive whole numbers, with commas between them")
+    return tuple(dict.fromkeys(map(int, words)))
+
+
+def resolutions(text: str) -> tuple[tuple[int, int], ...]:
+    """Raises UsageError: not HEIGHTxWIDTH with commas between them."""
+    found = []
+    for word in text.split(","):
+        sides = word.split("x")
+        if len(sides) != 2 or not all(side.isdecimal() for side in sides):
+            raise UsageError(f"--resolutions {text}: give HEIGHTxWIDTH, as in 1024x1024,768x1344")
+        found.append((int(sides[0]), int(sides[1])))
+    return tuple(dict.fromkeys(found))
+
+
+def run_build(arguments: argparse.Namespace) -> None:
+    known = checkpoints.defaults(arguments.checkpoint)
+    device = command_line.device(arguments)
+    chosen = arguments.recipe and recipes.parse(arguments.recipe)
+    wanted = Order(
+        checkpoint=arguments.checkpoint,
+        recipe=chosen or command_line.fastest(arguments.checkpoint, device),
+        resolutions=resolutions(arguments.resolutions or f"{known.height}x{known.width}"),
+        batches=numbers("batch", arguments.batch),
+        text_lengths=numbers("text-lengths", arguments.text_lengths or str(known.max_sequence_length)),
+        embed_weights=arguments.embed_weights,
+    )
+    entry, was_there = order.fill(wanted, arguments.out, device)
+    print(f"{line(entry)}{', was there already' if was_there else ''}")
+
+
+def run_list(arguments: argparse.Namespace) -> None:
+    entries = PackageStore(arguments.folder).entries()
+    if not entries:
+        raise UserError(f"no packages in {arguments.folder}: make one with `python -m export build`")
+    for entry in entries:
+        print(line(entry))
+
+
+def checked(path: Path) -> Entry:
+    entry = of_file(path)
+    check_file(entry, f"delete it and {path.stem}.json, and build it again with `{entry.manifest.built.command}`")
+    return entry
+
+
+def run_verify(arguments: argparse.Namespace) -> None:
+    entry = checked(arguments.file)
+    recipe = Recipe.from_dict(entry.manifest.identity.recipe)
+    checkpoint = arguments.checkpoint or entry.manifest.built.checkpoint
+    _, library = order.pipeline(checkpoint, recipe, arguments.file.parent, command_line.device(arguments))
+    errors = verify.verify(entry, library)
+    for error in errors:
+        print(error)
+    wrong = [error.model for error in errors if not error.ok]
+    if wrong:
+        raise UserError(f"{entry.path} computes something else than the eager modules: {', '.join(wrong)}")
+
+
+def run_doctor(arguments: argparse.Namespace) -> None:
+    findings = doctor.examine(command_line.device(arguments))
+    for finding in findings:
+        print(finding)
+    wrong = [finding for finding in findings if finding.remedy is not None]
+    if wrong:
+        raise UserError(f"packages don't work here: {wrong[0].subject}: {wrong[0].found}; {wrong[0].remedy}")
+
+
+COMMANDS = {
+    "build": run_build,
+    "list": run_list,
+    "inspect": lambda arguments: print(description(checked(arguments.file))),
+    "verify": run_verify,
+    "doctor": run_doctor,
+}
+
+
+def main() -> None:
+    arguments = parser().parse_args()
+    with torch.inference_mode(False):
+        run_command(lambda: COMMANDS[arguments.command](arguments), arguments.debug)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,282 @@
+"""What a package says of itself: what it fits, what is in it, how it was built.
+
+The same JSON lies in the package (`extra/manifest.json`) and, with the package's size and sha256, beside it
+(NAME.json), so that everything can be checked before native code is loaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import platform
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers import DiffusionPipeline
+
+from utils import environment
+from utils.errors import UserError
+from utils.files import ROOT
+
+if TYPE_CHECKING:  # recipes import export, to execute what it builds
+    from recipes.recipe import Recipe
+
+SCHEMA = 1
+
+# How a pipeline runs, and not what its graphs compute: any value of these fields takes the same package.
+_NOT_IN_THE_GRAPH = (
+    *("scheduler_sync_removal", "execution", "compiled_text_encoders", "float8_text_encoder", "cuda_graph", "cache"),
+)
+# Sources that no graph is made of. Any other file counts, one that is added later too.
+_NOT_SHAPING = (
+    *("recipes/__init__.py", "recipes/apply.py", "recipes/ladder.py", "recipes/flux_fast_flags.py"),
+    *("recipes/optimization.py", "recipes/recipe.py", "recipes/execution.py", "recipes/scheduler_sync.py"),
+    *("recipes/step_cache.py", "recipes/text_encoders.py", "recipes/float8_text_encoder.py", "recipes/cuda_graph.py"),
+    "recipes/weights.py",
+)
+_SHAPING_OF_EXPORT = ("export/regions.py", "export/build.py")
+# What the decoder's graph depends on; the rest of the VAE's configuration is the encoder's and the pipeline's.
+_OF_DECODER = (
+    *("latent_channels", "out_channels", "up_block_types", "block_out_channels", "layers_per_block", "act_fn"),
+    *("norm_num_groups", "mid_block_add_attention"),
+)
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor's shape, strides in elements, and dtype by PyTorch's name ("bfloat16")."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: str
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor, stride: tuple[int, ...] | None = None) -> TensorSpec:
+        return cls(tuple(tensor.shape), stride or tuple(tensor.stride()), str(tensor.dtype).removeprefix("torch."))
+
+    def __str__(self) -> str:
+        return f"{self.dtype}{list(self.shape)} with strides {list(self.stride)}"
+
+
+@dataclass(frozen=True)
+class Model:
+    """One compiled graph. `inputs` by name, in their order; the members of a tuple as `name.0`, `name.1`.
+
+    weights: of the module that it stands in for, all its tensors by name. bound: those that the code reads, which have
+    to be bound before it runs. weights_sha256: of a model that holds the weights itself, their hash.
+    """
+
+    region: str
+    inputs: dict[str, TensorSpec]
+    weights: dict[str, TensorSpec]
+    bound: tuple[str, ...]
+    weights_sha256: str | None
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a package fits, apart from shapes; of a pipeline on a machine, what it needs.
+
+    architecture: configuration fields by part of the pipeline. arch: the GPU's compute capability, or the CPU's kind
+    and instruction sets. triton: on a GPU only; torchao, cudnn_frontend, flash_attention: where the recipe uses them.
+    sources: a hash of the files of this repository that shape the graphs.
+    """
+
+    architecture: dict[str, dict[str, Any]]
+    recipe: dict[str, Any]
+    dtype: str
+    device: str
+    arch: str
+    torch: str
+    cuda: str | None
+    triton: str | None
+    diffusers: str
+    torchao: str | None
+    cudnn_frontend: str | None
+    flash_attention: str | None
+    sources: str
+
+    def refusal(self, here: Identity, component: str) -> str | None:
+        """Why a package of this identity doesn't fit `here`, naming both sides; None if it does.
+
+        component: the part of the pipeline that it is wanted for.
+        """
+        for name, value in shaping(self.recipe).items():
+            if value != shaping(here.recipe).get(name):
+                return f"was built for {name}={_word(value)}, the recipe here has {_word(here.recipe.get(name))}"
+        ours, theirs = here.architecture[component], self.architecture.get(component, {})
+        for name in sorted({*ours, *theirs}):
+            if ours.get(name) != theirs.get(name):
+                return (
+                    f"was built for a {component} with {name}={_word(theirs.get(name))}, "
+                    f"this one has {_word(ours.get(name))}"
+                )
+        for field in dataclasses.fields(self):
+            there, wanted = getattr(self, field.name), getattr(here, field.name)
+            if field.name not in ("architecture", "recipe") and there != wanted:
+                what = "other sources of this repository" if field.name == "sources" else field.name
+                return f"was built for {what} {_word(there)[:40]}, this is {_word(wanted)[:40]}"
+        return None
+
+
+@dataclass(frozen=True)
+class Built:
+    """How a package was built: `command` or "at the first call", `seconds` of it, `date` in UTC."""
+
+    command: str
+    checkpoint: str
+    seconds: float
+    date: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    schema: int
+    identity: Identity
+    models: dict[str, Model]
+    built: Built
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=1)
+
+
+@dataclass(frozen=True)
+class Beside:
+    """The file beside a package: its manifest, and the package's size in bytes and sha256."""
+
+    manifest: Manifest
+    size: int
+    sha256: str
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=1)
+
+
+def read_beside(path: Path) -> Beside:
+    """Raises UserError: the file can't be read, or isn't what this repository writes."""
+    try:
+        value = json.loads(path.read_text())
+        schema = value["manifest"]["schema"]
+        if schema != SCHEMA:
+            raise ValueError(f"its schema is {schema!r}, this program reads {SCHEMA}")
+        return decode(Beside, value, "")
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"{path} is damaged ({error}): delete it and {path.stem}.pt2, and build the package again"
+        ) from None
+
+
+def decode(kind: Any, value: Any, where: str) -> Any:
+    """JSON's `value` as the type `kind`, a dataclass or what its fields are.
+
+    Raises:
+        ValueError: a field is missing, unknown, or of another type.
+    """
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        hints = typing.get_type_hints(kind, {**globals(), "torch": torch})
+        fields = _expect(dict, value, where)
+        wrong = sorted(set(hints) ^ set(fields))
+        if wrong:
+            raise ValueError(f"{where}.{wrong[0]} is {'missing' if wrong[0] in hints else 'unknown'}".lstrip("."))
+        return typing.cast(Any, kind)(**{n: decode(hint, fields[n], f"{where}.{n}") for n, hint in hints.items()})
+    if origin is dict:
+        items = _expect(dict, value, where).items()
+        return {name: decode(arguments[1], member, f"{where}.{name}") for name, member in items}
+    if origin is tuple:
+        members = _expect(list, value, where)
+        return tuple(decode(arguments[0], member, f"{where}[{i}]") for i, member in enumerate(members))
+    if origin in (typing.Union, types.UnionType):
+        return None if value is None else decode(arguments[0], value, where)
+    return value if kind is Any else _expect(kind, value, where)
+
+
+def _expect(kind: type, value: Any, where: str) -> Any:
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise ValueError(f"{where.lstrip('.') or 'it'} is {value!r}, not of type {kind.__name__}"[:200])
+    return value
+
+
+def identify(pipe: DiffusionPipeline, recipe: Recipe) -> Identity:
+    """What a package must be to fit this pipeline, recipe, machine and these versions."""
+    device = pipe.transformer.device
+    cuda = device.type == "cuda"
+    return Identity(
+        architecture={
+            "transformer": _plain({n: v for n, v in pipe.transformer.config.items() if not n.startswith("_")}),
+            "vae": _plain({name: pipe.vae.config[name] for name in _OF_DECODER}),
+        },
+        recipe=_plain(recipe.to_dict()),
+        dtype=str(pipe.transformer.dtype).removeprefix("torch."),
+        device=device.type,
+        arch=gpu_arch(device) if cuda else cpu_arch(),
+        torch=str(torch.__version__),
+        cuda=torch.version.cuda if cuda else None,
+        triton=environment.version("triton") if cuda else None,
+        diffusers=environment.version("diffusers") or "unknown",
+        torchao=environment.version("torchao") if recipe.quantization != "none" else None,
+        cudnn_frontend=environment.version("nvidia-cudnn-frontend") if recipe.attention.startswith("cudnn") else None,
+        flash_attention=_flash_attention() if recipe.attention.startswith("fa3") else None,
+        sources=sources(),
+    )
+
+
+def _flash_attention() -> str:
+    """What FlashAttention-3 comes from: its own package, or else a build that `kernels` fetches."""
+    names = ("flash_attn_3", "kernels")
+    found = {name: version for name in names if (version := environment.version(name)) is not None}
+    return next((f"{name} {version}" for name, version in found.items()), "unknown")
+
+
+def gpu_arch(device: torch.device) -> str:
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def cpu_arch() -> str:
+    """The kind of machine and the instruction sets that Inductor compiles for: "x86_64 AVX512 VNNI AMX"."""
+    words = [platform.machine(), torch.backends.cpu.get_cpu_capability()]
+    words += ["VNNI"] if torch.cpu._is_vnni_supported() else []
+    words += ["AMX"] if torch.cpu._is_amx_tile_supported() else []
+    return " ".join(words)
+
+
+def shaping(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The recipe's fields that shape the graphs."""
+    return {name: value for name, value in recipe.items() if name not in _NOT_IN_THE_GRAPH}
+
+
+@functools.cache
+def sources() -> str:
+    """A hash of the code that shapes the graphs: what is exported is partly this repository's own."""
+    digest = hashlib.sha256()
+    names = {str(path.relative_to(ROOT)) for path in (ROOT / "recipes").rglob("*.py")}
+    for name in sorted({*(names - set(_NOT_SHAPING)), *_SHAPING_OF_EXPORT}):
+        digest.update(name.encode() + b"\0" + (ROOT / name).read_bytes())
+    return digest.hexdigest()
+
+
+def content_key(identity: Identity, models: dict[str, Model]) -> str:
+    """Sixteen hex digits over all that decides what a package's code is, known before it is compiled."""
+    contents = {
+        "identity": {**dataclasses.asdict(identity), "recipe": shaping(identity.recipe)},
+        "models": {name: {**dataclasses.asdict(model), "bound": ()} for name, model in models.items()},
+    }
+    return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _plain(value: Any) -> Any:
+    """As JSON gives it back: tuples as lists."""
+    return json.loads(json.dumps(value))
+
+
+def _word(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)

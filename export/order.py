@@ -1,0 +1,89 @@
+"""Packages on order: run the real pipeline once for each shape, and build what it called."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+import recipes
+from export.runtime import Library, library_of
+from export.store import Entry, PackageStore
+from recipes.dtype import torch_dtype
+from recipes.recipe import Recipe
+from utils import checkpoints
+from utils.compile_clock import CompileClock
+from utils.errors import UsageError
+from utils.request import Request
+
+_STEPS = 2  # of the pipeline, for each shape: the second one's inputs come from the first
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a package is to hold. resolutions: height and width in pixels; text_lengths: T5 tokens."""
+
+    checkpoint: str
+    recipe: Recipe
+    resolutions: tuple[tuple[int, int], ...]
+    batches: tuple[int, ...]
+    text_lengths: tuple[int, ...]
+    embed_weights: bool = False
+
+    def __post_init__(self) -> None:
+        if self.recipe.execution != "aoti":
+            raise UsageError("packages are for recipes with execution=aoti: add it, as in --recipe bf16,execution=aoti")
+        if self.embed_weights and self.recipe.compile_scope != "whole":
+            raise UsageError("--embed-weights is for whole models: add compile_scope=whole to the recipe")
+
+    def requests(self) -> list[Request]:
+        """A request for each shape. Raises UsageError: a resolution that can't be drawn."""
+        known = checkpoints.defaults(self.checkpoint)
+        shapes = itertools.product(self.resolutions, self.batches, self.text_lengths)
+        return [
+            Request(known.prompt, height, width, _STEPS, known.guidance, text_length, batch)
+            for (height, width), batch, text_length in shapes
+        ]
+
+
+def fill(order: Order, folder: Path, device: torch.device) -> tuple[Entry, bool]:
+    """Build the package of `order` in `folder`, and say whether it was there already.
+
+    Raises:
+        UserError: the checkpoint can't be loaded, the recipe can't be applied here, ...
+    """
+    requests = order.requests()
+    pipe, library = pipeline(order.checkpoint, order.recipe, folder, device)
+    with library.recording() as calls:
+        for request in requests:
+            tokens = f"{request.max_sequence_length} text tokens"
+            print(f"calling {request.height}x{request.width}, batch {request.batch}, {tokens}", file=sys.stderr)
+            pipe(**arguments(request, checkpoints.defaults(order.checkpoint).takes_image))
+    with CompileClock(progress=True):
+        return library.build(calls.values(), order.embed_weights)
+
+
+def pipeline(checkpoint: str, recipe: Recipe, folder: Path, device: torch.device) -> tuple[DiffusionPipeline, Library]:
+    """The pipeline with the recipe's packages from `folder`, and nothing that isn't in their graphs."""
+    plain = replace(recipe, cuda_graph=False, compiled_text_encoders=False)
+    recipes.check(plain, device)
+    pipe = checkpoints.load(checkpoint, torch_dtype(plain), device, progress=False)
+    pipe.set_progress_bar_config(disable=True)
+    recipes.apply(pipe, plain, PackageStore(folder))
+    library = library_of(pipe)
+    library.checkpoint = checkpoint
+    return pipe, library
+
+
+def arguments(request: Request, takes_image: bool) -> dict:
+    """The pipeline call's keyword arguments; to be edited, a blank image of the request's size."""
+    given = request.arguments()
+    if takes_image:
+        blank = Image.new("RGB", (request.width, request.height))
+        given |= {"image": blank, "max_area": request.height * request.width, "_auto_resize": False}
+    return given

@@ -1,0 +1,122 @@
+"""A folder of packages, NAME.pt2 with NAME.json beside it: found by what is in them, written whole or not at all.
+
+A package is there once its NAME.json is, which is written last. A build holds a lock that ends with its process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from export.manifest import Beside, Manifest, read_beside
+from utils.errors import UsageError
+from utils.files import replacing, write_text
+
+
+def default_folder() -> Path:
+    return Path.home() / ".cache" / "flux-fast"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A package and what lies beside it."""
+
+    path: Path
+    beside: Beside
+
+    @property
+    def manifest(self) -> Manifest:
+        return self.beside.manifest
+
+
+@dataclass
+class PackageStore:
+    """A folder of packages; `build`: whether what is missing may be built."""
+
+    folder: Path = field(default_factory=default_folder)
+    build: bool = True
+    _read: dict[tuple[Path, int], Entry] = field(default_factory=dict, repr=False)  # by file and its time
+
+    def entries(self) -> list[Entry]:
+        """The packages that are there, by name.
+
+        Raises:
+            UserError: a manifest can't be read.
+        """
+        if not self.folder.is_dir():
+            return []
+        found = []
+        for path in sorted(self.folder.glob("[!.]*.json")):
+            if path.with_suffix(".pt2").exists():
+                known = path, path.stat().st_mtime_ns
+                self._read[known] = self._read.get(known) or entry(path)
+                found.append(self._read[known])
+        return found
+
+    def write(self, name: str, make: Callable[[Path], Manifest]) -> tuple[Entry, bool]:
+        """The package NAME, made by `make(path)` if it isn't there, and whether it was there.
+
+        Of several processes that write one name, one makes it, and the others wait for it.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path, beside = self.folder / f"{name}.pt2", self.folder / f"{name}.json"
+        with _locked(self.folder / f".{name}.lock"):
+            if beside.exists() and path.exists():
+                return entry(beside), True
+            self._clean(name)
+            with replacing(path) as temporary:
+                manifest = make(temporary)
+                size, digest = temporary.stat().st_size, sha256(temporary)
+            write_text(beside, Beside(manifest, size, digest).to_json())
+        return entry(beside), False
+
+    def _clean(self, name: str) -> None:
+        """Remove what a build of `name` that was killed left behind."""
+        for rest in self.folder.glob(f".{name}-*"):
+            if rest.is_dir():
+                shutil.rmtree(rest)
+            else:
+                rest.unlink()
+
+
+def entry(beside: Path) -> Entry:
+    return Entry(beside.with_suffix(".pt2"), read_beside(beside))
+
+
+def of_file(path: Path) -> Entry:
+    """The entry of a package given by the name of its file.
+
+    Raises:
+        UsageError: there is no such file, or none beside it.
+        UserError: its manifest can't be read.
+    """
+    for file in (path, path.with_suffix(".json")):
+        if path.suffix != ".pt2" or not file.is_file():
+            raise UsageError(f"{file} is not there: give a package's .pt2 file with its .json beside it")
+    return entry(path.with_suffix(".json"))
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"waiting for another process that builds {path.stem[1:]}", file=sys.stderr)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()

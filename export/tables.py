@@ -1,0 +1,52 @@
+"""Packages in words, for `list` and `inspect`."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from export.manifest import Model
+from export.store import Entry
+from recipes.ladder import command_line_name
+from recipes.recipe import Recipe
+
+
+def line(entry: Entry) -> str:
+    """A package in one line."""
+    manifest = entry.manifest
+    kinds = Counter(model.region for model in manifest.models.values())
+    models = ", ".join(name if count == 1 else f"{count} {name}" for name, count in kinds.items())
+    return (
+        f"{entry.path}: {entry.beside.size / 1e6:.2f} MB, {manifest.built.seconds:.0f} s to build, "
+        f"{_recipe(entry)}, {manifest.identity.device} {manifest.identity.arch}: {models}"
+    )
+
+
+def description(entry: Entry) -> str:
+    """All that a package's manifest says but the weights' names, in lines."""
+    manifest, identity, built = entry.manifest, entry.manifest.identity, entry.manifest.built
+    versions = ("torch", "cuda", "triton", "diffusers", "torchao", "cudnn_frontend", "flash_attention")
+    lines = [
+        f"{entry.path}",
+        f"  {entry.beside.size} bytes, sha256 {entry.beside.sha256}",
+        f"  built by `{built.command}` from {built.checkpoint} in {built.seconds} s, {built.date}",
+        f"  recipe {_recipe(entry)}, dtype {identity.dtype}",
+        f"  for {identity.device} {identity.arch}; "
+        + ", ".join(f"{name} {getattr(identity, name)}" for name in versions if getattr(identity, name)),
+        f"  sources {identity.sources[:12]}",
+    ]
+    for part, fields in identity.architecture.items():
+        lines.append(f"  {part}: " + ", ".join(f"{name}={value}" for name, value in fields.items()))
+    for name, model in manifest.models.items():
+        lines.append(f"  {name}: {_weights(model)}")
+        lines += [f"    {input_name}: {spec}" for input_name, spec in model.inputs.items()]
+    return "\n".join(lines)
+
+
+def _recipe(entry: Entry) -> str:
+    return command_line_name(Recipe.from_dict(entry.manifest.identity.recipe))
+
+
+def _weights(model: Model) -> str:
+    if model.weights_sha256 is not None:
+        return f"{len(model.weights)} weights inside, sha256 {model.weights_sha256[:12]}"
+    return f"{len(model.bound)} of {len(model.weights)} weights bound when loaded"

@@ -1,0 +1,93 @@
+"""Run a package's models against the modules that they stand in for, on random inputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.utils import _pytree as pytree
+
+from export import regions
+from export.manifest import Model
+from export.regions import Inputs
+from export.runtime import Library, PackagedRegion
+from export.store import Entry
+
+# Largest relative error of a whole output, by dtype: what other roundings make of it. In float8 an activation that is
+# rounded otherwise moves by up to an eighth.
+TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
+TOLERANCE_FLOAT8 = 1e-1
+
+
+@dataclass(frozen=True)
+class Error:
+    """||package - eager|| / ||eager|| of one model, the largest over the modules that it was tried on."""
+
+    model: str
+    modules: int
+    value: float
+    tolerance: float
+
+    @property
+    def ok(self) -> bool:
+        return self.value <= self.tolerance  # false of NaN, too
+
+    def __str__(self) -> str:
+        verdict = "ok" if self.ok else "WRONG"
+        error = f"relative error {self.value:.2g} (at most {self.tolerance:g})"
+        return f"{self.model}: {verdict}, {error}, {self.modules} module{'s' if self.modules > 1 else ''}"
+
+
+@torch.no_grad()
+def verify(entry: Entry, library: Library) -> list[Error]:
+    """Every model of a package, on each module that it stands in for.
+
+    Raises:
+        UserError: the package doesn't fit the library's pipeline.
+    """
+    recipe = entry.manifest.identity.recipe
+    tolerance = TOLERANCE_FLOAT8 if recipe["quantization"] != "none" else TOLERANCE[entry.manifest.identity.dtype]
+    errors = []
+    for name, model in entry.manifest.models.items():
+        # A float8 recipe leaves the VAE as it is.
+        of_model = TOLERANCE[entry.manifest.identity.dtype] if model.region == regions.DECODER.name else tolerance
+        standing_in = [region for region in library.packaged if region.region.name == model.region]
+        inputs = random_inputs(model, library.pipe.transformer.device)
+        worst = max((_error(library, entry, name, region, inputs) for region in standing_in), key=_nan_first)
+        errors.append(Error(name, len(standing_in), worst, of_model))
+    return errors
+
+
+def random_inputs(model: Model, device: torch.device) -> Inputs:
+    """Inputs of a model's kinds: position ids that count, times within 0..1, all else normal; seeded."""
+    random = torch.Generator().manual_seed(0)
+    flat: dict[str, torch.Tensor] = {}
+    for name, spec in model.inputs.items():
+        dtype = getattr(torch, spec.dtype)
+        if name.endswith("_ids"):
+            values = torch.arange(spec.shape[0])[:, None].expand(spec.shape).remainder(64).float()
+        elif name == "timestep":
+            values = torch.rand(spec.shape, generator=random)
+        else:
+            values = torch.randn(spec.shape, generator=random)
+        flat[name] = torch.empty_strided(spec.shape, spec.stride, dtype=dtype, device=device).copy_(values)
+    inputs: Inputs = {}
+    for name, tensor in flat.items():
+        owner, dot, _ = name.partition(".")
+        inputs[owner] = (*inputs.get(owner, ()), tensor) if dot else tensor
+    return inputs
+
+
+def _error(library: Library, entry: Entry, name: str, region: PackagedRegion, inputs: Inputs) -> float:
+    with region.unpackaged() as module:
+        expected = pytree.tree_leaves(module(**inputs))
+    got = pytree.tree_leaves(library.bound(region, entry, name, inputs)(inputs))
+    return max((_relative(g, e) for g, e in zip(got, expected, strict=True)), key=_nan_first)
+
+
+def _relative(got: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((got.double() - expected.double()).norm() / expected.double().norm())
+
+
+def _nan_first(value: float) -> float:
+    return float("inf") if value != value else value

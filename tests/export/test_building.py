@@ -1,0 +1,106 @@
+"""Builds are whole or not there: killed half-way, two at a time, a second time."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from export import order
+from export.runtime import PackagedRegion
+from export.store import PackageStore
+from recipes import Recipe
+from tests.export.conftest import AOTI, CPU, inputs_of_after
+from utils.files import ROOT
+
+BUILD = """
+import sys
+from pathlib import Path
+import torch
+from tests.export.conftest import AOTI, CPU, inputs_of_after
+from export import order
+_, library = order.pipeline("tiny", AOTI, Path(sys.argv[1]), CPU)
+(after,) = [region for region in library.packaged if region.region.name == "after"]
+print("was there" if library.build([(after, inputs_of_after())])[1] else "built")
+"""
+
+
+def builder(folder: Path) -> subprocess.Popen:
+    """A process that builds the smallest region's package."""
+    return subprocess.Popen(
+        [sys.executable, "-c", BUILD, str(folder)], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def after_of(folder: Path, recipe: Recipe = AOTI) -> PackagedRegion:
+    _, library = order.pipeline("tiny", recipe, folder, CPU)
+    (after,) = [region for region in library.packaged if region.region.name == "after"]
+    return after
+
+
+@pytest.mark.slow
+def test_killed_half_way_then_two_at_once(tmp_path: Path) -> None:
+    killed = builder(tmp_path)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob(".transformer-*/")):  # the folder of the build
+        assert killed.poll() is None, killed.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(1)  # in the middle of compiling
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL
+    killed.communicate()
+    assert any(path.suffix != ".lock" for path in tmp_path.iterdir()), "it was killed in the middle"
+    assert PackageStore(tmp_path).entries() == []
+
+    two = [builder(tmp_path), builder(tmp_path)]
+    said = [process.communicate() for process in two]
+    assert sorted(out.strip() for out, _ in said) == ["built", "was there"], said
+    assert len([path for path in tmp_path.iterdir() if path.suffix == ".pt2"]) == 1
+    assert len(list(tmp_path.iterdir())) == 3, ".pt2, .json and .lock, and nothing of the killed build"
+
+    after = after_of(tmp_path)
+    after.library.store.build = False
+    inputs = inputs_of_after()
+    with after.unpackaged() as module:
+        expected = module(**inputs)
+    torch.testing.assert_close(after(**inputs), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_package_is_there_only_with_what_lies_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "transformer-0123.pt2").write_bytes(b"written, and then the process was killed")
+    assert PackageStore(tmp_path).entries() == []
+
+
+def test_name_belongs_to_recipe_weights_inputs_and_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found without compiling: the name is known before."""
+    names = []
+
+    def name(recipe: Recipe = AOTI, change: str = "", **inputs: int) -> str:
+        after = after_of(tmp_path, recipe)
+        if change:
+            monkeypatch.setattr(after.library, "identity", change_of(after, change))
+        monkeypatch.setattr(after.library.store, "write", lambda name, make: names.append(name))
+        after.library.build([(after, inputs_of_after(**inputs))])
+        return names[-1]
+
+    def change_of(after: PackagedRegion, field: str) -> object:
+        from dataclasses import replace
+
+        return replace(after.library.identity, **{field: "other"})
+
+    same = name()
+    assert same == name(Recipe(execution="aoti", scheduler_sync_removal=True)), "it shapes no graph"
+    others = [
+        name(Recipe(execution="aoti", fused_qkv=True)),
+        name(Recipe(execution="aoti", max_autotune=True)),
+        name(Recipe(execution="aoti", dtype="bfloat16")),
+        name(batch=2),
+        *(name(change=field) for field in ("torch", "cuda", "arch", "sources", "diffusers", "cudnn_frontend")),
+    ]
+    assert len({same, *others}) == 1 + len(others)

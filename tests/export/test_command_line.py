@@ -1,0 +1,118 @@
+"""python -m export: build, list, inspect, verify, doctor."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from export.store import Entry
+from tests.export.conftest import forge
+
+
+@pytest.fixture
+def export(main: Callable) -> Callable:
+    """export("list", ...): `python -m export list ...`, in this process."""
+    return lambda *arguments: main("export.__main__", *arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--recipe", "bf16"), "packages are for recipes with execution=aoti"),
+        (("--resolutions", "64"), "give HEIGHTxWIDTH, as in 1024x1024,768x1344"),
+        (("--resolutions", "60x64"), "--height 60 is not a positive multiple of 16: try 48 or 64"),
+        (("--batch", "0"), "--batch 0: give positive whole numbers"),
+        (("--text-lengths", "64,many"), "--text-lengths 64,many: give positive whole numbers"),
+        (("--embed-weights",), "add compile_scope=whole to the recipe"),
+    ],
+)
+def test_build_asked_for_the_impossible(export: Callable, tmp_path: Path, arguments: tuple, message: str) -> None:
+    done = export("build", "--checkpoint", "tiny", "--out", tmp_path / "new", *arguments)
+    assert message in done.error()
+    assert done.code == 2
+    assert not (tmp_path / "new").exists()
+
+
+def test_no_packages(export: Callable, tmp_path: Path) -> None:
+    assert "make one with `python -m export build`" in export("list", tmp_path).error()
+    missing = export("inspect", tmp_path / "a.pt2")
+    assert "a.pt2 is not there: give a package's .pt2 file" in missing.error()
+    assert missing.code == 2
+
+
+@pytest.mark.slow
+def test_second_build_finds_the_first(export: Callable, package: Entry) -> None:
+    before = package.path.stat().st_mtime_ns
+    size = ("--resolutions", "64x64", "--text-lengths", 64, "--out", package.path.parent)
+    done = export("build", "--checkpoint", "tiny", "--recipe", "fp32,execution=aoti", *size)
+    assert done.code == 0, done.err
+    assert package.path.name in done.out
+    assert done.out.endswith("was there already\n")
+    assert package.path.stat().st_mtime_ns == before
+
+
+@pytest.mark.slow
+def test_list_inspect_verify(export: Callable, package: Entry) -> None:
+    (line,) = export("list", package.path.parent).out.splitlines()
+    assert line.startswith(f"{package.path}: ")
+    assert "fp32,execution=aoti, cpu" in line
+    seen = export("inspect", package.path).out
+    for words in (package.beside.sha256, "num_layers=2", "torch 2.", "106 of 106 weights bound", "float32[1, 16, 256]"):
+        assert words in seen
+    done = export("verify", package.path)
+    assert done.code == 0, done.err
+    assert [line.partition("-")[0] for line in done.out.splitlines()] == [
+        *("before", "double_block", "single_block", "after", "vae_decoder")
+    ]
+    assert all(": ok, relative error " in line for line in done.out.splitlines())
+
+
+@pytest.mark.slow
+def test_verify_finds_code_that_computes_something_else(export: Callable, damaged: Path) -> None:
+    """Two regions with the same inputs, and a manifest that takes one's weights for the other's name."""
+
+    def change(manifest: dict) -> None:
+        (name,) = [name for name in manifest["models"] if name.startswith("after-")]
+        manifest["models"][name]["bound"].remove("proj_out.bias")
+
+    forge(damaged, change)
+    assert export("verify", damaged).code == 1
+
+
+@pytest.mark.slow
+def test_damaged_file(export: Callable, damaged: Path) -> None:
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    for command in ("inspect", "verify"):
+        done = export(command, damaged)
+        assert "bytes, its manifest says" in done.error()
+        assert done.code == 1
+
+
+@pytest.mark.slow
+def test_doctor_where_all_is_well(export: Callable) -> None:
+    done = export("doctor")
+    assert done.code == 0, done.out
+    assert done.out.splitlines()[-1] == "ok    a package of one layer: exported, compiled, loaded, run, and right"
+    assert "WRONG" not in done.out
+
+
+@pytest.mark.slow
+def test_doctor_finds_a_compiler_that_links_its_library_statically(
+    export: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler = tmp_path / "g++"
+    compiler.write_text('#!/bin/sh\nexec /usr/bin/env g++ -static-libstdc++ "$@"\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    done = export("doctor")
+    assert "links libstdc++ statically, and every package crashes" in done.error()
+    assert done.code == 1
+
+
+def test_doctor_without_a_compiler(export: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", str(tmp_path / "none"))
+    assert f"{tmp_path / 'none'} is not there; apt-get install g++" in export("doctor").error()
+    assert os.environ["CXX"] == str(tmp_path / "none")
