@@ -6,7 +6,10 @@ from pathlib import Path
 
 from trace_analysis.diff import diff
 from trace_analysis.load import load
+from trace_analysis.markdown import document
 from trace_analysis.report import Analysis
+from trace_analysis.tables import diff_tables
+from utils.files import ROOT
 
 FOLDER = Path(__file__).parent / "traces"
 
@@ -51,6 +54,14 @@ def test_diff_of_eager_and_compiled() -> None:
     found = diff(gpu("eager"), gpu("compiled-graph"))
     total = sum(c.change_ns for c in (*found.kinds, found.foreign, found.idle)) - found.overlap.change_ns
     assert total == found.window.change_ns < 0
+
+
+def test_readme_quotes_this_very_diff() -> None:
+    first, *_ = diff_tables(diff(gpu("eager"), gpu("compiled-graph")))
+    lines = document("", [first]).splitlines()
+    quoted = "\n".join(line for line in lines if line.startswith("|"))
+    assert quoted.count("\n") > 5
+    assert quoted in (ROOT / "README.md").read_text()
 
 
 def test_few_kernels_are_of_no_known_kind() -> None:
