@@ -8,6 +8,7 @@ import torch
 from diffusers import FluxPipeline
 from tqdm import tqdm
 
+from tiny_flux import ranks
 from tiny_flux.data import Pool
 from tiny_flux.settings import Settings
 from tiny_flux.stage import Stage, autocast, save_atomically
@@ -42,7 +43,7 @@ def train_autoencoder(pipe: FluxPipeline, pool: Pool, settings: Settings, work: 
 @torch.no_grad()
 def encode_pool(pipe: FluxPipeline, pool: Pool, work: Path, device: torch.device) -> torch.Tensor:
     """Packed latents of the whole pool, bfloat16 [n, 256, 64], scaled to mean 0 and deviation 1."""
-    path = work / "latents.pt"
+    path = ranks.own_folder(work) / "latents.pt"
     if path.exists():
         state = torch.load(path, map_location=device, weights_only=True)
     else:
@@ -53,7 +54,8 @@ def encode_pool(pipe: FluxPipeline, pool: Pool, work: Path, device: torch.device
             with autocast(device):
                 latents[index] = pipe.vae.encode(images).latent_dist.mean.to(latents.dtype)
         sample = latents[: 2**14].float()
-        state = {"latents": latents, "shift": sample.mean().item(), "scale": 1 / sample.std().item()}
+        shift, scale = ranks.from_first(sample.mean().item(), 1 / sample.std().item(), device=device)
+        state = {"latents": latents, "shift": shift, "scale": scale}
         save_atomically(state, path)
     pipe.vae.register_to_config(scaling_factor=state["scale"], shift_factor=state["shift"])
     latents = state["latents"]

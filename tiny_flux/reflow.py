@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from diffusers import AutoencoderKL, FluxPipeline
 from tqdm import tqdm
 
+from tiny_flux import ranks
 from tiny_flux.checker import check
 from tiny_flux.data import Pool
 from tiny_flux.flow import Velocity, flow_loss, shifted
@@ -27,7 +29,7 @@ def make_pairs(
     velocity: Velocity, vae: AutoencoderKL, pool: Pool, settings: Settings, work: Path, device: torch.device
 ) -> dict[str, torch.Tensor]:
     """What the model makes of noise: {"noise", "image"} bfloat16 [n, 256, 64] and "index" into the pool [n]."""
-    path = work / "pairs.pt"
+    path = ranks.own_folder(work) / "pairs.pt"
     if path.exists():
         return torch.load(path, map_location=device, weights_only=True)
     count, steps = settings.reflow_pairs, settings.reflow_sampling_steps
@@ -37,7 +39,7 @@ def make_pairs(
     forward = torch.compile(velocity) if settings.compile else velocity
     batches = torch.arange(count, device=device).split(settings.flow_batch)
     for number, rows in enumerate(tqdm(batches, desc="pairs", mininterval=2)):
-        random = generator(device, settings.seed, "pairs", number)
+        random = generator(device, ranks.own_seed(settings.seed), "pairs", number)
         index = torch.randint(len(pool), rows.shape, generator=random, device=device)
         noise[rows] = torch.randn(len(rows), 256, 64, generator=random, device=device).to(noise.dtype)
         x, which[rows] = noise[rows].float(), index
@@ -62,7 +64,8 @@ def make_pairs(
 def right_ones(vae: AutoencoderKL, latents: torch.Tensor, descriptions: list[Description]) -> torch.Tensor:
     """Whether the images of packed latents [n, 256, 64] show all that is described: bool [n]."""
     right: list[bool] = []
-    with ProcessPoolExecutor(mp_context=get_context("spawn")) as checkers:
+    processes = max(1, (os.cpu_count() or 1) // ranks.count())
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as checkers:
         for start in tqdm(range(0, len(latents), 256), desc="check", mininterval=2):
             x = FluxPipeline._unpack_latents(latents[start : start + 256].float(), IMAGE_SIZE, IMAGE_SIZE, 8)
             with autocast(latents.device):

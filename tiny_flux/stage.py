@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from tiny_flux import ranks
 from tiny_flux.settings import Settings
 from utils.files import replacing
 
@@ -55,6 +56,7 @@ class Stage:
             muon = torch.optim.Muon(matrices, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
             self.optimizers.append(muon)
         self.parameters = [*matrices, *decay, *other]
+        ranks.share(self.parameters)
         self.ema = [p.detach().clone() for p in self.parameters]
         self.step = 0
         if self.path.exists():
@@ -63,26 +65,31 @@ class Stage:
             for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
                 optimizer.load_state_dict(saved)
             self.ema, self.step = state["ema"], state["step"]
-            self._forget_losses_after(self.step)
+            if ranks.is_first():
+                self._forget_losses_after(self.step)
 
     def run(self, loss: Callable[[torch.Generator], dict[str, torch.Tensor]]) -> None:
         """Train to the end; `loss(generator)` returns the loss under "loss" and what else to log."""
         self.module.train()
         seen: list[dict[str, torch.Tensor]] = []
-        progress = tqdm(total=self.steps, initial=self.step, desc=self.name, mininterval=2)
+        first, seed = ranks.is_first(), ranks.own_seed(self.settings.seed)
+        progress = tqdm(total=self.steps, initial=self.step, desc=self.name, mininterval=2, disable=not first)
         while self.step < self.steps:
             for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
                 group["lr"] = self.lr * self._schedule()
-            losses = loss(generator(self.device, self.settings.seed, self.name, self.step))
+            losses = loss(generator(self.device, seed, self.name, self.step))
             losses["loss"].backward()
+            ranks.average_gradients(self.parameters)
             nn.utils.clip_grad_norm_(self.parameters, 1.0)
             for optimizer in self.optimizers:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
             decay = min(self.settings.ema, (self.step + 1) / (self.step + 10))
             torch._foreach_lerp_(self.ema, [p.detach() for p in self.parameters], 1 - decay)
-            seen.append({key: value.detach() for key, value in losses.items()})
             self.step += 1
+            if not first:
+                continue
+            seen.append({key: value.detach() for key, value in losses.items()})
             progress.update()
             if len(seen) == 50 or self.step == self.steps:
                 mean = {key: torch.stack([s[key] for s in seen]).mean().item() for key in seen[0]}

@@ -16,7 +16,7 @@ Five stages, each resumed where it was stopped when the command is given again w
 `--init FOLDER` starts from a trained pipeline instead of random weights; with `--vae-steps 0` its autoencoder is kept.
 
 The weights saved are an exponential moving average, in bfloat16. Written for one GPU (most of an hour on
-an H200); runs on a CPU too, as the tests do with `--preset smoke`.
+an H200) or several of one machine (`tiny_flux.ranks`); runs on a CPU too, as the tests do with `--preset smoke`.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ import matplotlib.pyplot as plt
 import torch
 from diffusers import FluxPipeline
 
+from tiny_flux import ranks
 from tiny_flux.autoencoder import encode_pool, train_autoencoder
 from tiny_flux.data import corpus, make_pool
 from tiny_flux.flow import train_flow
@@ -48,7 +49,9 @@ from utils.files import write_text
 
 
 def save_pipeline(pipe: FluxPipeline, out: Path) -> None:
-    """A bfloat16 copy of `pipe`, in diffusers format."""
+    """A bfloat16 copy of `pipe`, in diffusers format, by the first process."""
+    if not ranks.is_first():
+        return
     names = ("vae", "transformer", "text_encoder", "text_encoder_2")
     copies = {name: copy.deepcopy(getattr(pipe, name)).to("cpu", torch.bfloat16) for name in names}
     part, old = (out.with_name(f"{out.name}.{suffix}") for suffix in ("part", "old"))
@@ -68,6 +71,8 @@ def save_pipeline(pipe: FluxPipeline, out: Path) -> None:
 
 def plot_losses(work: Path) -> None:
     """`losses.png` from `losses.csv`, one panel a stage: the velocity's error where it is logged apart."""
+    if not ranks.is_first():
+        return
     with (work / "losses.csv").open() as file:
         rows = list(csv.DictReader(file))
     stages = list(dict.fromkeys(row["stage"] for row in rows))
@@ -113,14 +118,16 @@ def train(
     pipe = FluxPipeline.from_pretrained(init, dtype=torch.float32) if init else fresh_pipeline(settings.seed)
     pipe.scheduler = new_scheduler()
     pipe.to(device)
-    pool = make_pool(settings.pool, settings.captions, settings.seed, pipe.tokenizer, pipe.tokenizer_2).to(device)
+    seed = ranks.own_seed(settings.seed)
+    pool = make_pool(settings.pool, settings.captions, seed, pipe.tokenizer, pipe.tokenizer_2).to(device)
     if settings.vae_steps:
         train_autoencoder(pipe, pool, settings, work, device)
     latents = encode_pool(pipe, pool, work, device)
     if stop_after == "encode":
         return
-    summary = {"settings": asdict(settings), "torch": torch.__version__, "device": device_name(device)}
-    write_text(work / "training.json", json.dumps(summary, indent=1) + "\n")
+    machine = {"processes": ranks.count(), "torch": torch.__version__, "device": device_name(device)}
+    if ranks.is_first():
+        write_text(work / "training.json", json.dumps({"settings": asdict(settings), **machine}, indent=1) + "\n")
     velocity = train_flow(pipe, pool, latents, settings, work, device)
     save_pipeline(pipe, work / "after-flow")
     plot_losses(work)
@@ -140,7 +147,8 @@ def _check_data(settings: Settings, work: Path) -> None:
     """Refuse to go on with latents and pairs that belong to other scenes."""
     path, data = work / "data.json", {name: getattr(settings, name) for name in ("seed", "pool", "captions")}
     if not path.exists():
-        write_text(path, json.dumps(data) + "\n")
+        if ranks.is_first():
+            write_text(path, json.dumps(data) + "\n")
     elif (known := json.loads(path.read_text())) != data:
         raise UserError(f"{work} holds a run with {known}, not {data}: give another folder with --work")
 
@@ -167,7 +175,11 @@ def main() -> None:
     arguments = parser.parse_args()
     given = {f.name: getattr(arguments, f.name, None) for f in fields(Settings)}
     settings = replace(PRESETS[arguments.preset], **{k: v for k, v in given.items() if v is not None})
-    train(settings, arguments.work, arguments.out, torch.device(arguments.device), arguments.init, arguments.stop_after)
+    device = ranks.join(arguments.device)
+    try:
+        train(settings, arguments.work, arguments.out, device, arguments.init, arguments.stop_after)
+    finally:
+        ranks.leave()
 
 
 if __name__ == "__main__":
