@@ -24,6 +24,7 @@ with quiet():
     from utils.errors import run_command
 
 TEXT, IMAGE, DIM, HEADS, HEAD_DIM = 512, 4096, 3072, 24, 128
+SIDE = 1024  # of the VAE's image, in pixels
 ROTATE_BYTES = 256 * 2**20
 EPS = 1e-6
 
@@ -50,10 +51,13 @@ def bfloat16(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def cases(device: torch.device) -> list[Case]:
-    from recipes.kernels import adaln, cast, gelu, qkv, residual, rows
+    from recipes.kernels import adaln, cast, gelu, group_norm, qkv, residual, rows
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, device=device, dtype=torch.bfloat16)
+
+    def pixels() -> torch.Tensor:
+        return normal(1, 128, SIDE, SIDE).contiguous(memory_format=torch.channels_last)
 
     def modulation(parts: int) -> tuple[torch.Tensor, ...]:
         return normal(1, parts * DIM).chunk(parts, dim=1)
@@ -119,6 +123,12 @@ def cases(device: torch.device) -> list[Case]:
             residual.gated_residual_adaln_float8,
             residual.reference_adaln_float8,
             lambda: (normal(1, IMAGE, DIM), *modulation(1), normal(1, IMAGE, DIM), *modulation(2), EPS),
+        ),
+        Case(
+            "group_norm, SiLU",
+            group_norm.group_norm,
+            bfloat16(group_norm.reference),
+            lambda: (pixels(), normal(128), normal(128), 32, EPS, True),
         ),
         Case("qk_norm_rotary, double", qkv.qk_norm_rotary, unfused_qkv, lambda: of_qkv(True)),
         Case("qk_norm_rotary, single", qkv.qk_norm_rotary, unfused_qkv, lambda: of_qkv(False), unread=1 / 3),

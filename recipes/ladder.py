@@ -98,6 +98,11 @@ def fused_kernels(parent: Recipe) -> Recipe:
     return replace(parent, fused_kernels=True)
 
 
+def fused_group_norm(parent: Recipe) -> Recipe:
+    """A Triton kernel for GroupNorm and SiLU in the VAE's decoder."""
+    return replace(parent, fused_group_norm=True)
+
+
 def float8_attention(parent: Recipe) -> Recipe:
     """Attention in float8 by a Triton kernel."""
     return replace(parent, attention="triton_fp8")
@@ -126,6 +131,7 @@ LADDER: tuple[Callable[[Recipe], Recipe], ...] = (
     compiled_text_encoders,
     float8_text_encoder,
     fused_kernels,
+    fused_group_norm,
     float8_attention,
     aoti,
 )

@@ -71,6 +71,7 @@ class Recipe:
     attention: Literal["native", "cudnn", "fa3", "fa3_fp8", "cudnn_fp8", "triton_fp8"] = "native"
     quantization: Literal["none", "float8_per_row", "float8_per_tensor"] = "none"
     fused_kernels: bool = False
+    fused_group_norm: bool = False
     inductor_flags: InductorFlags = InductorFlags()
     cache: FirstBlockCache | None = None
     modulation: Literal["per_step", "hoisted", "offloaded"] = "per_step"
@@ -88,6 +89,8 @@ class Recipe:
                 raise RecipeError(f"{name} is true or false, not {value!r}")
         if self.fused_kernels:
             self._check_fused_kernels()
+        if self.fused_group_norm and not self.channels_last:
+            raise RecipeError("fused_group_norm needs channels_last=true")
         if not isinstance(self.inductor_flags, InductorFlags):
             raise RecipeError(f"inductor_flags takes a JSON object of its fields, not {self.inductor_flags!r}")
         if not (self.cache is None or isinstance(self.cache, FirstBlockCache)):
@@ -107,7 +110,12 @@ class Recipe:
 
     def without(self, name: str) -> Recipe:
         """This recipe with field `name` at its default, and with it the fields that mean nothing then."""
-        dependent = {"execution": COMPILER_FIELDS, "dtype": ("fused_kernels",), "fused_qkv": ("fused_kernels",)}
+        dependent = {
+            "execution": COMPILER_FIELDS,
+            "dtype": ("fused_kernels",),
+            "fused_qkv": ("fused_kernels",),
+            "channels_last": ("fused_group_norm",),
+        }
         names = (name, *dependent.get(name, ()))
         return replace(self, **{n: default(n) for n in names})
 

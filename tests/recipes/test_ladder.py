@@ -80,6 +80,7 @@ def many_recipes() -> list[Recipe]:
         "attention": ("native", "cudnn", "fa3_fp8"),
         "quantization": ("none", "float8_per_tensor"),
         "fused_kernels": (False, True),
+        "fused_group_norm": (False, True),
         "inductor_flags": (InductorFlags(), InductorFlags(epilogue_fusion=True, conv_1x1_as_mm=False)),
         "cache": (None, FirstBlockCache(0.125)),
         "modulation": ("per_step", "offloaded"),

@@ -28,6 +28,7 @@ def test_frozen_and_usable_as_key() -> None:
         ({"quantization": "int8"}, "quantization is one of"),
         ({"fused_qkv": "yes"}, "fused_qkv is true or false, not 'yes'"),
         ({"fused_qkv": 1}, "fused_qkv is true or false, not 1"),
+        ({"fused_group_norm": True}, "fused_group_norm needs channels_last=true"),
         ({"fused_kernels": True, "fused_qkv": True}, "fused_kernels needs dtype=bfloat16"),
         ({"fused_kernels": True, "dtype": "bfloat16"}, "fused_kernels needs fused_qkv=true"),
         (
@@ -79,6 +80,7 @@ def test_hash_differs_for_every_field() -> None:
         Recipe(fused_qkv=True),
         Recipe(channels_last=True),
         Recipe(dtype="bfloat16", fused_qkv=True, fused_kernels=True),
+        Recipe(channels_last=True, fused_group_norm=True),
         Recipe(attention="cudnn"),
         Recipe(attention="fa3"),
         Recipe(attention="fa3_fp8"),
@@ -125,6 +127,7 @@ def test_without_puts_back_the_default_and_what_depends_on_it() -> None:
     fused = Recipe(dtype="bfloat16", fused_qkv=True, fused_kernels=True)
     assert fused.without("fused_qkv") == Recipe(dtype="bfloat16")
     assert fused.without("dtype") == Recipe(fused_qkv=True)
+    assert Recipe(channels_last=True, fused_group_norm=True).without("channels_last") == Recipe()
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import torch
 
 from utils.files import ROOT
 
-TESTS = ("test_kernels.py", "test_fused_blocks.py", "test_benchmark_cases.py")
+TESTS = ("test_kernels.py", "test_fused_blocks.py", "test_fused_group_norm.py", "test_benchmark_cases.py")
 
 
 # Found by name: it came with no version's announcement.

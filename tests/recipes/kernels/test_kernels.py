@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("triton", reason="needs the package triton, which isn't installed")
 
 from recipes.float8_heads import to_float8, tokens_innermost
-from recipes.kernels import adaln, attention, cast, gelu, qkv, residual
+from recipes.kernels import adaln, attention, cast, gelu, group_norm, qkv, residual
 from recipes.kernels.rows import rows_to_float8
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -266,3 +266,38 @@ def test_attention_of_keys_out_of_reach(device: torch.device, monkeypatch: pytes
     value.view(torch.uint8)[..., 37:] = 0x7F  # NaN
     out = attention.attention_float8(q, q, value, torch.stack([descale] * 3))
     torch.testing.assert_close(out.float(), x, rtol=1e-2, atol=0)
+
+
+IMAGES = [
+    (1, 64, 5, 7, 8),
+    (2, 128, 33, 9, 32),
+    *([] if INTERPRETED else [(1, 128, 1024, 1024, 32), (2, 512, 96, 128, 32)]),
+]
+
+
+@pytest.mark.parametrize(("batch", "channels", "height", "width", "groups"), IMAGES)
+@pytest.mark.parametrize("silu", [False, True])
+def test_group_norm(
+    normal: Callable, batch: int, channels: int, height: int, width: int, groups: int, silu: bool
+) -> None:
+    x = normal(batch, channels, height, width) + 3 * normal(1, channels, 1, 1)
+    weight, bias = normal(channels), normal(channels)
+    expected = group_norm.reference(x, weight, bias, groups, EPS, silu)
+    for memory_format in (torch.channels_last, torch.contiguous_format):
+        out = group_norm.group_norm(x.contiguous(memory_format=memory_format), weight, bias, groups, EPS, silu)
+        assert out.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(out.float(), expected, rtol=1.1 * BFLOAT16, atol=1e-4)
+
+
+def test_group_norm_of_a_large_mean(normal: Callable, device: torch.device) -> None:
+    """In float32, where a sum of squares would lose the deviation."""
+    x = (normal(1, 32, 40, 40, dtype=torch.float32) + 1000).contiguous(memory_format=torch.channels_last)
+    weight, bias = torch.ones(32, device=device), torch.zeros(32, device=device)
+    expected = torch.nn.functional.group_norm(x.double(), 8, eps=EPS)
+    out = group_norm.group_norm(x, weight, bias, 8, EPS, False)
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=1e-3)
+
+
+def test_group_norm_refuses_other_numbers_of_channels(normal: Callable) -> None:
+    with pytest.raises(ValueError, match="not 48 in 8"):
+        group_norm.group_norm(normal(1, 48, 4, 4), normal(48), normal(48), 8, EPS, True)

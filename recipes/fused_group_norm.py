@@ -1,0 +1,48 @@
+"""The VAE's decoder with GroupNorm and SiLU in one Triton kernel: in eager PyTorch half of its time at 1024x1024."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers.models.resnet import ResnetBlock2D
+from torch import nn
+
+from recipes.optimization import Needs, Optimization
+from recipes.recipe import Recipe
+
+
+class GroupNormSiLU(nn.Module):
+    """Stands where a GroupNorm stood, and does the SiLU behind it, too; weight and bias keep their names."""
+
+    def __init__(self, norm: nn.GroupNorm):
+        super().__init__()
+        self.weight, self.bias, self.groups, self.eps = norm.weight, norm.bias, norm.num_groups, norm.eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [batch, channels, height, width]; gives the same, in channels_last."""
+        from recipes.kernels.group_norm import group_norm  # needs triton, which only a machine with a GPU has
+
+        return group_norm(x, self.weight, self.bias, self.groups, self.eps, True)
+
+
+def fuse(vae: AutoencoderKL) -> int:
+    """Replace the decoder's GroupNorms that a SiLU follows; gives their number. That of the attention stays."""
+    decoder = vae.decoder
+    blocks = [module for module in decoder.modules() if isinstance(module, ResnetBlock2D)]
+    for block in blocks:
+        block.norm1, block.norm2 = GroupNormSiLU(block.norm1), GroupNormSiLU(block.norm2)
+        block.nonlinearity = nn.Identity()
+    decoder.conv_norm_out, decoder.conv_act = GroupNormSiLU(decoder.conv_norm_out), nn.Identity()
+    return 2 * len(blocks) + 1
+
+
+def _apply(pipe: DiffusionPipeline, recipe: Recipe) -> str:
+    return f"{fuse(pipe.vae)} GroupNorms of the VAE's decoder, each with its SiLU"
+
+
+OPTIMIZATION = Optimization(
+    field="fused_group_norm",
+    needs=lambda recipe: Needs(device="cuda", capability=(8, 0), packages=("triton",)),
+    lossless=lambda recipe: True,
+    apply=_apply,
+)
