@@ -158,8 +158,9 @@ class _Contents:
         file = _beside(name)
         if file not in self.files:
             raise UserError(f"{self.repo} has no {file} beside {name} at {self.commit}: it is no whole package")
+        fetched = self.fetch(file)
         try:
-            beside = parse_beside(self.fetch(file).read_text())
+            beside = parse_beside(fetched.read_text())
             recipe_name(Entry(Path(name), beside))
         except (ValueError, UsageError) as error:
             raise UserError(f"{self.repo}/{file} is damaged, or of another version of this program ({error})") from None

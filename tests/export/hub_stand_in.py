@@ -119,11 +119,11 @@ class _Handler(BaseHTTPRequestHandler):
                 asked = json.loads(body)
                 name = f"{asked['organization']}/{asked['name']}"
                 self._check_write()
-                if name in self.hub.repositories:
-                    raise _RefusedError(409)
-                self.hub.repositories[name] = Repository()
-                self.hub.repositories[name].commit({".gitattributes": b"*.bin filter=lfs\n"})
-                self._json({"url": f"{self.hub.url}/{name}"})
+                there = name in self.hub.repositories
+                if not there:
+                    self.hub.repositories[name] = Repository()
+                    self.hub.repositories[name].commit({".gitattributes": b"*.bin filter=lfs\n"})
+                self._json({"url": f"{self.hub.url}/{name}"}, 409 if there else 200)
             case ["api", "validate-yaml"]:
                 content = json.loads(body)["content"]
                 self._json({"errors": []}, 200 if content.startswith("---\n") else 400)
@@ -160,13 +160,19 @@ class _Handler(BaseHTTPRequestHandler):
     def _check_write(self) -> None:
         token = self._token()
         if token != TOKEN:
-            raise _RefusedError(401 if token is None else 403, message="" if token is None else "You may not write here")
+            raise _RefusedError(
+                401 if token is None else 403, message="" if token is None else "You may not write here"
+            )
 
     def _repository(self, name: str) -> Repository:
         """As on the Hub: 401 for what is missing, if nobody is logged in, so that it tells nothing of private ones."""
         token = self._token()
         if name not in self.hub.repositories:
-            raise _RefusedError(404, "RepoNotFound") if token else _RefusedError(401, message="Invalid username or password.")
+            raise (
+                _RefusedError(404, "RepoNotFound")
+                if token
+                else _RefusedError(401, message="Invalid username or password.")
+            )
         if self.hub.repositories[name].gated and token is None and "/resolve/" in self.path:
             raise _RefusedError(401, "GatedRepo")
         return self.hub.repositories[name]

@@ -62,6 +62,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """The stand-in, as the Hub of this process; the client's cache is an empty one."""
     with Hub() as hub:
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+        template = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
@@ -392,7 +394,7 @@ def test_killed_in_the_middle(hub: Hub, held: str, export: Callable, package: En
     child.kill()
     _, shown = child.communicate()
     assert child.returncode == -9, shown
-    assert re.search(rf"{NAME}\.pt2: +\d+%\|", shown), shown
+    assert re.search(rf"{NAME}\.json: +100%\|", shown), shown
     assert not PackageStore(out).entries()
     assert not list(out.glob("[!.]*"))
     assert export("pull", REPO, "--revision", held, "--out", out).code == 0
