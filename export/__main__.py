@@ -11,7 +11,7 @@ with quiet():
     import torch
 
     import recipes
-    from export import doctor, order, verify
+    from export import doctor, hub, order, verify
     from export.checks import check_file
     from export.order import Order
     from export.store import Entry, PackageStore, default_folder, of_file
@@ -44,9 +44,18 @@ def parser() -> command_line.Parser:
         command.add_argument("file", type=Path, metavar="FILE", help="a package's .pt2 file, its .json beside it")
     check.add_argument("--checkpoint", help="whose weights (default: those that the package was built with)")
     examine = commands.add_parser("doctor", help="compile, load and run a one-layer package, and say what is wrong")
+    push = commands.add_parser("push", help="put a package on the Hugging Face Hub, with a card made from its manifest")
+    push.add_argument("file", type=Path, metavar="FILE", help="a package's .pt2 file, its .json beside it")
+    push.add_argument("--repo", required=True, metavar="OWNER/NAME", help="the Hub's repository, made if it is missing")
+    push.add_argument("--private", action="store_true", help="where the repository is made: only for its owner")
+    pull = commands.add_parser("pull", help="fetch packages from the Hugging Face Hub, checked before they are opened")
+    pull.add_argument("source", metavar="OWNER/NAME[/FILE]", help="one package, or all of a repository")
+    pull.add_argument("--revision", metavar="COMMIT", help="the commit, 40 hex digits")
+    pull.add_argument("--sha256", metavar="HEX", help="the sha256 of the .pt2 file")
+    pull.add_argument("--out", type=Path, default=default_folder(), help="the folder (default: %(default)s)")
     for command in (build, check, examine):
         command.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto", help="auto: cuda if there is")
-    for command in (build, listing, inspect, check, examine):
+    for command in (build, listing, inspect, check, examine, push, pull):
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -122,12 +131,27 @@ def run_doctor(arguments: argparse.Namespace) -> None:
         raise UserError(f"packages don't work here: {wrong[0].subject}: {wrong[0].found}; {wrong[0].remedy}")
 
 
+def run_push(arguments: argparse.Namespace) -> None:
+    entry = checked(arguments.file)
+    pushed = hub.push(entry, arguments.repo, arguments.private)
+    print(f"{pushed.url}, sha256 {entry.beside.sha256}{', was there already' if pushed.was_there else ''}")
+    print(f"python -m export pull {arguments.repo}/{entry.path.name} --revision {pushed.commit}")
+
+
+def run_pull(arguments: argparse.Namespace) -> None:
+    pin = hub.Pin(arguments.revision, arguments.sha256)
+    for entry, was_there in hub.pull(arguments.source, pin, arguments.out):
+        print(f"{line(entry)}{', was there already' if was_there else ''}")
+
+
 COMMANDS = {
     "build": run_build,
     "list": run_list,
     "inspect": lambda arguments: print(description(checked(arguments.file))),
     "verify": run_verify,
     "doctor": run_doctor,
+    "push": run_push,
+    "pull": run_pull,
 }
 
 

@@ -20,12 +20,13 @@ def check_file(entry: Entry, remedy: str) -> None:
     Raises:
         UserError: it is damaged, or another one.
     """
-    refusal = _refusal(entry)
-    if refusal is not None:
-        raise UserError(f"{entry.path} {refusal}: {remedy}")
+    reason = refusal(entry)
+    if reason is not None:
+        raise UserError(f"{entry.path} {reason}: {remedy}")
 
 
-def _refusal(entry: Entry) -> str | None:
+def refusal(entry: Entry) -> str | None:
+    """Why the file isn't the one that was built; None if it is."""
     beside = entry.beside
     size = entry.path.stat().st_size
     if size != beside.size:
@@ -40,7 +41,7 @@ def _refusal(entry: Entry) -> str | None:
     outside = json.loads(json.dumps(asdict(entry.manifest)))
     different = _difference(inside, outside)
     if different is not None:
-        return f"was built otherwise than {entry.path.stem}.json says, in {different}"
+        return f"was built otherwise than the manifest beside it says, in {different}"
     return None
 
 

@@ -161,15 +161,23 @@ class Beside:
 def read_beside(path: Path) -> Beside:
     """Raises UserError: the file can't be read, or isn't what this repository writes."""
     try:
-        value = json.loads(path.read_text())
+        return parse_beside(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path} is damaged ({error}): delete it and {path.stem}.pt2, and build the package again"
+        ) from None
+
+
+def parse_beside(text: str) -> Beside:
+    """Raises ValueError: it isn't what this repository writes."""
+    try:
+        value = json.loads(text)
         schema = value["manifest"]["schema"]
         if schema != SCHEMA:
             raise ValueError(f"its schema is {schema!r}, this program reads {SCHEMA}")
         return decode(Beside, value, "")
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(
-            f"{path} is damaged ({error}): delete it and {path.stem}.pt2, and build the package again"
-        ) from None
+    except (TypeError, KeyError) as error:
+        raise ValueError(str(error)) from None
 
 
 def decode(kind: Any, value: Any, where: str) -> Any:

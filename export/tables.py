@@ -17,7 +17,7 @@ def line(entry: Entry) -> str:
     models = ", ".join(name if count == 1 else f"{count} {name}" for name, count in kinds.items())
     return (
         f"{entry.path}: {entry.beside.size / 1e6:.2f} MB, {manifest.built.seconds:.0f} s to build, "
-        f"{_recipe(entry)}, {manifest.identity.device} {manifest.identity.arch}: {models}"
+        f"{recipe_name(entry)}, {manifest.identity.device} {manifest.identity.arch}: {models}"
     )
 
 
@@ -29,7 +29,7 @@ def description(entry: Entry) -> str:
         f"{entry.path}",
         f"  {entry.beside.size} bytes, sha256 {entry.beside.sha256}",
         f"  built by `{built.command}` from {built.checkpoint} in {built.seconds} s, {built.date}",
-        f"  recipe {_recipe(entry)}, dtype {identity.dtype}",
+        f"  recipe {recipe_name(entry)}, dtype {identity.dtype}",
         f"  for {identity.device} {identity.arch}; "
         + ", ".join(f"{name} {getattr(identity, name)}" for name in versions if getattr(identity, name)),
         f"  sources {identity.sources[:12]}",
@@ -42,7 +42,8 @@ def description(entry: Entry) -> str:
     return "\n".join(lines)
 
 
-def _recipe(entry: Entry) -> str:
+def recipe_name(entry: Entry) -> str:
+    """The recipe's name on the command line. Raises RecipeError: it is none of this program's recipes."""
     return command_line_name(Recipe.from_dict(entry.manifest.identity.recipe))
 
 
