@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 CHECKPOINT ?= tiny
-PROMPT ?= a red circle left of a blue square
+PROMPT ?= a yellow star above a purple circle
 OUTPUT ?= output.png
 # Empty: the fastest recipe of this machine.
 RECIPE ?=
