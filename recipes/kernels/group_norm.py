@@ -51,15 +51,15 @@ def group_norm(
     splits = triton.cdiv(pixels, block * tiles)
     parts = x.new_empty((2, batch, splits, groups), dtype=torch.float32)  # mean, sum of squared differences to it
     moments = x.new_empty((2, batch, groups), dtype=torch.float32)  # mean, 1 / deviation
-    wrap_triton(_moments_kernel)[(splits, batch)](
+    wrap_triton(_group_norm_moments_kernel)[(splits, batch)](
         x, parts, pixels, batch * splits * groups, TILES=tiles, BLOCK=block, CHANNELS=channels, GROUPS=groups,
         num_warps=8,
     )  # fmt: skip
-    wrap_triton(_together_kernel)[(groups, batch)](
+    wrap_triton(_group_norm_together_kernel)[(groups, batch)](
         parts, moments, pixels, splits, batch * splits * groups, batch * groups, EPS=eps, PIXELS=block * tiles,
         SPLITS=triton.next_power_of_2(splits), CHANNELS=channels, GROUPS=groups,
     )  # fmt: skip
-    wrap_triton(_normalize_kernel)[(triton.cdiv(pixels, block), batch)](
+    wrap_triton(_group_norm_normalize_kernel)[(triton.cdiv(pixels, block), batch)](
         x, weight, bias, moments, out, pixels, batch * groups, BLOCK=block, CHANNELS=channels, GROUPS=groups, SILU=silu,
         num_warps=8,
     )  # fmt: skip
@@ -67,7 +67,7 @@ def group_norm(
 
 
 @triton.jit
-def _moments_kernel(
+def _group_norm_moments_kernel(
     x,
     parts,
     pixels,
@@ -107,7 +107,7 @@ def _moments_kernel(
 
 
 @triton.jit
-def _together_kernel(
+def _group_norm_together_kernel(
     parts,
     moments,
     pixels,
@@ -136,7 +136,7 @@ def _together_kernel(
 
 
 @triton.jit
-def _normalize_kernel(
+def _group_norm_normalize_kernel(
     x,
     weight,
     bias,
