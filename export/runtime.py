@@ -53,18 +53,18 @@ class PackagedRegion:
     """Stands in for a module's forward: one bound model for each kind of input, fetched at the first such call."""
 
     def __init__(self, region: Region, module: nn.Module, library: Library):
-        self.region, self.module, self.library = region, module, library
+        self.region, self.module, self.packages = region, module, library
         self.original = module.forward
         self.bound: dict[Key, BoundModel] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         inputs = self.region.arguments(args, kwargs)
         key = regions.key(inputs)
-        if self.library.recorded is not None:
-            self.library.recorded.setdefault((self.region, key), (self, inputs))
+        if self.packages.recorded is not None:
+            self.packages.recorded.setdefault((self.region, key), (self, inputs))
             return self.original(**inputs)
         if key not in self.bound:
-            self.bound[key] = self.library.bind(self, inputs)
+            self.bound[key] = self.packages.bind(self, inputs)
         return self.bound[key](inputs)
 
     @contextmanager
@@ -219,12 +219,12 @@ class PackagedTransformer:
     """
 
     def __init__(self, library: Library, before: PackagedRegion, after: PackagedRegion):
-        self.library, self.before, self.after = library, before, after
+        self.packages, self.before, self.after = library, before, after
         self.known: set[Key] = set()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         named = hoisting.by_name(args, kwargs)
-        if self.library.recorded is None and self.library.store.build:
+        if self.packages.recorded is None and self.packages.store.build:
             key = regions.key({name: value for name, value in named.items() if regions.is_tensors(value)})
             if key not in self.known:
                 self._build_what_is_missing(named)
@@ -232,21 +232,21 @@ class PackagedTransformer:
         return self._run(named)
 
     def _build_what_is_missing(self, named: dict[str, Any]) -> None:
-        with self.library.recording() as calls:
+        with self.packages.recording() as calls:
             self._run(named)
-        missing = [call for (region, _), call in calls.items() if self.library.find(region, call[1]) is None]
+        missing = [call for (region, _), call in calls.items() if self.packages.find(region, call[1]) is None]
         if missing:
-            self.library.build(missing)
+            self.packages.build(missing)
 
     def _run(self, named: dict[str, Any]) -> Any:
-        return hoisting.run(self.library.pipe.transformer, self.before, self.after, **named)
+        return hoisting.run(self.packages.pipe.transformer, self.before, self.after, **named)
 
 
 class WholeTransformer:
     """Stands in for the transformer's forward: the denoising step as one model."""
 
     def __init__(self, region: PackagedRegion):
-        self.library, self.region = region.library, region
+        self.packages, self.region = region.packages, region
 
     def __call__(self, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
         sample = self.region(**hoisting.by_name(args, kwargs))
@@ -271,13 +271,13 @@ def attach(pipe: DiffusionPipeline, recipe: Recipe, options: dict[str, Any], pac
 
 def library_of(pipe: DiffusionPipeline) -> Library:
     """The packages that `attach` gave a pipeline, before CUDA graphs were put around them."""
-    return pipe.transformer.forward.library
+    return pipe.transformer.forward.packages
 
 
 def runs_embedded_weights(pipe: DiffusionPipeline) -> bool:
     """Whether some of the pipeline's work is done with weights that a package holds, and not with its own."""
     forward = pipe.transformer.forward
-    library = getattr(getattr(forward, "function", forward), "library", None)  # perhaps inside a CUDA graph
+    library = getattr(getattr(forward, "function", forward), "packages", None)  # perhaps inside a CUDA graph
     return library is not None and any(one.embedded for region in library.packaged for one in region.bound.values())
 
 

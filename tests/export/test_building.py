@@ -65,7 +65,7 @@ def test_killed_half_way_then_two_at_once(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 3, ".pt2, .json and .lock, and nothing of the killed build"
 
     after = after_of(tmp_path)
-    after.library.store.build = False
+    after.packages.store.build = False
     inputs = inputs_of_after()
     with after.unpackaged() as module:
         expected = module(**inputs)
@@ -84,15 +84,15 @@ def test_name_belongs_to_recipe_weights_inputs_and_sources(tmp_path: Path, monke
     def name(recipe: Recipe = AOTI, change: str = "", **inputs: int) -> str:
         after = after_of(tmp_path, recipe)
         if change:
-            monkeypatch.setattr(after.library, "identity", change_of(after, change))
-        monkeypatch.setattr(after.library.store, "write", lambda name, make: names.append(name))
-        after.library.build([(after, inputs_of_after(**inputs))])
+            monkeypatch.setattr(after.packages, "identity", change_of(after, change))
+        monkeypatch.setattr(after.packages.store, "write", lambda name, make: names.append(name))
+        after.packages.build([(after, inputs_of_after(**inputs))])
         return names[-1]
 
     def change_of(after: PackagedRegion, field: str) -> object:
         from dataclasses import replace
 
-        return replace(after.library.identity, **{field: "other"})
+        return replace(after.packages.identity, **{field: "other"})
 
     same = name()
     assert same == name(Recipe(execution="aoti", scheduler_sync_removal=True)), "it shapes no graph"
