@@ -27,7 +27,8 @@ from export.regions import Inputs, Region
 
 MANIFEST_RECORD = "extra/manifest.json"
 _COMPRESSED_BELOW = 64 * 2**20  # bytes of a record; weights don't get smaller, and take minutes
-_NOT_LOADED = (".cpp", ".h", ".o")  # what the code was made from
+# What the code was made from. The wrapper's source stays: by its name torch 2.11 finds the model's metadata.
+_NOT_LOADED = (".kernel.cpp", ".h", ".o")
 
 
 @dataclass(frozen=True)

@@ -36,10 +36,12 @@ class Stage:
         work: Path,
         device: torch.device,
         matrices: Collection[nn.Parameter] = (),
+        ema: float | None = None,
     ):
-        """matrices: those of `module`'s parameters that Muon trains, AdamW the others."""
+        """matrices: those of `module`'s parameters that Muon trains, AdamW the others. ema: if not the settings'."""
         self.name, self.module, self.steps, self.lr = name, module, steps, lr
         self.settings, self.device, self.work = settings, device, work
+        self.ema_decay = settings.ema if ema is None else ema
         self.path = work / f"{name}.pt"
         for_muon = {id(p) for p in matrices}
         rest = [p for p in module.parameters() if id(p) not in for_muon]
@@ -84,7 +86,7 @@ class Stage:
             for optimizer in self.optimizers:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-            decay = min(self.settings.ema, (self.step + 1) / (self.step + 10))
+            decay = min(self.ema_decay, (self.step + 1) / (self.step + 10))
             torch._foreach_lerp_(self.ema, [p.detach() for p in self.parameters], 1 - decay)
             self.step += 1
             if not first:

@@ -1,6 +1,6 @@
 """Train the embedded model from scratch: `python -m tiny_flux.train --out assets/tiny-flux`.
 
-Five stages, each resumed where it was stopped when the command is given again with the same --work folder:
+Six stages, each resumed where it was stopped when the command is given again with the same --work folder:
 
 1. `autoencoder`: AutoencoderKL on rendered scenes, L1 + KL.
 2. `encode`: the pool's latents (their mean), and the VAE's scaling and shift factors from them.
@@ -9,7 +9,8 @@ Five stages, each resumed where it was stopped when the command is given again w
    learns to tell what lies where (`layout`), and the text encoders what a caption claims (`claims`).
 4. `guidance`: classifier-free guidance (arXiv 2207.12598; one caption in ten is trained on as empty) distilled into the
    model (arXiv 2210.03142), as into FLUX.1 [dev], so that one evaluation a step suffices.
-5. `reflow`: rectified flow on pairs (noise, image) that the model itself made from noise with many steps, where the
+5. `reward`: fine-tuning on what the checker says of the model's own images (DiffusionNFT, arXiv 2509.16117).
+6. `reflow`: rectified flow on pairs (noise, image) that the model itself made from noise with many steps, where the
    checker finds the image right. It straightens the model's paths, so that few steps suffice (arXiv 2209.03003,
    section 2.2).
 
@@ -42,6 +43,7 @@ from tiny_flux.flow import train_flow
 from tiny_flux.guidance import distil_guidance
 from tiny_flux.model import new_pipeline, new_scheduler
 from tiny_flux.reflow import train_reflow
+from tiny_flux.reward import train_reward
 from tiny_flux.settings import PRESETS, Settings
 from tiny_flux.tokenizers import clip_tokenizer, t5_tokenizer
 from utils.errors import UserError, run_command
@@ -71,7 +73,7 @@ def save_pipeline(pipe: FluxPipeline, out: Path) -> None:
 
 def plot_losses(work: Path) -> None:
     """`losses.png` from `losses.csv`, one panel a stage: the velocity's error where it is logged apart."""
-    if not ranks.is_first():
+    if not ranks.is_first() or not (work / "losses.csv").exists():
         return
     with (work / "losses.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -138,6 +140,11 @@ def train(
     plot_losses(work)
     if stop_after == "guidance":
         return
+    train_reward(velocity, pipe.vae, pool, settings, work, device)
+    save_pipeline(pipe, work / "after-reward")
+    plot_losses(work)
+    if stop_after == "reward":
+        return
     train_reflow(velocity, pipe.vae, pool, settings, work, device)
     save_pipeline(pipe, out)
     plot_losses(work)
@@ -166,12 +173,14 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
         "--stop-after",
-        choices=["encode", "flow", "guidance"],
+        choices=["encode", "flow", "guidance", "reward"],
         help="the rest goes on when the command is given without it",
     )
     for field in fields(Settings):
         if field.type in ("int", "float"):
             parser.add_argument(f"--{field.name.replace('_', '-')}", type={"int": int, "float": float}[field.type])
+        else:
+            parser.add_argument(f"--{field.name.replace('_', '-')}", type=int, nargs="+")
     arguments = parser.parse_args()
     given = {f.name: getattr(arguments, f.name, None) for f in fields(Settings)}
     settings = replace(PRESETS[arguments.preset], **{k: v for k, v in given.items() if v is not None})
