@@ -104,8 +104,8 @@ def fused_group_norm(parent: Recipe) -> Recipe:
 
 
 def float8_attention(parent: Recipe) -> Recipe:
-    """Attention in float8 by a Triton kernel."""
-    return replace(parent, attention="triton_fp8")
+    """Attention in float8 by cuDNN, the fastest measured on an H100."""
+    return replace(parent, attention="cudnn_fp8")
 
 
 def aoti(parent: Recipe) -> Recipe:

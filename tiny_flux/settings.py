@@ -13,8 +13,10 @@ class Settings:
     layout_weight, claims_weight: of the losses of tiny_flux/layout.py and tiny_flux/claims.py beside the velocity's.
     time_shift: how far `flow`'s noise levels are shifted towards noise, where it is decided what there is.
     guidance: of the classifier-free guidance that is distilled into the model.
-    reward_prompts, reward_images: drawn every `reward_updates` steps: so many prompts, so many images for each, in one
-        of `reward_sampling_steps` steps. reward_beta: how far the model may go from the one that drew; less is farther.
+    reward_prompts, reward_images: drawn every `reward_updates` steps: so many prompts, so many images for each, in as
+        many sampling steps as one of `reward_sampling_steps`.
+    reward_beta: how much of the way from the model that drew counts; less lets it go farther at once.
+    reward_push: how strongly bad images push, beside the good ones' pull.
     only_right: of reflow's pairs, keep those where the checker finds every claim of the caption in the image.
     """
 
@@ -39,10 +41,12 @@ class Settings:
     reward_lr: float = 1e-4
     reward_prompts: int = 256
     reward_images: int = 8
-    reward_sampling_steps: tuple[int, ...] = (10,)
-    reward_updates: int = 8
-    reward_beta: float = 0.5
-    reward_ema: float = 0.97
+    reward_sampling_steps: tuple[int, ...] = (8, 16)
+    reward_updates: int = 16
+    reward_batch: int = 512
+    reward_beta: float = 1.0
+    reward_push: float = 0.3
+    reward_ema: float = 0.98
     reflow_pairs: int = 40_000
     reflow_sampling_steps: int = 28
     only_right: int = 1
@@ -58,7 +62,7 @@ PRESETS = {
     "full": Settings(),
     "smoke": Settings(
         pool=64, captions=2, vae_steps=4, vae_batch=4, flow_steps=4, flow_batch=4, guidance_steps=2,
-        reward_steps=4, reward_prompts=2, reward_images=2, reward_sampling_steps=(2,), reward_updates=2,
+        reward_steps=4, reward_prompts=2, reward_images=2, reward_sampling_steps=(2,), reward_updates=2, reward_batch=4,
         reflow_pairs=8, reflow_sampling_steps=2, reflow_steps=2, only_right=0, save_every=2, compile=0,
     ),
 }  # fmt: skip

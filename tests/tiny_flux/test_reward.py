@@ -13,6 +13,7 @@ from tiny_flux.checker import Verdict
 from tiny_flux.data import training_description
 from tiny_flux.drawing import Judges
 from tiny_flux.reward import goodness, preference_loss, reward
+from tiny_flux.settings import Settings
 
 
 def test_a_reward_counts_each_claim_and_most_of_all_that_all_hold() -> None:
@@ -29,13 +30,15 @@ def test_goodness_compares_the_images_of_one_prompt() -> None:
     assert good.mean(1).tolist() == pytest.approx([0.5] * 3)
 
 
-@pytest.mark.parametrize(("good", "direction"), [(1.0, 1), (0.0, -1), (0.5, 0)])
-def test_the_loss_moves_towards_good_images_and_away_from_bad_ones(good: float, direction: int) -> None:
+@pytest.mark.parametrize(
+    ("good", "push", "direction"), [(1.0, 0.3, 1), (0.0, 0.3, -1), (0.0, 1.0, -1), (0.5, 1.0, 0), (0.5, 0.3, 1)]
+)
+def test_the_loss_moves_towards_good_images_and_away_from_bad_ones(good: float, push: float, direction: int) -> None:
     random_ = torch.Generator().manual_seed(0)
     before, wanted = torch.randn(2, 3, 256, 64, generator=random_)
     now = before.clone().requires_grad_()
     t = torch.tensor([0.2, 0.5, 0.9])[:, None, None]
-    preference_loss(now, before, wanted, t, torch.full((3,), good), beta=0.5).backward()
+    preference_loss(now, before, wanted, t, torch.full((3,), good), Settings(reward_push=push)).backward()
     assert now.grad is not None
     towards = (-now.grad * (wanted - before)).sum((1, 2))
     if direction:
@@ -48,7 +51,8 @@ def test_the_farther_from_the_one_that_drew_the_more_holds_it_back() -> None:
     random_ = torch.Generator().manual_seed(0)
     before, wanted, away = torch.randn(3, 2, 256, 64, generator=random_)
     t, good = torch.full((2, 1, 1), 0.5), torch.full((2,), 0.5)
-    losses = [preference_loss(before + far * away, before, wanted, t, good, beta=1.0) for far in (0.0, 0.5, 1.0)]
+    settings = Settings(reward_push=1.0)
+    losses = [preference_loss(before + far * away, before, wanted, t, good, settings) for far in (0.0, 0.5, 1.0)]
     assert losses[0] < losses[1] < losses[2]
 
 
