@@ -64,6 +64,10 @@ class Captions(NamedTuple):
     clip_ids: torch.Tensor
     claims: torch.Tensor
 
+    def at(self, rows: torch.Tensor) -> Captions:
+        """Those at these rows, int64 indices or a bool for each."""
+        return Captions(*(tensor[rows] for tensor in self))
+
 
 @dataclass
 class Pool:

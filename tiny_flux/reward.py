@@ -11,19 +11,19 @@ strength nothing holds the model to any image, and here it drifted away after 25
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from diffusers import AutoencoderKL
 
-from tiny_flux import ranks
 from tiny_flux.checker import Verdict
 from tiny_flux.data import Captions, Pool
 from tiny_flux.drawing import Judges, decode, sample
-from tiny_flux.flow import Velocity, sample_time
+from tiny_flux.flow import Predicted, Velocity, sample_time
 from tiny_flux.settings import Settings
-from tiny_flux.stage import Stage, autocast, generator
+from tiny_flux.stage import Stage, autocast
 
 
 class Round(NamedTuple):
@@ -51,49 +51,23 @@ def train_reward(
 ) -> None:
     if settings.reward_steps == 0:
         return
-    stage = Stage(
-        "reward", velocity, settings.reward_steps, settings.reward_lr, settings, work, device, ema=settings.reward_ema
-    )
+    steps, lr = settings.reward_steps, settings.reward_lr
+    stage = Stage("reward", velocity, steps, lr, settings, work, device, ema=settings.reward_ema)
     old = copy.deepcopy(velocity).eval().requires_grad_(False)
-    old_parameters = dict(zip(map(id, velocity.parameters()), old.parameters(), strict=True))
+    old_of = dict(zip(velocity.parameters(), old.parameters(), strict=True))
     forward, old_forward = (torch.compile(v) if settings.compile else v for v in (velocity, old))
-    prompts, each = settings.reward_prompts, settings.reward_images
-
-    def draw(judges: Judges) -> Round:
-        """With the moving average as it is now; randomness by the step."""
-        for parameter, average in zip(stage.parameters, stage.ema, strict=True):
-            old_parameters[id(parameter)].copy_(average)
-        random = generator(device, ranks.own_seed(settings.seed), "reward's images", stage.step)
-        index = torch.randint(len(pool), (prompts,), generator=random, device=device).repeat_interleave(each)
-        captions = Captions(*(x[::each].repeat_interleave(each, 0) for x in pool.captions(index, random)))
-        noise = torch.randn(len(index), 256, 64, generator=random, device=device)
-        images = torch.empty_like(noise, dtype=torch.bfloat16)
-        choices = settings.reward_sampling_steps
-        steps = choices[int(torch.randint(len(choices), (), generator=random, device=device))]
-        for rows in torch.arange(len(index), device=device).split(settings.flow_batch):
-            own = Captions(*(x[rows] for x in captions))
-            images[rows] = sample(old_forward, noise[rows], own, steps, device).to(images.dtype)
-            judges.give(decode(vae, images[rows]), [pool.descriptions[i] for i in index[rows].tolist()])
-        verdicts = judges.verdicts()
-        rewards = torch.tensor([reward(v) for v in verdicts], device=device).view(prompts, each)
-        differ = rewards.amax(1) > rewards.amin(1)
-        if not differ.any():  # nothing to prefer; all processes make their steps all the same
-            differ[:] = True
-        kept = differ.repeat_interleave(each)
-        good = goodness(rewards[differ]).flatten()
-        right = torch.tensor(sum(v.right for v in verdicts) / len(verdicts), device=device)
-        return Round(images[kept], Captions(*(x[kept] for x in captions)), good, right)
-
     drawn: list[Round] = []
 
-    with Judges(prompts * each) as judges:
+    with Judges(settings.reward_prompts * settings.reward_images) as judges:
 
         def loss(random: torch.Generator) -> dict[str, torch.Tensor]:
             if stage.step % settings.reward_updates == 0 or not drawn:
-                drawn[:] = [draw(judges)]
+                for parameter, average in zip(stage.parameters, stage.ema, strict=True):
+                    old_of[parameter].copy_(average)
+                drawn[:] = [draw(old_forward, vae, pool, settings, judges, random)]
             images, captions, good, right = drawn[0]
             rows = torch.randint(len(images), (settings.reward_batch,), generator=random, device=device)
-            clean, own = images[rows].float(), Captions(*(x[rows] for x in captions))
+            clean, own = images[rows].float(), captions.at(rows)
             noise = torch.randn(clean.shape, generator=random, device=device)
             time = sample_time(len(rows), settings.time_shift, random, device)
             t = time[:, None, None]
@@ -105,6 +79,37 @@ def train_reward(
             return {"loss": preference_loss(now, before, noise - clean, t, good[rows], settings), "right": right}
 
         stage.run(loss)
+
+
+def draw(
+    forward: Callable[..., Predicted],
+    vae: AutoencoderKL,
+    pool: Pool,
+    settings: Settings,
+    judges: Judges,
+    random: torch.Generator,
+) -> Round:
+    """Several images for each of some of the pool's captions, judged; those of prompts whose rewards differ."""
+    device, prompts, each = random.device, settings.reward_prompts, settings.reward_images
+    index = torch.randint(len(pool), (prompts,), generator=random, device=device)
+    captions = pool.captions(index, random).at(torch.arange(prompts, device=device).repeat_interleave(each))
+    index = index.repeat_interleave(each)
+    choice = int(torch.randint(len(settings.reward_sampling_steps), (), generator=random, device=device))
+    images = torch.empty(len(index), 256, 64, dtype=torch.bfloat16, device=device)
+    for rows in torch.arange(len(index), device=device).split(settings.flow_batch):
+        noise = torch.randn(len(rows), 256, 64, generator=random, device=device)
+        images[rows] = sample(forward, noise, captions.at(rows), settings.reward_sampling_steps[choice], device).to(
+            images.dtype
+        )
+        judges.give(decode(vae, images[rows]), [pool.descriptions[i] for i in index[rows].tolist()])
+    verdicts = judges.verdicts()
+    rewards = torch.tensor([reward(v) for v in verdicts], device=device).view(prompts, each)
+    differ = rewards.amax(1) > rewards.amin(1)
+    if not differ.any():  # nothing to prefer; all processes make their steps all the same
+        differ[:] = True
+    kept = differ.repeat_interleave(each)
+    right = torch.tensor(sum(v.right for v in verdicts) / len(verdicts), device=device)
+    return Round(images[kept], captions.at(kept), goodness(rewards[differ]).flatten(), right)
 
 
 def preference_loss(

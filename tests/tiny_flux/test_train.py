@@ -62,7 +62,7 @@ def test_killed_and_resumed_it_makes_the_same_weights(undisturbed: Path, tmp_pat
     train_until_killed(tmp_path, "flow.pt")
     assert not (tmp_path / "out").exists()
     train(tmp_path)
-    for part in ("out", "work/after-flow", "work/after-guidance"):
+    for part in ("out", "work/after-flow", "work/after-guidance", "work/after-reward"):
         wanted, found = contents(undisturbed / part), contents(tmp_path / part)
         assert found.keys() == wanted.keys()
         assert [name for name in wanted if found[name] != wanted[name]] == []
@@ -78,7 +78,8 @@ def test_other_data_is_refused(undisturbed: Path) -> None:
 
 
 def test_later_stages_change_the_transformer_and_not_the_autoencoder(undisturbed: Path) -> None:
-    folders = (undisturbed / "work" / "after-flow", undisturbed / "work" / "after-guidance", undisturbed / "out")
+    work = undisturbed / "work"
+    folders = (work / "after-flow", work / "after-guidance", work / "after-reward", undisturbed / "out")
     for before, after in itertools.pairwise(map(contents, folders)):
         changed = {name.split("/")[0] for name in after if after[name] != before[name]}
         assert changed == {"transformer", "text_encoder", "text_encoder_2"}
@@ -106,6 +107,7 @@ def test_losses_and_settings_are_kept(undisturbed: Path) -> None:
         ("autoencoder", "4"),
         ("flow", "4"),
         ("guidance", "2"),
+        ("reward", "4"),
         ("reflow", "2"),
     ]
     assert all(float(row["value"]) >= 0 for row in rows)
