@@ -277,7 +277,9 @@ def library_of(pipe: DiffusionPipeline) -> Library:
 def runs_embedded_weights(pipe: DiffusionPipeline) -> bool:
     """Whether some of the pipeline's work is done with weights that a package holds, and not with its own."""
     forward = pipe.transformer.forward
-    library = getattr(getattr(forward, "function", forward), "packages", None)  # perhaps inside a CUDA graph
+    while hasattr(forward, "function"):  # inside a CUDA graph, a loop
+        forward = forward.function
+    library = getattr(forward, "packages", None)
     return library is not None and any(one.embedded for region in library.packaged for one in region.bound.values())
 
 
