@@ -57,7 +57,8 @@ class OneStep(SchedulerMixin):
 
 
 class LoopPipeline(DiffusionPipeline):
-    """Mixin for FluxPipeline and FluxKontextPipeline: called as these are, calls its transformer once.
+    """Mixin for FluxPipeline and FluxKontextPipeline: called as these are, calls its transformer once, and its progress
+    bar counts one step.
 
     Raises:
         UsageError: at a call that needs the host between two steps, or whose scheduler isn't diffusers'

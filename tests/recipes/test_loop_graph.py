@@ -432,6 +432,21 @@ def test_fewer_graphs_than_numbers_of_steps_make_way(tiny: Callable, draw: Calla
 
 
 @pytest.mark.gpu
+@torch.no_grad()
+def test_captured_loop_reads_weights_where_they_lie(tiny: Callable, draw: Callable, tmp_path: Path) -> None:
+    """What a LoRA needs: weights are written in place, those of the hoisted modulation too."""
+    steps, loop = on_gpu(tiny, HOISTED, tmp_path)
+    before = draw(loop, steps=3, output_type="latent")
+    for pipe in (steps, loop):
+        pipe.transformer.proj_out.weight.mul_(0.5)
+        pipe.transformer.norm_out.linear.weight.mul_(0.5)
+    expected, got = (draw(pipe, steps=3, output_type="latent") for pipe in (steps, loop))
+    assert torch.equal(got, expected)
+    assert not torch.equal(got, before)
+    assert graphs(loop) == 1
+
+
+@pytest.mark.gpu
 def test_called_by_hand_between_captured_loops(
     tiny: Callable, draw: Callable, predict: Callable, tmp_path: Path
 ) -> None:
