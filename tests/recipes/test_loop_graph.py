@@ -24,6 +24,7 @@ from PIL import Image
 from torch.profiler import ProfilerActivity, profile
 
 import recipes
+from export.runtime import library_of
 from export.store import PackageStore
 from recipes import Recipe, RecipeError
 from recipes.loop_graph import OPTIMIZATION, DenoisingLoop, OneStep, euler
@@ -291,7 +292,9 @@ def test_loop_is_of_the_steps_that_were_compiled(
     with CompileClock() as clock:
         expected = draw(pipe, **arguments)
     assert clock.seconds > 0
+    library = library_of(pipe) if options["execution"] == "aoti" else None
     as_loop(pipe)
+    assert library is None or library_of(pipe) is library, "the packages are found in the loop"
     with CompileClock() as clock:
         assert torch.equal(draw(pipe, **arguments), expected)
     assert clock.compilations == 0
