@@ -40,6 +40,7 @@ with quiet():
     from utils.timing import StageTimer, summary, synchronize, timed, warm_up
 
 _INSTRUMENTED_CALLS = 3
+_BY_LOOP = "with its loop, by the number of steps"
 _STAGE_NAMES = {"prompt_encoding": "text_encode", "decoding": "vae_decode", "postprocessing": "postprocess"}
 
 
@@ -92,10 +93,9 @@ def measure(job: Job) -> dict[str, Any]:
         with ranges.annotate(pipe):
             trace(lambda: call(fresh(0)), job.trace, job.trace_stacks, device)
 
-    steps = [1000 * seconds for seconds in timer.seconds["denoising_step"]]
+    loops, steps = denoising_ms(timer.seconds, job.request.steps)
     stages = {name: round(1000 * median(timer.seconds[stage]), 3) for stage, name in _STAGE_NAMES.items()}
-    calls = [sum(steps[i : i + job.request.steps]) for i in range(0, len(steps), job.request.steps)]
-    stages["denoise"] = round(median(calls), 3)
+    stages["denoise"] = round(median(loops), 3)
     return {
         "recipe": {"name": job.name, "hash": job.recipe.hash, "parent": job.parent, **job.recipe.to_dict()},
         "applied": applied,
@@ -105,6 +105,7 @@ def measure(job: Job) -> dict[str, Any]:
         "latency_s": {"runs": latencies, **summary(latencies)},
         "stages_ms": stages,
         "denoise_step_ms": summary(steps),
+        "denoise_step_timed": _BY_LOOP if ranges.DENOISING_LOOP in timer.seconds else "alone",
         "ratio_to_baseline": None,
         "compile_s": round(clock.seconds, 3),
         "compile_phases_s": {name: round(seconds, 3) for name, seconds in clock.phases.items()},
@@ -117,6 +118,18 @@ def measure(job: Job) -> dict[str, Any]:
         "command": job.command,
         "started_at": started_at,
     }
+
+
+def denoising_ms(seconds: dict[str, list[float]], steps: int) -> tuple[list[float], list[float]]:
+    """Milliseconds of each denoising loop, and of each step, by a `StageTimer`'s seconds of calls of so many steps.
+
+    Of a loop that is one range, a step's are its share: the loop's by their number.
+    """
+    if ranges.DENOISING_LOOP in seconds:
+        loops = [1000 * loop for loop in seconds[ranges.DENOISING_LOOP]]
+        return loops, [loop / steps for loop in loops]
+    each = [1000 * step for step in seconds[ranges.DENOISING_STEP]]
+    return [sum(each[i : i + steps]) for i in range(0, len(each), steps)], each
 
 
 def trace(call: Any, path: Path, stacks: bool, device: torch.device) -> None:

@@ -3,7 +3,8 @@
 Quicker and coarser than run_benchmark.py, for comparing optimizations one by one: each recipe draws once to compile and
 capture, and then `--calls` times, where each step of the pipeline's own loop is timed by itself: on a GPU by events
 around the transformer's call, so that nothing waits. The first step of a call holds what is hoisted out of the others;
-the mean counts it, the median doesn't. FILE is written anew after every recipe.
+the mean counts it, the median doesn't. Of loop_graph=true, whose steps are one call, each has its share of the loop's
+time, and first, median and mean are of these. FILE is written anew after every recipe.
 
 Compile seconds are those of the machine's caches as they lie, and a recipe finds what one before it compiled; with
 --cold each one has empty caches of compiled code and builds its own packages (kernels that Triton alone compiled stay
@@ -103,11 +104,12 @@ def measure(
         synchronize(device)
     start_s = time.perf_counter() - started
     clock.milliseconds()
+    in_call = request.steps if recipe.loop_graph else 1  # steps in a call of the transformer
     reset_peak(device)
     steps: list[float] = []
     for number in range(calls):
         latents(prompts.prompt(checkpoint, number), number)
-        steps += clock.milliseconds()
+        steps += [call / in_call for call in clock.milliseconds() for _ in range(in_call)]
     peak = peak_bytes(device)
     result = latents(request.prompt, request.seed).float().cpu()
     firsts, others = steps[:: request.steps], [t for i, t in enumerate(steps) if i % request.steps]

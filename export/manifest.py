@@ -31,14 +31,15 @@ SCHEMA = 1
 
 # How a pipeline runs, and not what its graphs compute: any value of these fields takes the same package.
 _NOT_IN_THE_GRAPH = (
-    *("scheduler_sync_removal", "execution", "compiled_text_encoders", "float8_text_encoder", "cuda_graph", "cache"),
+    *("scheduler_sync_removal", "execution", "compiled_text_encoders", "float8_text_encoder", "cuda_graph"),
+    *("loop_graph", "cache"),
 )
 # Sources that no graph is made of. Any other file counts, one that is added later too.
 _NOT_SHAPING = (
     *("recipes/__init__.py", "recipes/apply.py", "recipes/ladder.py", "recipes/flux_fast_flags.py"),
     *("recipes/optimization.py", "recipes/recipe.py", "recipes/execution.py", "recipes/scheduler_sync.py"),
     *("recipes/step_cache.py", "recipes/text_encoders.py", "recipes/float8_text_encoder.py", "recipes/cuda_graph.py"),
-    "recipes/weights.py",
+    *("recipes/loop_graph.py", "recipes/weights.py"),
 )
 _SHAPING_OF_EXPORT = ("export/regions.py", "export/build.py")
 # What the decoder's graph depends on; the rest of the VAE's configuration is the encoder's and the pipeline's.

@@ -70,7 +70,7 @@ def fill(order: Order, folder: Path, device: torch.device) -> tuple[Entry, bool]
 
 def pipeline(checkpoint: str, recipe: Recipe, folder: Path, device: torch.device) -> tuple[DiffusionPipeline, Library]:
     """The pipeline with the recipe's packages from `folder`, and nothing that isn't in their graphs."""
-    plain = replace(recipe, cuda_graph=False, compiled_text_encoders=False)
+    plain = replace(recipe, cuda_graph=False, loop_graph=False, compiled_text_encoders=False)
     recipes.check(plain, device)
     pipe = checkpoints.load(checkpoint, torch_dtype(plain), device, progress=False)
     pipe.set_progress_bar_config(disable=True)

@@ -270,14 +270,21 @@ def attach(pipe: DiffusionPipeline, recipe: Recipe, options: dict[str, Any], pac
 
 
 def library_of(pipe: DiffusionPipeline) -> Library:
-    """The packages that `attach` gave a pipeline, before CUDA graphs were put around them."""
-    return pipe.transformer.forward.packages
+    """The packages that `attach` gave a pipeline."""
+    return without_graph(pipe.transformer).packages
+
+
+def without_graph(module: nn.Module) -> Any:
+    """A module's forward without the CUDA graph and the loop that may be around it."""
+    forward = module.forward
+    while hasattr(forward, "function"):
+        forward = forward.function
+    return forward
 
 
 def runs_embedded_weights(pipe: DiffusionPipeline) -> bool:
     """Whether some of the pipeline's work is done with weights that a package holds, and not with its own."""
-    forward = pipe.transformer.forward
-    library = getattr(getattr(forward, "function", forward), "packages", None)  # perhaps inside a CUDA graph
+    library = getattr(without_graph(pipe.transformer), "packages", None)
     return library is not None and any(one.embedded for region in library.packaged for one in region.bound.values())
 
 

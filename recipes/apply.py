@@ -21,6 +21,7 @@ from recipes import (
     fused_kernels,
     fused_qkv,
     hoisted_embeddings,
+    loop_graph,
     modulation,
     scheduler_sync,
     step_cache,
@@ -30,7 +31,7 @@ from recipes.ladder import Rung, climb, command_line_name
 from recipes.optimization import Optimization
 from recipes.recipe import Recipe, RecipeError
 
-# In the order of application: what changes weights before what is compiled over them.
+# In the order of application: what changes weights before what is compiled over them, and then what is captured.
 OPTIMIZATIONS: tuple[Optimization, ...] = (
     dtype.OPTIMIZATION,
     scheduler_sync.OPTIMIZATION,
@@ -46,6 +47,7 @@ OPTIMIZATIONS: tuple[Optimization, ...] = (
     hoisted_embeddings.OPTIMIZATION,
     text_encoders.OPTIMIZATION,
     execution.OPTIMIZATION,
+    loop_graph.OPTIMIZATION,
     cuda_graph.OPTIMIZATION,
 )
 _MARK = "_applied_recipe"
@@ -110,10 +112,11 @@ def is_lossless(recipe: Recipe) -> bool:
 
 
 def fastest(device: torch.device, not_paying: Collection[str] = ()) -> Recipe:
-    """The ladder's top on `device`: every rung that it supports (not merely emulates), without those `not_paying`."""
+    """The ladder's top on `device`: every rung that it supports (not merely emulates), without those `not_paying` and
+    those that are for who asks for them."""
 
     def skip(rung: Rung) -> str | None:
         pays_not = "does not pay" if rung.name in not_paying else None
         return pays_not or refusal(rung.recipe, device) or not_timed(rung.recipe, device)
 
-    return [rung.recipe for rung in climb(skip) if rung.skipped is None][-1]
+    return [rung.recipe for rung in climb(skip) if rung.skipped is None and not rung.opt_in][-1]

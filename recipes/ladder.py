@@ -108,6 +108,11 @@ def float8_attention(parent: Recipe) -> Recipe:
     return replace(parent, attention="cudnn_fp8")
 
 
+def loop_graph(parent: Recipe) -> Recipe:
+    """All denoising steps are one CUDA graph; step ms is the loop's time by steps. The next rung is without it."""
+    return replace(parent, loop_graph=True)
+
+
 def aoti(parent: Recipe) -> Recipe:
     """Ahead-of-time compiled packages instead of compiling at the first call."""
     return replace(parent, execution="aoti")
@@ -133,22 +138,26 @@ LADDER: tuple[Callable[[Recipe], Recipe], ...] = (
     fused_kernels,
     fused_group_norm,
     float8_attention,
+    loop_graph,
     aoti,
 )
+# Measured, and not inherited: they take something from the pipeline's call that not everyone wants to give.
+OPT_IN = (loop_graph,)
 
 
 @dataclass(frozen=True)
 class Rung:
-    """A rung as climbed: `skipped` is why its field isn't inherited by those after it."""
+    """A rung as climbed. Its field isn't inherited by those after it if it is `skipped` (why), or `opt_in`."""
 
     name: str
     parent: str | None
     recipe: Recipe
     skipped: str | None = None
+    opt_in: bool = False
 
 
 def climb(skip: Callable[[Rung], str | None]) -> Iterator[Rung]:
-    """The ladder's rungs from the bottom, each on top of the last one that wasn't skipped.
+    """The ladder's rungs from the bottom, each on top of the last one that wasn't skipped or opt-in.
 
     skip(rung): why the rung is to be skipped, or None. A rung that its parent leaves without meaning (a compiler's
     option where compiling was skipped) is skipped as well.
@@ -156,12 +165,12 @@ def climb(skip: Callable[[Rung], str | None]) -> Iterator[Rung]:
     parent, below = None, Recipe()
     for change in LADDER:
         try:
-            rung = Rung(change.__name__, parent, change(below))
+            rung = Rung(change.__name__, parent, change(below), opt_in=change in OPT_IN)
             rung = replace(rung, skipped=skip(rung))
         except RecipeError as error:
             rung = Rung(change.__name__, parent, below, str(error))
         yield rung
-        if rung.skipped is None:
+        if rung.skipped is None and not rung.opt_in:
             parent, below = rung.name, rung.recipe
 
 

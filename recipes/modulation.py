@@ -56,7 +56,9 @@ class HoistedModulation:
             return arguments
         timestep, guidance = arguments.pop("timestep"), arguments.pop("guidance", None)
         pooled = arguments.pop("pooled_projections")
-        if getattr(self.pipe, "_current_timestep", None) is None:  # called by hand, not from the pipeline's loop
+        if timestep.ndim == 2:  # of all of a loop's steps
+            rows = self.rows_of_steps(timestep, guidance, pooled)
+        elif getattr(self.pipe, "_current_timestep", None) is None:  # called by hand, not from the pipeline's loop
             rows = self.rows(timestep, guidance, pooled)
         else:
             steps, table = self.table(self.pipe.scheduler.timesteps, timestep.dtype, guidance, pooled)
@@ -74,10 +76,16 @@ class HoistedModulation:
         self, timesteps: torch.Tensor, dtype: torch.dtype, guidance: torch.Tensor | None, pooled: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """All steps' timesteps in 0..1, [steps], and their rows, [steps, batch, width]."""
-        steps, batch = timesteps.to(pooled.device, dtype) / 1000, len(pooled)  # rounded as the pipeline rounds it
-        everyone = None if guidance is None else guidance.repeat(len(steps))
-        rows = self.rows(steps.repeat_interleave(batch), everyone, pooled.repeat(len(steps), 1))
-        return steps, rows.unflatten(0, (len(steps), batch))
+        steps = timesteps.to(pooled.device, dtype) / 1000  # rounded as the pipeline rounds it
+        return steps, self.rows_of_steps(steps[:, None].expand(-1, len(pooled)), guidance, pooled)
+
+    def rows_of_steps(
+        self, timesteps: torch.Tensor, guidance: torch.Tensor | None, pooled: torch.Tensor
+    ) -> torch.Tensor:
+        """[steps, batch, width] of timesteps [steps, batch] in 0..1, and the images' guidance and prompts."""
+        steps = len(timesteps)
+        everyone = None if guidance is None else guidance.repeat(steps)
+        return self.rows(timesteps.flatten(), everyone, pooled.repeat(steps, 1)).unflatten(0, timesteps.shape)
 
 
 def _end_loop_with_call(pipe: DiffusionPipeline) -> None:

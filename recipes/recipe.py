@@ -79,6 +79,7 @@ class Recipe:
     compiled_text_encoders: bool = False
     float8_text_encoder: bool = False
     cuda_graph: bool = False
+    loop_graph: bool = False
 
     def __post_init__(self) -> None:
         for name, hint in typing.get_type_hints(Recipe).items():
@@ -91,6 +92,10 @@ class Recipe:
             self._check_fused_kernels()
         if self.fused_group_norm and not self.channels_last:
             raise RecipeError("fused_group_norm needs channels_last=true")
+        if self.loop_graph and not self.cuda_graph:
+            raise RecipeError("loop_graph needs cuda_graph=true")
+        if self.loop_graph and not self.scheduler_sync_removal:
+            raise RecipeError("loop_graph needs scheduler_sync_removal=true")
         if not isinstance(self.inductor_flags, InductorFlags):
             raise RecipeError(f"inductor_flags takes a JSON object of its fields, not {self.inductor_flags!r}")
         if not (self.cache is None or isinstance(self.cache, FirstBlockCache)):
@@ -115,6 +120,8 @@ class Recipe:
             "dtype": ("fused_kernels",),
             "fused_qkv": ("fused_kernels",),
             "channels_last": ("fused_group_norm",),
+            "cuda_graph": ("loop_graph",),
+            "scheduler_sync_removal": ("loop_graph",),
         }
         names = (name, *dependent.get(name, ()))
         return replace(self, **{n: default(n) for n in names})

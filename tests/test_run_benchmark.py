@@ -18,6 +18,8 @@ import torch
 from PIL import Image
 
 from recipes import ladder, named
+from trace_analysis.load import load
+from trace_analysis.report import report
 from utils import environment, results
 from utils.files import ROOT
 
@@ -122,6 +124,7 @@ def test_one_recipe_with_trace_and_image(script: Callable, tmp_path: Path) -> No
     }
     latency = result["latency_s"]
     assert len(latency["runs"]) == 3
+    assert result["denoise_step_timed"] == "alone"
     assert min(latency["runs"]) <= latency["median"] <= max(latency["runs"])
     assert 2 <= result["warmup_calls"] <= 10
     assert result["compile_s"] == 0
@@ -142,6 +145,25 @@ def test_one_recipe_with_trace_and_image(script: Callable, tmp_path: Path) -> No
     assert [name for _, name in ranges] == ["prompt_encoding", *steps, "decoding", "postprocessing"]
     assert any(e.get("cat") == "python_function" for e in events), "stacks"
     assert any("Input Dims" in e.get("args", {}) for e in events), "shapes"
+
+
+@pytest.mark.gpu
+def test_loop_of_one_launch(script: Callable, tmp_path: Path) -> None:
+    recipe, trace = "no_scheduler_sync,cuda_graph=true,loop_graph=true", tmp_path / "trace.json"
+    options = ("--steps", 4, "--recipe", recipe, "--trace-file", trace, "--results", tmp_path / "results")
+    done = script("run_benchmark.py", *SMALL, *options)
+    assert done.code == 0, done.err
+    (path,) = (tmp_path / "results").glob("*/*/alone/*.json")
+    result = results.read(path)
+    assert_schema_1(result)
+    assert result["denoise_step_timed"] == "with its loop, by the number of steps"
+    assert result["stages_ms"]["denoise"] == pytest.approx(4 * result["denoise_step_ms"]["median"], rel=1e-3)
+    events = json.loads(trace.read_text())["traceEvents"]
+    ranges = sorted((e["ts"], e["name"]) for e in events if e.get("cat") == "user_annotation")
+    assert [name for _, name in ranges] == ["prompt_encoding", "denoising_loop", "decoding", "postprocessing"]
+    found = report(load(trace), "denoising_loop")
+    assert [span.device.graph_launches for span in found.steps if span.device] == [1]
+    assert "no_steps" not in {finding.name for finding in found.findings}
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import numpy as np
 
 from trace_analysis.device import GRAPH_LAUNCH, KERNEL_LAUNCH, Device, calls_named
 from trace_analysis.load import GPU, NONE, Trace
+from trace_analysis.steps import DENOISING_LOOP, host_ranges
 
 # Parts of a report that a finding can make unreliable.
 STEPS, GAPS, SYNCS, RATES, KERNELS = "steps", "gaps", "syncs", "rates", "kernels"
@@ -30,7 +31,7 @@ def findings(trace: Trace, device: Device | None, steps: np.ndarray, marker: str
     checks: list[Callable[[], Finding | None]] = [
         lambda: _incomplete(trace),
         lambda: _skipped(trace),
-        lambda: _no_ranges(steps, marker),
+        lambda: _no_ranges(trace, steps, marker),
         lambda: _overlapping(trace, steps, marker),
     ]
     if device is not None:
@@ -61,10 +62,13 @@ def _skipped(trace: Trace) -> Finding | None:
     return Finding("unreadable_events", message, (STEPS, GAPS, SYNCS, RATES))
 
 
-def _no_ranges(steps: np.ndarray, marker: str) -> Finding | None:
+def _no_ranges(trace: Trace, steps: np.ndarray, marker: str) -> Finding | None:
     if len(steps):
         return None
-    return Finding("no_steps", f"no range {marker}: no single steps are reported (--step-marker names another)")
+    another = "--step-marker names another"
+    if len(host_ranges(trace, DENOISING_LOOP)):
+        another = f"its denoising loop is one range: --step-marker {DENOISING_LOOP}"
+    return Finding("no_steps", f"no range {marker}: no single steps are reported ({another})")
 
 
 def _overlapping(trace: Trace, steps: np.ndarray, marker: str) -> Finding | None:

@@ -15,7 +15,7 @@ from trace_analysis.intervals import Total
 from trace_analysis.kernels import KernelKinds
 from trace_analysis.load import NONE, Trace
 
-DENOISING_STEP = "denoising_step"
+DENOISING_STEP, DENOISING_LOOP = "denoising_step", "denoising_loop"  # each step; or all of a call, launched at once
 STAGES = ("prompt_encoding", "decoding", "postprocessing")
 
 

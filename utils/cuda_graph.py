@@ -91,20 +91,21 @@ class LeastRecentlyUsed(Generic[Value]):
 class Graphs(LeastRecentlyUsed["Captured"]):
     """The graphs of one pipeline, in one memory pool."""
 
-    def capture(self, function: Callable, arguments: Arguments) -> Captured:
+    def capture(self, function: Callable, arguments: Arguments, warm_up: Callable) -> Captured:
         device = _device(arguments.tensors)
         # A pool ends with its last graph: it is that of the graphs that are there, and the first one begins another.
         # The stream stays the same, for cuBLAS keeps a workspace for each that it has seen.
         one = next(iter(self.values.values()), None)
         if one is None:
-            return Captured(function, arguments, None, torch.cuda.Stream(device))
-        return Captured(function, arguments, one.graph.pool(), one.side)
+            return Captured(function, arguments, warm_up, None, torch.cuda.Stream(device))
+        return Captured(function, arguments, warm_up, one.graph.pool(), one.side)
 
 
 class Captured:
-    """One graph: `function` called with arguments like `arguments`, warmed up and captured on the stream `side`."""
+    """One graph: `function` called with arguments like `arguments`, captured on the stream `side` after `warm_up` was
+    called there with the same."""
 
-    def __init__(self, function: Callable, arguments: Arguments, pool: Any, side: torch.cuda.Stream):
+    def __init__(self, function: Callable, arguments: Arguments, warm_up: Callable, pool: Any, side: torch.cuda.Stream):
         self.side = side
         self.inputs = [_like(tensor) for tensor in arguments.tensors]
         torch._foreach_copy_(self.inputs, arguments.tensors)
@@ -113,7 +114,7 @@ class Captured:
         side.wait_stream(current)
         with torch.cuda.stream(side):
             for _ in range(_WARM_UP_CALLS):
-                function(*args, **kwargs)
+                warm_up(*args, **kwargs)
         current.wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
         # thread_local: another thread's work, such as a compiler's, is none of this capture's business.
@@ -131,20 +132,22 @@ class Graphed:
     """Stands in for `function`, which computes on one CUDA device, without autograd, and changes none of its inputs.
 
     What it reads besides its arguments, such as weights, must stay where it is: new values are written in place.
+    warm_up: called with its arguments before it is captured; does all that `function` does only once, such as
+    compiling. By default `function`.
 
     Raises:
         UserError: at a call whose tensors aren't on one CUDA device, or whose other arguments aren't hashable.
     """
 
-    def __init__(self, function: Callable, graphs: Graphs):
-        self.function, self.graphs = function, graphs
+    def __init__(self, function: Callable, graphs: Graphs, warm_up: Callable | None = None):
+        self.function, self.graphs, self.warm_up = function, graphs, warm_up or function
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         arguments = Arguments.of(args, kwargs)
         # Buffers made in inference mode couldn't be written to outside it.
         with torch.inference_mode(False), torch.no_grad():
             key = (self.function, arguments.key)
-            captured = self.graphs.get(key, lambda: self.graphs.capture(self.function, arguments))
+            captured = self.graphs.get(key, lambda: self.graphs.capture(self.function, arguments, self.warm_up))
             return captured.replay(arguments.tensors)
 
 

@@ -2,7 +2,8 @@
 
 Nothing of the pipeline's class is known beyond diffusers' conventions: `encode_prompt`, `scheduler`, `vae.decode`,
 `image_processor.postprocess`. A denoising step lasts from the end of the one before (the first: from the scheduler's
-`set_begin_index`, or `set_timesteps` where the pipeline doesn't call that) to the end of `scheduler.step`.
+`set_begin_index`, or `set_timesteps` where the pipeline doesn't call that) to the end of `scheduler.step`. A pipeline
+whose steps can't be told apart from outside says so by its class's `denoising_range`: one range, DENOISING_LOOP.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-STAGES = ("prompt_encoding", "denoising_step", "decoding", "postprocessing")
+DENOISING_STEP, DENOISING_LOOP = "denoising_step", "denoising_loop"
+STAGES = ("prompt_encoding", DENOISING_STEP, "decoding", "postprocessing")
 SCHEDULER_STEP = "scheduler_step"
 Range = Callable[[str], AbstractContextManager]
 
@@ -24,7 +26,7 @@ Range = Callable[[str], AbstractContextManager]
 def annotate(pipe: DiffusionPipeline) -> Iterator[None]:
     """In the body, every call of `pipe` leaves the ranges STAGES in a profiler trace; undone afterwards.
 
-    Within each denoising step, the scheduler's part is the range SCHEDULER_STEP.
+    Within each denoising step, the scheduler's part is the range SCHEDULER_STEP; a DENOISING_LOOP has none.
     """
     step = pipe.scheduler.step
 
@@ -32,7 +34,10 @@ def annotate(pipe: DiffusionPipeline) -> Iterator[None]:
         with torch.profiler.record_function(SCHEDULER_STEP):
             return step(*args, **kwargs)
 
-    with _replaced(pipe.scheduler, "step", scheduled), watch(pipe, torch.profiler.record_function):
+    with ExitStack() as stack:
+        if _denoising_range(pipe) == DENOISING_STEP:
+            stack.enter_context(_replaced(pipe.scheduler, "step", scheduled))
+        stack.enter_context(watch(pipe, torch.profiler.record_function))
         yield
 
 
@@ -56,14 +61,23 @@ def watch(pipe: DiffusionPipeline, enter: Range) -> Iterator[None]:
         if getattr(pipe, "vae", None) is not None:
             wrap(pipe.vae, "decode", "decoding")
         wrap(getattr(pipe, "image_processor", None), "postprocess", "postprocessing")
-        called = inspect.unwrap(type(pipe).__call__).__code__.co_names
-        start = "set_begin_index" if "set_begin_index" in called else "set_timesteps"
-        stack.enter_context(_watch_steps(pipe.scheduler, start, enter))
+        start = "set_begin_index" if _calls(pipe, "set_begin_index") else "set_timesteps"
+        stack.enter_context(_watch_steps(pipe.scheduler, start, lambda: enter(_denoising_range(pipe))))
         yield
 
 
+def _denoising_range(pipe: DiffusionPipeline) -> str:
+    return getattr(pipe, "denoising_range", DENOISING_STEP)
+
+
+def _calls(pipe: DiffusionPipeline, name: str) -> bool:
+    """Whether calling `pipe` calls something of this name: it, or a class that its own extends."""
+    calls = [vars(kind)["__call__"] for kind in type(pipe).__mro__ if "__call__" in vars(kind)]
+    return any(name in inspect.unwrap(call).__code__.co_names for call in calls)
+
+
 @contextmanager
-def _watch_steps(scheduler: Any, start: str, enter: Range) -> Iterator[None]:
+def _watch_steps(scheduler: Any, start: str, enter: Callable[[], AbstractContextManager]) -> Iterator[None]:
     """Ranges from the end of `scheduler.<start>` over the ends of `scheduler.step`, as many as there are timesteps."""
     current: AbstractContextManager | None = None
     left = 0
@@ -76,7 +90,7 @@ def _watch_steps(scheduler: Any, start: str, enter: Range) -> Iterator[None]:
 
     def open_next() -> None:
         nonlocal current
-        current = enter("denoising_step")
+        current = enter()
         current.__enter__()
 
     def begin(original: Callable) -> Callable:

@@ -66,6 +66,18 @@ def test_every_recipe_is_timed_and_compared(run: Callable, tmp_path: Path) -> No
     assert "failed: RecipeError" in lines[-1]
 
 
+@pytest.mark.gpu
+def test_steps_of_a_loop_have_its_share(run: Callable, tmp_path: Path) -> None:
+    path, steps = tmp_path / "steps.json", "bf16,scheduler_sync_removal=true,cuda_graph=true"
+    code, _, err = run(steps, f"{steps},loop_graph=true", *SMALL, "--calls", "5", "--output", str(path))
+    assert code == 0, err
+    single, loop = json.loads(path.read_text())["recipes"]
+    assert loop["recipe"]["loop_graph"] is True
+    assert loop["relative_error_to_first"] == 0
+    assert loop["step_ms"]["mean"] == pytest.approx(loop["step_ms"]["first"])
+    assert loop["step_ms"]["mean"] < 1.5 * single["step_ms"]["mean"], "the time of a step, and not of three"
+
+
 @pytest.mark.slow
 def test_cold_caches_hold_nothing_of_the_recipe_before(
     run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -155,7 +155,8 @@ def test_package_of_another_architecture(refuse: Callable, damaged: Path) -> Non
 
 
 def test_package_of_another_recipe(refuse: Callable, damaged: Path, library: Library, after: PackagedRegion) -> None:
-    forge(damaged, lambda manifest: manifest["identity"]["recipe"].update(cuda_graph=True, scheduler_sync_removal=True))
+    of_graphs = {"cuda_graph": True, "scheduler_sync_removal": True, "loop_graph": True}
+    forge(damaged, lambda manifest: manifest["identity"]["recipe"].update(of_graphs))
     fresh = replace(library, store=PackageStore(damaged.parent, build=False))
     assert fresh.find(after.region, inputs_of_after()) is not None, "these fields shape no graph"
     forge(damaged, lambda manifest: manifest["identity"]["recipe"].update(fused_qkv=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
 import numpy as np
@@ -106,6 +107,17 @@ def test_fastest_leaves_out_what_is_refused_or_emulated() -> None:
     assert fastest.dtype == "bfloat16"
     rungs = [name for name, recipe in recipes.named().items() if recipe.channels_last]
     assert not recipes.fastest(CPU, rungs).channels_last
+
+
+def test_fastest_is_nothing_that_has_to_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = sys.modules["recipes.apply"]  # `recipes.apply` is its function
+    for name in ("refusal", "not_timed"):
+        monkeypatch.setattr(module, name, lambda *_: None)
+    top = recipes.fastest(CPU)
+    assert top.execution == "aoti"
+    assert top.cuda_graph
+    assert not top.loop_graph
+    assert recipes.fastest(CPU, {"aoti"}) == recipes.named()["float8_attention"], "and not the rung below aoti"
 
 
 def test_lossless() -> None:

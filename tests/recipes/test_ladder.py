@@ -19,9 +19,10 @@ from recipes import (
     named,
     parse,
 )
-from recipes.ladder import description
+from recipes.ladder import OPT_IN, description
 
 NAMES = [change.__name__ for change in LADDER]
+INHERITED = [change.__name__ for change in LADDER if change not in OPT_IN]
 
 
 def climbed(*skipped: str) -> dict[str, Rung]:
@@ -36,7 +37,8 @@ def test_each_rung_changes_one_field_of_its_parent() -> None:
         differences = rung.recipe.differences(parent)
         # The first is the plain recipe itself.
         assert len(differences) == (0 if name == NAMES[0] else 1), f"{name} changes {differences}"
-        assert rung.parent == (None if name == NAMES[0] else NAMES[NAMES.index(name) - 1])
+        below = [other for other in NAMES[: NAMES.index(name)] if other in INHERITED]
+        assert rung.parent == (None if name == NAMES[0] else below[-1])
         assert description(name).endswith(".")
 
 
@@ -55,6 +57,16 @@ def test_skipped_rung_is_not_inherited(name: str) -> None:
     following = NAMES[NAMES.index(name) + 1 :]
     if following and rungs[following[0]].skipped is None:
         assert rungs[following[0]].parent == full[name].parent
+
+
+def test_opt_in_rung_is_not_inherited() -> None:
+    rungs = climbed()
+    assert [name for name, rung in rungs.items() if rung.opt_in] == ["loop_graph"]
+    assert [name for name, rung in rungs.items() if rung.recipe.loop_graph] == ["loop_graph"]
+    assert rungs["loop_graph"].parent == rungs["aoti"].parent == "float8_attention"
+    without = climbed("cuda_graph")["loop_graph"]
+    assert without.skipped == "loop_graph needs cuda_graph=true"
+    assert not without.recipe.loop_graph
 
 
 def test_compiler_options_are_skipped_where_compiling_was() -> None:
@@ -86,7 +98,7 @@ def many_recipes() -> list[Recipe]:
         "modulation": ("per_step", "offloaded"),
     }
     one_by_one = ("hoisted_embeddings", "compiled_text_encoders", "float8_text_encoder", "cuda_graph")
-    assert {*values, *one_by_one} == {field.name for field in fields(Recipe)}
+    assert {*values, *one_by_one, "loop_graph"} == {field.name for field in fields(Recipe)}
     recipes = []
     for combination in itertools.product(*values.values()):
         try:
@@ -94,7 +106,8 @@ def many_recipes() -> list[Recipe]:
         except RecipeError:
             continue
     compiled = [recipe for recipe in recipes if recipe.execution == "compile"]
-    return recipes + [replace(recipe, **{name: True}) for name in one_by_one for recipe in compiled[::5]]
+    loops = [replace(r, scheduler_sync_removal=True, cuda_graph=True, loop_graph=True) for r in compiled[::7]]
+    return recipes + [replace(recipe, **{name: True}) for name in one_by_one for recipe in compiled[::5]] + loops
 
 
 def test_every_recipe_has_a_name_that_parses_back() -> None:

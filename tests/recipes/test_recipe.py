@@ -44,6 +44,8 @@ def test_frozen_and_usable_as_key() -> None:
         ({"execution": "compile", "cache": FirstBlockCache()}, "cache needs execution=eager"),
         ({"execution": "aoti", "cache": FirstBlockCache()}, "cache needs execution=eager"),
         ({"cuda_graph": True, "cache": FirstBlockCache()}, "cache needs cuda_graph=false"),
+        ({"loop_graph": True, "scheduler_sync_removal": True}, "loop_graph needs cuda_graph=true"),
+        ({"loop_graph": True, "cuda_graph": True}, "loop_graph needs scheduler_sync_removal=true"),
         ({"modulation": True}, "modulation is one of per_step, hoisted, offloaded, not True"),
         ({"compiled_text_encoders": True}, "compiled_text_encoders has no effect with execution=eager"),
     ],
@@ -96,6 +98,8 @@ def test_hash_differs_for_every_field() -> None:
         replace(compiled, compiled_text_encoders=True),
         Recipe(float8_text_encoder=True),
         Recipe(cuda_graph=True),
+        Recipe(cuda_graph=True, scheduler_sync_removal=True),
+        Recipe(cuda_graph=True, scheduler_sync_removal=True, loop_graph=True),
     ]
     changed = {name for recipe in variants for name in recipe.differences(Recipe())}
     assert changed == {field.name for field in dataclasses.fields(Recipe)}, "a field is missing from this test"
@@ -128,6 +132,9 @@ def test_without_puts_back_the_default_and_what_depends_on_it() -> None:
     assert fused.without("fused_qkv") == Recipe(dtype="bfloat16")
     assert fused.without("dtype") == Recipe(fused_qkv=True)
     assert Recipe(channels_last=True, fused_group_norm=True).without("channels_last") == Recipe()
+    loop = Recipe(scheduler_sync_removal=True, cuda_graph=True, loop_graph=True)
+    assert loop.without("cuda_graph") == Recipe(scheduler_sync_removal=True)
+    assert loop.without("scheduler_sync_removal") == Recipe(cuda_graph=True)
 
 
 @pytest.mark.parametrize(

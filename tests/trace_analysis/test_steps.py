@@ -118,6 +118,37 @@ def test_foreign_marker_and_none(writer) -> None:
     assert report.median_step is None
 
 
+def test_loop_that_is_one_launch(writer, command) -> None:
+    """Encoding, then a loop whose steps only the GPU sees: 3 x (gemm 20, norm 5), one graph launch; a decoder."""
+    writer.step(0, 50, "prompt_encoding")
+    writer.kernel("gemm_bf16", 10, 20, 30)
+    writer.step(100, 20, "denoising_loop")
+    correlation = writer.call("cudaGraphLaunch", 105, 10)
+    for i in range(3):
+        writer.run("gemm_bf16", 110 + 30 * i, 20, correlation)
+        writer.run("vectorized_layer_norm_kernel", 132 + 30 * i, 5, correlation)
+    writer.step(130, 100, "decoding")
+    writer.kernel("cudnn_convolution_fprop", 140, 210, 20)
+    done = command("report", writer.write())
+    assert done.returncode == 0, done.stderr
+    hint = "no range denoising_step: no single steps are reported (its denoising loop is one range: --step-marker "
+    assert f"{hint}denoising_loop)" in done.stdout
+    report = writer.analyse().report
+    assert (report.steps, report.scope) == ((), "region")
+    assert report.whole.device.kernels == 8
+
+    report = writer.analyse(marker="denoising_loop").report
+    assert report.findings == ()
+    (loop,) = report.steps
+    assert (loop.name, loop.device.window_ns, loop.device.idle_ns) == ("denoising_loop", 97_000, 22_000)
+    assert (loop.device.kernels, loop.device.graph_launches, loop.device.kernel_launches) == (6, 1, 0)
+    assert loop.device.kinds == {"gemm bf16": 60_000, "norm and pointwise": 15_000}
+    assert report.syncs == ()
+    text = markdown.document("x", tables.report_tables(report))
+    assert "| denoising_loop 0 |" in text
+    assert "no range" not in text
+
+
 @pytest.mark.parametrize("seed", range(40))
 def test_parts_sum_to_the_whole(writer, seed: int) -> None:
     writer.random(seed)

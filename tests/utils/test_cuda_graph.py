@@ -120,6 +120,20 @@ def test_outputs_are_safe_from_later_replays() -> None:
 
 
 @pytest.mark.gpu
+def test_warm_up_goes_before_capture_with_its_arguments() -> None:
+    seen: list[tuple[str, int]] = []
+
+    def function(x: torch.Tensor, n: int) -> torch.Tensor:
+        seen.append(("function", n))
+        return x * n
+
+    graphed = Graphed(function, Graphs(2), warm_up=lambda x, n: seen.append(("warm-up", n)))
+    assert graphed(torch.ones(1, device="cuda"), 3).item() == 3
+    assert graphed(torch.full((1,), 2.0, device="cuda"), 3).item() == 6
+    assert seen == [("warm-up", 3), ("warm-up", 3), ("function", 3)]
+
+
+@pytest.mark.gpu
 def test_every_kind_of_call_is_right_in_any_order() -> None:
     weight = torch.randn(8, 8, device="cuda")
 
