@@ -23,7 +23,6 @@ from export.regions import Inputs, Key, Region
 from export.store import Entry, PackageStore
 from recipes import hoisting, ladder
 from utils import checkpoints
-from utils.compile_clock import compilation
 from utils.errors import UserError
 
 if TYPE_CHECKING:  # recipes import export, to execute what it builds
@@ -179,8 +178,7 @@ class Library:
             name = f"{kind}-{content_key(self.identity, models)}"
 
             def make(path: Path) -> Manifest:
-                with compilation(name):
-                    return build.build(path, self.identity, planned, models, self.options, self.checkpoint)
+                return build.build(path, self.identity, planned, models, self.options, self.checkpoint)
 
             return self.store.write(name, make)
 
@@ -270,14 +268,18 @@ def attach(pipe: DiffusionPipeline, recipe: Recipe, options: dict[str, Any], pac
 
 
 def library_of(pipe: DiffusionPipeline) -> Library:
-    """The packages that `attach` gave a pipeline, before CUDA graphs were put around them."""
-    return pipe.transformer.forward.packages
+    """The packages that `attach` gave a pipeline."""
+    return without_graph(pipe.transformer).packages
+
+
+def without_graph(module: nn.Module) -> Any:
+    """A module's forward without the CUDA graph that may be around it."""
+    return getattr(module.forward, "function", module.forward)
 
 
 def runs_embedded_weights(pipe: DiffusionPipeline) -> bool:
     """Whether some of the pipeline's work is done with weights that a package holds, and not with its own."""
-    forward = pipe.transformer.forward
-    library = getattr(getattr(forward, "function", forward), "packages", None)  # perhaps inside a CUDA graph
+    library = getattr(without_graph(pipe.transformer), "packages", None)
     return library is not None and any(one.embedded for region in library.packaged for one in region.bound.values())
 
 
