@@ -109,6 +109,22 @@ def test_table_and_progress(measured: Run) -> None:
         assert row in text
 
 
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_graphs_are_captured_at_the_start(tmp_path: Path) -> None:
+    output = tmp_path / "packages.json"
+    recipe = "bf16,execution=aoti,cuda_graph=true,scheduler_sync_removal=true"
+    done = command(recipe, *SMALL, "--output", output)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(output.read_text())
+    assert found["start"]["captured"] is True
+    assert found["start"]["first_call_s"]["transformer"] > 0
+    assert "| start, warm-up and capture of the transformer, s |" in done.stdout
+    for name in ("packages", "compiled"):
+        assert 0 < found["steps"]["host_ms"][name]["median"] < 5, "a launch, copies, and Python around them"
+        assert 0 <= found["steps"]["relative_error"]["step"][name] < 0.05
+
+
 @pytest.mark.slow
 def test_a_part_that_fails_keeps_the_others(measured: Run, tmp_path: Path) -> None:
     """In a folder where the package is, there is nothing to build; what was measured before stays."""
