@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import functools
-import io
-import os
 import shlex
-import signal
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -19,18 +15,18 @@ import torch
 from PIL import Image
 
 import recipes
+from benchmark import fresh_process
 from benchmark.job import Job
 from recipes.ladder import description
 from recipes.recipe import Recipe
 from utils import environment, results
 from utils.errors import UsageError, UserError
-from utils.files import ROOT, replacing
+from utils.files import replacing
 from utils.image_metrics import SAME
 from utils.timing import bootstrap_ratio
 
 THUMBNAIL = 256  # pixels, the longer side of the image kept beside a result
 ONCE = "at the beginning only"
-_ERROR = "error: "  # how a command's last line begins when it fails
 
 
 @dataclass
@@ -140,24 +136,7 @@ class Runner:
             # Built anew unless said otherwise: what building takes is a result too.
             cache_dir=self.template.cache_dir or (scratch / "packages" if self.template.build_packages else None),
         )
-        # -P: modules come from this repository, not from the working directory, to which the job's paths are relative.
-        command = [sys.executable, "-P", "-m", "benchmark.measure", job.to_json(), *(["--debug"] if self.debug else [])]
-        environ = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
-            # Empty caches of compiled code: what a recipe's first user waits for.
-            "TORCHINDUCTOR_CACHE_DIR": str(scratch / "inductor"),
-            "TRITON_CACHE_DIR": str(scratch / "triton"),
-        }
-        with subprocess.Popen(command, env=environ, stderr=subprocess.PIPE) as process:
-            last = _relay(process)
-        if process.returncode < 0:
-            ended_by = signal.Signals(-process.returncode)
-            hint = " (the system's memory may have run out)" if ended_by == signal.SIGKILL else ""
-            raise UserError(f"{rung.name}: its process was ended by {ended_by.name}{hint}")
-        if process.returncode != 0:
-            kind = UsageError if process.returncode == UsageError.exit_code else UserError
-            raise kind(last.removeprefix(_ERROR) or f"the process ended with code {process.returncode}")
+        fresh_process.run(rung.name, "benchmark.measure", job.to_json(), scratch, self.debug)
         return results.read(job.result), job.image
 
     def _request(self) -> dict[str, Any]:
@@ -216,25 +195,6 @@ def with_ratio(result: dict[str, Any], baseline: str, *measurements: dict[str, A
     ratio["baseline_medians"] = [measurement["latency_s"]["median"] for measurement in measurements]
     ratio["baseline_timed"] = ONCE if len(measurements) == 1 else "at the beginning and at the end"
     return {**result, "ratio_to_baseline": {**ratio, "baseline": baseline, "baseline_runs": runs}}
-
-
-def _relay(process: subprocess.Popen[bytes]) -> str:
-    """Pass a process's stderr on as it comes, progress bars included, but for its error's line; its last line."""
-    assert process.stderr is not None
-    # newline="": a progress bar's carriage returns stay what they are.
-    stream = io.TextIOWrapper(process.stderr, errors="replace", newline="")
-    line = shown = last = ""
-    while character := stream.read(1):
-        line += character
-        if not line.startswith(_ERROR[: len(line)]):
-            sys.stderr.write(line[len(shown) :])
-            shown = line
-        if character in "\r\n":
-            sys.stderr.flush()
-            last = line.strip() or last
-            line = shown = ""
-    sys.stderr.write("\n" if shown else "")
-    return line.strip() or last
 
 
 def command_text() -> str:

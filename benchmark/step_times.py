@@ -20,56 +20,29 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 from torch._inductor.utils import fresh_cache
 
 from utils.quiet import quiet
 
 with quiet():
     import recipes
-    from benchmark import prompts
+    from benchmark import prompts, step_clock
     from benchmark.memory import peak_bytes, reset_peak
+    from benchmark.step_clock import StepClock, latents, numbered
     from export.store import PackageStore
     from recipes.dtype import torch_dtype
     from recipes.recipe import Recipe
     from utils import checkpoints, command_line, environment
     from utils.compile_clock import CompileClock
-    from utils.errors import UsageError, UserError, is_out_of_memory, one_line, run_command
+    from utils.errors import UserError, is_out_of_memory, one_line, run_command
     from utils.files import check_folder, write_text
     from utils.request import Request
     from utils.timing import summary, synchronize
-
-
-@dataclass
-class StepClock:
-    """Milliseconds of every call of a pipeline's transformer, its hooks included; read them when the device is idle."""
-
-    device: torch.device
-    _marks: list[tuple[Any, Any]] = field(default_factory=list)
-
-    def attach(self, pipe: DiffusionPipeline) -> None:
-        started: list[Any] = []
-        pipe.transformer.register_forward_pre_hook(lambda *_: started.append(self._mark()), prepend=True)
-        pipe.transformer.register_forward_hook(lambda *_: self._marks.append((started.pop(), self._mark())))
-
-    def milliseconds(self) -> list[float]:
-        """Of the calls since they were last read."""
-        synchronize(self.device)
-        marks, self._marks = self._marks, []
-        return [a.elapsed_time(b) if self.device.type == "cuda" else 1000 * (b - a) for a, b in marks]
-
-    def _mark(self) -> Any:
-        if self.device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
 
 
 @contextmanager
@@ -91,16 +64,10 @@ def measure(
     clock = StepClock(device)
     clock.attach(pipe)
 
-    def latents(prompt: str, seed: int) -> torch.Tensor:
-        arguments = {**request.arguments(), "prompt": prompt, "output_type": "latent"}
-        arguments["generator"] = [torch.Generator("cpu").manual_seed(seed + i) for i in range(request.batch)]
-        with quiet():
-            return pipe(**arguments).images
-
     started = time.perf_counter()
     applied = recipes.apply(pipe, recipe, packages)
     with CompileClock() as compiling:
-        latents(prompts.prompt(checkpoint, prompts.WARM_UP), 0)
+        latents(pipe, numbered(checkpoint, request, prompts.WARM_UP))
         synchronize(device)
     start_s = time.perf_counter() - started
     clock.milliseconds()
@@ -108,10 +75,10 @@ def measure(
     reset_peak(device)
     steps: list[float] = []
     for number in range(calls):
-        latents(prompts.prompt(checkpoint, number), number)
+        latents(pipe, numbered(checkpoint, request, number))
         steps += [call / in_call for call in clock.milliseconds() for _ in range(in_call)]
     peak = peak_bytes(device)
-    result = latents(request.prompt, request.seed).float().cpu()
+    result = latents(pipe, request).float().cpu()
     firsts, others = steps[:: request.steps], [t for i, t in enumerate(steps) if i % request.steps]
     return {
         "recipe": {"name": recipes.command_line_name(recipe), "hash": recipe.hash, **recipe.to_dict()},
@@ -130,17 +97,8 @@ def parser() -> command_line.Parser:
     parser.add_argument(
         "recipes", nargs="+", metavar="RECIPE", help="as run_benchmark.py's --recipe; the first is 1.00"
     )
-    parser.add_argument("--checkpoint", default="tiny")
-    parser.add_argument("--output", type=Path, required=True, help="the figures, as JSON")
-    parser.add_argument("--calls", type=int, default=2, help="timed calls of each recipe")
-    parser.add_argument("--steps", type=int, default=8, help="denoising steps a call")
-    parser.add_argument("--height", type=int)
-    parser.add_argument("--width", type=int)
-    parser.add_argument("--batch", type=int, default=1)
+    step_clock.add_options(parser, calls=2)
     parser.add_argument("--cold", action="store_true", help="empty caches of compiled code for each recipe")
-    parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto")
-    parser.add_argument("--commit", help="the commit to record where no git is at hand")
-    parser.add_argument("--debug", action="store_true", help="show the tracebacks of errors")
     return parser
 
 
@@ -149,15 +107,7 @@ def main() -> None:
 
     def run() -> None:
         device = command_line.device(arguments)
-        known = checkpoints.defaults(arguments.checkpoint)
-        if known.takes_image:
-            raise UsageError(f"{arguments.checkpoint} edits an image: time it with run_benchmark.py --image")
-        if arguments.calls < 1:
-            raise UsageError(f"--calls {arguments.calls}: give at least 1")
-        request = Request(
-            known.prompt, arguments.height or known.height, arguments.width or known.width, arguments.steps,
-            known.guidance, known.max_sequence_length, arguments.batch,
-        )  # fmt: skip
+        request = step_clock.request(arguments)
         asked = {text: recipes.parse(text) for text in arguments.recipes}
         check_folder(arguments.output)
         about = {

@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 from export import regions, weights
 from export.manifest import SCHEMA, Built, Identity, Manifest, Model, TensorSpec
 from export.regions import Inputs, Region
+from utils.compile_clock import compilation
 
 MANIFEST_RECORD = "extra/manifest.json"
 _COMPRESSED_BELOW = 64 * 2**20  # bytes of a record; weights don't get smaller, and take minutes
@@ -77,13 +78,15 @@ def build(
 ) -> Manifest:
     """Compile `calls` into the package `path`, a .pt2 file; `models` are theirs as `planned`.
 
-    options: Inductor's configuration entries. Whatever the compiler raises is raised.
+    options: Inductor's configuration entries. Each model counts as a compilation (`utils.compile_clock`). Whatever the
+    compiler raises is raised.
     """
     started, date = time.perf_counter(), datetime.now(UTC).isoformat(timespec="seconds")
     with tempfile.TemporaryDirectory(prefix=f"{path.stem}-", dir=path.parent) as folder:
         files = {}
-        for name, call in calls.items():
-            files[name] = _needed(compile_call(call, options, models[name].weights_sha256 is not None))
+        for number, (name, call) in enumerate(calls.items(), 1):
+            with compilation(f"{name} ({number} of {len(calls)})"):
+                files[name] = _needed(compile_call(call, options, models[name].weights_sha256 is not None))
         draft = Path(folder) / "package.pt2"
         pt2.package_pt2(str(draft), aoti_files=files)
         done = {}

@@ -232,7 +232,8 @@ def identify(pipe: DiffusionPipeline, recipe: Recipe) -> Identity:
         triton=environment.version("triton") if cuda else None,
         diffusers=environment.version("diffusers") or "unknown",
         torchao=environment.version("torchao") if recipe.quantization != "none" else None,
-        cudnn_frontend=environment.version("nvidia-cudnn-frontend") if recipe.attention.startswith("cudnn") else None,
+        # attention=cudnn is PyTorch's own, which comes with torch.
+        cudnn_frontend=environment.version("nvidia-cudnn-frontend") if recipe.attention == "cudnn_fp8" else None,
         flash_attention=_flash_attention() if recipe.attention.startswith("fa3") else None,
         sources=sources(),
     )

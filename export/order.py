@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 import recipes
-from export.runtime import Library, library_of
+from export.runtime import Library, PackagedCall, library_of
 from export.store import Entry, PackageStore
 from recipes.dtype import torch_dtype
 from recipes.recipe import Recipe
@@ -59,13 +59,20 @@ def fill(order: Order, folder: Path, device: torch.device) -> tuple[Entry, bool]
     """
     requests = order.requests()
     pipe, library = pipeline(order.checkpoint, order.recipe, folder, device)
+    calls = called(pipe, library, requests)
+    with CompileClock(progress=True):
+        return library.build(calls, order.embed_weights)
+
+
+def called(pipe: DiffusionPipeline, library: Library, requests: list[Request]) -> list[PackagedCall]:
+    """How the pipeline calls what packages stand in for, for these requests: one call of each kind."""
+    takes_image = checkpoints.defaults(library.checkpoint).takes_image
     with library.recording() as calls:
         for request in requests:
             tokens = f"{request.max_sequence_length} text tokens"
             print(f"calling {request.height}x{request.width}, batch {request.batch}, {tokens}", file=sys.stderr)
-            pipe(**arguments(request, checkpoints.defaults(order.checkpoint).takes_image))
-    with CompileClock(progress=True):
-        return library.build(calls.values(), order.embed_weights)
+            pipe(**arguments(request, takes_image))
+    return list(calls.values())
 
 
 def pipeline(checkpoint: str, recipe: Recipe, folder: Path, device: torch.device) -> tuple[DiffusionPipeline, Library]:

@@ -23,7 +23,6 @@ from export.regions import Inputs, Key, Region
 from export.store import Entry, PackageStore
 from recipes import hoisting, ladder
 from utils import checkpoints
-from utils.compile_clock import compilation
 from utils.errors import UserError
 
 if TYPE_CHECKING:  # recipes import export, to execute what it builds
@@ -179,8 +178,7 @@ class Library:
             name = f"{kind}-{content_key(self.identity, models)}"
 
             def make(path: Path) -> Manifest:
-                with compilation(name):
-                    return build.build(path, self.identity, planned, models, self.options, self.checkpoint)
+                return build.build(path, self.identity, planned, models, self.options, self.checkpoint)
 
             return self.store.write(name, make)
 

@@ -12,9 +12,10 @@ from export.manifest import Model
 from export.regions import Inputs
 from export.runtime import Library, PackagedRegion
 from export.store import Entry
+from recipes.attention_backends import FLOAT8
 
-# Largest relative error of a whole output, by dtype: what other roundings make of it. In float8 an activation that is
-# rounded otherwise moves by up to an eighth.
+# Largest relative error of a whole output, by dtype: what other roundings make of it. In float8, that of the Linears or
+# of the attention, an activation that is rounded otherwise moves by up to an eighth.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
 TOLERANCE_FLOAT8 = 1e-1
 
@@ -46,7 +47,8 @@ def verify(entry: Entry, library: Library) -> list[Error]:
         UserError: the package doesn't fit the library's pipeline.
     """
     recipe = entry.manifest.identity.recipe
-    tolerance = TOLERANCE_FLOAT8 if recipe["quantization"] != "none" else TOLERANCE[entry.manifest.identity.dtype]
+    in_float8 = recipe["quantization"] != "none" or recipe["attention"] in FLOAT8
+    tolerance = TOLERANCE_FLOAT8 if in_float8 else TOLERANCE[entry.manifest.identity.dtype]
     errors = []
     for name, model in entry.manifest.models.items():
         # A float8 recipe leaves the VAE as it is.

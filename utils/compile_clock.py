@@ -15,7 +15,7 @@ _WORTH_TELLING = 0.1  # seconds
 
 
 def compilation(name: str) -> AbstractContextManager:
-    """Count the body as a compilation, as Dynamo counts its own."""
+    """Count the body as a compilation, as Dynamo counts its own; `name` begins with no digit, as Dynamo's do."""
     return callback_handler.install_callbacks(CallbackTrigger.DYNAMO, name)
 
 
@@ -23,12 +23,14 @@ class CompileClock:
     """While entered, adds up the wall-clock `seconds` and the number of `compilations` (nested ones count once).
 
     `seconds` holds the autotuning of kernels at their first launch too. `phases`: where the seconds went, by PyTorch's
-    own names for the parts of compiling that took 0.1 s or more; one part may lie within another.
+    own names for the parts of compiling that took 0.1 s or more; one part may lie within another. `named`: seconds by
+    the name that `compilation` was given. progress: a bar on stderr, which says which of these is under way.
     """
 
     def __init__(self, progress: bool = False):
         self.seconds, self.compilations = 0.0, 0
         self.phases: dict[str, float] = {}
+        self.named: dict[str, float] = {}
         self._progress, self._bar, self._started = progress, None, 0.0
         self._before: dict[str, float] = {}
         self._launching_before = 0.0
@@ -48,15 +50,23 @@ class CompileClock:
         if self._bar is not None:
             self._bar.close()
 
-    def _start(self, _: CallbackArgs) -> None:
+    def _start(self, what: CallbackArgs) -> None:
         self._count_launches()
         self._started = time.perf_counter()
-        if self._progress and self._bar is None:
-            self._bar = tqdm(desc="compiling", unit=" graphs", bar_format="{desc}: {n}{unit}, {elapsed}")
+        if not self._progress:
+            return
+        description = f"compiling {what.compile_id}" if _is_named(what) else "compiling"
+        if self._bar is None:
+            self._bar = tqdm(desc=description, unit=" graphs", bar_format="{desc}: {n}{unit} done, {elapsed}")
+        else:
+            self._bar.set_description_str(description)
 
-    def _end(self, _: CallbackArgs) -> None:
-        self.seconds += time.perf_counter() - self._started
+    def _end(self, what: CallbackArgs) -> None:
+        seconds = time.perf_counter() - self._started
+        self.seconds += seconds
         self.compilations += 1
+        if _is_named(what):
+            self.named[what.compile_id] = self.named.get(what.compile_id, 0.0) + seconds
         self._launching_before = _first_launches()  # those within the compilation are in its seconds
         if self._bar is not None:
             self._bar.update()
@@ -66,6 +76,11 @@ class CompileClock:
         now = _first_launches()
         self.seconds += now - self._launching_before
         self._launching_before = now
+
+
+def _is_named(what: CallbackArgs) -> bool:
+    """Whether it is one of `compilation`'s: Dynamo's own are numbers, "3/0"."""
+    return not what.compile_id[:1].isdigit()
 
 
 def _phases() -> dict[str, float]:

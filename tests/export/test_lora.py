@@ -264,9 +264,19 @@ def test_other_formats(
     assert_close_to(pipe, fused(Recipe(), file))
 
 
+PACKAGED = replace(FLOAT8, execution="aoti")
+IN_A_GRAPH = replace(PACKAGED, cuda_graph=True, attention="triton_fp8")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "recipe", [replace(FUSED, execution="compile"), replace(FLOAT8, execution="aoti")], ids=["compile", "aoti-float8"]
+    "recipe",
+    [
+        pytest.param(replace(FUSED, execution="compile"), id="compile"),
+        pytest.param(PACKAGED, id="aoti-float8"),
+        pytest.param(IN_A_GRAPH, id="aoti-graph", marks=pytest.mark.gpu),
+        pytest.param(replace(IN_A_GRAPH, fused_kernels=True), id="aoti-graph-kernels", marks=pytest.mark.gpu),
+    ],
 )
 def test_nothing_is_compiled_anew(
     running: Callable,
@@ -291,6 +301,8 @@ def test_nothing_is_compiled_anew(
         assert torch.equal(predict(pipe), plain)
     assert clock.compilations == 0
     assert snapshot(pipe) == before
+    if recipe.cuda_graph:
+        assert len(pipe.transformer.forward.graphs.values) == 1, "the one of before"
     eager = recipe.without("execution")
     for output, scale in ((loaded, 1.0), (halved, 0.5)):
         reference = predict(fused(eager, style, scale))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from pathlib import Path
 
@@ -82,6 +83,20 @@ def test_clock_counts_an_ahead_of_time_build_and_nested_ones_once() -> None:
     with compilation("afterwards"):
         pass
     assert clock.compilations == 2
+
+
+def test_clock_says_which_build_is_under_way_and_what_each_took(capfd: pytest.CaptureFixture[str]) -> None:
+    with CompileClock(progress=True) as clock:
+        for number, seconds in enumerate((0.1, 0.3), 1):
+            with compilation(f"block ({number} of 2)"):
+                time.sleep(seconds)
+        torch.compile(lambda x: 3 * x, backend="eager", dynamic=False)(torch.ones(3))
+    assert clock.compilations == 3
+    assert clock.named == {"block (1 of 2)": pytest.approx(0.1, abs=0.1), "block (2 of 2)": pytest.approx(0.3, abs=0.1)}
+    shown = [line.strip() for line in re.split(r"[\r\n]+", capfd.readouterr().err) if line.strip()]
+    for line in ("compiling block (1 of 2): 0 graphs done", "compiling block (2 of 2): 1 graphs done"):
+        assert any(one.startswith(line) for one in shown), shown
+    assert shown[-1].startswith("compiling: 3 graphs done"), "Dynamo's own are numbers, which say nothing"
 
 
 def test_clock_counts_torch_compile() -> None:

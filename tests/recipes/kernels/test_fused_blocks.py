@@ -16,6 +16,7 @@ import recipes
 from recipes import Recipe, attention, cudnn_attention, float8, fused_kernels, fused_qkv
 from recipes.float8_linear import Float8Linear
 from recipes.kernels.attention import CONFIGS, _attention_kernel
+from tests.recipes import cudnn_in_pytorch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
@@ -29,7 +30,7 @@ def apply(monkeypatch: pytest.MonkeyPatch) -> Callable[[DiffusionPipeline, Recip
         return recipes.apply
     monkeypatch.setattr(CONFIGS[0], "kwargs", {"QUERIES": 32, "KEYS": 32, "LATE": True})
     monkeypatch.setattr(_attention_kernel, "configs", CONFIGS[:1])
-    monkeypatch.setattr(cudnn_attention, "cudnn_attention_float8", as_cudnn_has_it)
+    monkeypatch.setattr(cudnn_attention, "cudnn_attention_float8", cudnn_in_pytorch.cudnn_attention_float8)
 
     def call(pipe: DiffusionPipeline, recipe: Recipe) -> None:
         for optimization in (attention, fused_qkv, float8, fused_kernels):
@@ -37,16 +38,6 @@ def apply(monkeypatch: pytest.MonkeyPatch) -> Callable[[DiffusionPipeline, Recip
                 optimization.OPTIMIZATION.apply(pipe, recipe)
 
     return call
-
-
-def as_cudnn_has_it(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scalars: torch.Tensor) -> torch.Tensor:
-    """`cudnn_attention_float8` in plain PyTorch, for where there is no GPU to run it."""
-    descale_q, descale_k, descale_v, descale_s, scale_s, scale_o = scalars[:, 0]
-    scores = torch.einsum("bqhd,bkhd->bhqk", q.float() * descale_q, k.float() * descale_k) * q.shape[-1] ** -0.5
-    weights = (scores - scores.amax(-1, keepdim=True)).exp()
-    quantized = (weights * scale_s).to(torch.float8_e4m3fn).float() * descale_s
-    out = torch.einsum("bhqk,bkhd->bqhd", quantized / weights.sum(-1, keepdim=True), v.float() * descale_v)
-    return (out * scale_o).to(torch.float8_e4m3fn)
 
 
 def skip_unless_it_runs(recipe: Recipe) -> None:

@@ -1,0 +1,62 @@
+"""Run one of this repository's modules in a fresh process, with empty caches of compiled code."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from utils.errors import UsageError, UserError
+from utils.files import ROOT
+
+_ERROR = "error: "  # how a command's last line begins when it fails
+
+
+def run(name: str, module: str, argument: str, scratch: Path, debug: bool) -> None:
+    """`python -m MODULE ARGUMENT`; its stderr is passed on as it comes. scratch: the folder that its caches lie in.
+
+    name: what is run, for the error's line. debug: gives it --debug.
+
+    Raises:
+        UserError: it failed; the message is what it printed last.
+    """
+    # -P: modules come from this repository, not from the working directory, to which the job's paths are relative.
+    command = [sys.executable, "-P", "-m", module, argument, *(["--debug"] if debug else [])]
+    environ = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+        # Empty caches of compiled code: what a recipe's first user waits for.
+        "TORCHINDUCTOR_CACHE_DIR": str(scratch / "inductor"),
+        "TRITON_CACHE_DIR": str(scratch / "triton"),
+    }
+    with subprocess.Popen(command, env=environ, stderr=subprocess.PIPE) as process:
+        last = _relay(process)
+    if process.returncode < 0:
+        ended_by = signal.Signals(-process.returncode)
+        hint = " (the system's memory may have run out)" if ended_by == signal.SIGKILL else ""
+        raise UserError(f"{name}: its process was ended by {ended_by.name}{hint}")
+    if process.returncode != 0:
+        kind = UsageError if process.returncode == UsageError.exit_code else UserError
+        raise kind(last.removeprefix(_ERROR) or f"the process ended with code {process.returncode}")
+
+
+def _relay(process: subprocess.Popen[bytes]) -> str:
+    """Pass a process's stderr on as it comes, progress bars included, but for its error's line; its last line."""
+    assert process.stderr is not None
+    # newline="": a progress bar's carriage returns stay what they are.
+    stream = io.TextIOWrapper(process.stderr, errors="replace", newline="")
+    line = shown = last = ""
+    while character := stream.read(1):
+        line += character
+        if not line.startswith(_ERROR[: len(line)]):
+            sys.stderr.write(line[len(shown) :])
+            shown = line
+        if character in "\r\n":
+            sys.stderr.flush()
+            last = line.strip() or last
+            line = shown = ""
+    sys.stderr.write("\n" if shown else "")
+    return line.strip() or last

@@ -1,0 +1,152 @@
+"""Regional packages on a GPU under CUDA graphs, with attention in float8: what torch.compile of the same recipe gives.
+
+How far two ways to run one recipe may be apart is measured: the recipe's own error, eager, against float32. That is
+rounding to bfloat16 and to float8, which each way does for itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+import recipes
+from export.runtime import library_of
+from export.store import PackageStore
+from export.verify import verify
+from recipes import Recipe
+from utils import environment
+from utils.compile_clock import CompileClock
+from utils.cuda_graph import Graphed
+
+pytestmark = [pytest.mark.gpu, pytest.mark.slow]
+CUDA = torch.device("cuda")
+BF16 = Recipe(dtype="bfloat16", scheduler_sync_removal=True, execution="aoti", fused_qkv=True, cuda_graph=True)
+FLOAT8 = replace(BF16, quantization="float8_per_row")
+RECIPES = {
+    "bf16-triton_fp8": replace(BF16, attention="triton_fp8"),
+    "float8-triton_fp8": replace(FLOAT8, attention="triton_fp8"),
+    "float8-triton_fp8-kernels": replace(FLOAT8, attention="triton_fp8", fused_kernels=True),
+    "bf16-cudnn_fp8": replace(BF16, attention="cudnn_fp8"),
+    "float8-cudnn_fp8": replace(FLOAT8, attention="cudnn_fp8"),
+    "float8-cudnn_fp8-kernels": replace(FLOAT8, attention="cudnn_fp8", fused_kernels=True),
+}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One recipe from packages and by torch.compile, both under CUDA graphs; and eager, and plain float32."""
+
+    recipe: Recipe
+    packaged: DiffusionPipeline
+    compiled: DiffusionPipeline
+    eager: DiffusionPipeline
+    plain: DiffusionPipeline
+
+
+@pytest.fixture(scope="module", params=RECIPES)
+def pair(request: pytest.FixtureRequest, tiny: Callable, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    recipe = RECIPES[request.param]
+    if (refusal := recipes.refusal(recipe, CUDA)) is not None:
+        pytest.skip(refusal)
+    packaged, compiled, eager = (tiny(torch.bfloat16, CUDA) for _ in range(3))
+    recipes.apply(packaged, recipe, PackageStore(tmp_path_factory.mktemp(request.param)))
+    recipes.apply(compiled, replace(recipe, execution="compile"))
+    recipes.apply(eager, replace(recipe, execution="eager", cuda_graph=False))
+    return Pair(recipe, packaged, compiled, eager, tiny(torch.float32, CUDA))
+
+
+@pytest.fixture
+def assert_equal_to_compiled(predict: Callable, error_of: Callable) -> Callable[..., None]:
+    """assert_equal_to_compiled(pair, batch, side, seed)"""
+
+    def check(pair: Pair, *size: int) -> None:
+        reference = predict(pair.plain, *size)
+        rounding = error_of(predict(pair.eager, *size), reference)
+        packaged, compiled = predict(pair.packaged, *size), predict(pair.compiled, *size)
+        assert 1e-3 < rounding < 0.3
+        # Two results whose errors have nothing to do with each other are 1.41 times one of them apart.
+        assert error_of(packaged, compiled) < 1.5 * rounding
+        assert error_of(packaged, reference) < 1.3 * rounding
+        for image in range(len(packaged)):
+            assert error_of(packaged[image], compiled[image]) < 2 * rounding
+
+    return check
+
+
+def test_equal_to_torch_compile(pair: Pair, assert_equal_to_compiled: Callable) -> None:
+    assert_equal_to_compiled(pair, 1, 4, 0)
+    for seed in (1, 2):
+        with CompileClock() as clock:
+            assert_equal_to_compiled(pair, 1, 4, seed)
+        assert clock.compilations == 0
+    assert isinstance(pair.packaged.transformer.forward, Graphed)
+    assert len(pair.packaged.transformer.forward.graphs.values) == 1
+
+
+def test_models_and_identity(pair: Pair, predict: Callable) -> None:
+    predict(pair.packaged)
+    library = library_of(pair.packaged)
+    entry, *_ = library.store.entries()
+    identity = entry.manifest.identity
+    uses_cudnn = pair.recipe.attention == "cudnn_fp8"
+    assert identity.cudnn_frontend == (environment.version("nvidia-cudnn-frontend") if uses_cudnn else None)
+    assert identity.triton == environment.version("triton")
+    assert identity.arch == "sm_{}{}".format(*torch.cuda.get_device_capability())
+    errors = verify(entry, library)
+    assert {error.model.rsplit("-", 1)[0] for error in errors} == {"before", "double_block", "single_block", "after"}
+    assert all(error.ok for error in errors), errors
+
+
+def test_output_outlives_the_next_replay(pair: Pair, predict: Callable) -> None:
+    given: list[torch.Tensor] = []
+    hook = pair.packaged.transformer.register_forward_hook(lambda module, args, out: given.append(out[0]))
+    try:
+        predict(pair.packaged, 1, 4, 0)
+        kept = given[0].clone()
+        other = predict(pair.packaged, 1, 4, 1)
+        again = predict(pair.packaged, 1, 4, 0)
+    finally:
+        hook.remove()
+    assert torch.equal(given[0], kept)
+    assert not torch.equal(other, kept.float()), "other inputs give another output"
+    assert torch.equal(again, kept.float()), "the same inputs give the same bits"
+
+
+def test_replays_without_waiting(pair: Pair, predict: Callable, waiting_is_an_error: Callable) -> None:
+    predict(pair.packaged)
+    calls: list[tuple[tuple, dict]] = []
+    hook = pair.packaged.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: calls.append((args, kwargs)), with_kwargs=True
+    )
+    try:
+        predict(pair.packaged)
+    finally:
+        hook.remove()
+    ((args, kwargs),) = calls
+    with waiting_is_an_error(), torch.no_grad():
+        pair.packaged.transformer(*args, **kwargs)
+
+
+@pytest.mark.parametrize("size", [(2, 4), (1, 6), (2, 6)], ids=["batch-2", "other-resolution", "both"])
+def test_batches_and_resolutions(pair: Pair, assert_equal_to_compiled: Callable, size: tuple[int, int]) -> None:
+    if pair.recipe.quantization == "none" or pair.recipe.fused_kernels:
+        pytest.skip("every package takes the compiler half a minute: one recipe of each attention")
+    assert_equal_to_compiled(pair, *size, 0)
+    graphs = len(pair.packaged.transformer.forward.graphs.values)
+    assert_equal_to_compiled(pair, *size, 1)
+    assert_equal_to_compiled(pair, 1, 4, 0)
+    assert len(pair.packaged.transformer.forward.graphs.values) <= graphs + 1, "a graph for each size, and no other"
+
+
+def test_draws_the_image_that_torch_compile_draws(pair: Pair, draw: Callable) -> None:
+    """Four steps of the whole pipeline, latents in and out of the graph at each."""
+    given = {"steps": 4, "output_type": "latent", "max_sequence_length": 8}  # the blocks' sizes are those of before
+    packaged, compiled, eager, plain = (
+        torch.as_tensor(draw(pipe, **given)).float() for pipe in (pair.packaged, pair.compiled, pair.eager, pair.plain)
+    )
+    rounding = float((eager - plain).norm() / plain.norm())
+    assert float((packaged - compiled).norm() / compiled.norm()) < 2 * rounding, "steps carry on what differs"
