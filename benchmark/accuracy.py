@@ -145,8 +145,7 @@ def main() -> None:
             comparison = Comparison(
                 arguments.checkpoint, prompts, arguments.seeds, arguments.seed, steps, arguments.batch, device, checkers
             )
-            first = [recipes.parse(REFERENCE)]
-            recipe_series.run("accuracy", first, comparison.measure, HEADER, line, arguments, device, about)
+            recipe_series.run("accuracy", [REFERENCE], comparison.measure, HEADER, line, arguments, device, about)
 
     run_command(benchmark, arguments.debug)
 

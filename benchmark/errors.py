@@ -35,6 +35,7 @@ with quiet():
     from recipes.recipe import Recipe
     from utils import checkpoints, command_line
     from utils.errors import UserError, run_command
+    from utils.relative_error import relative_error
     from utils.request import Request
 
 EXACT, BASELINE = "fp32", "bf16"
@@ -106,10 +107,6 @@ def results(pipe: DiffusionPipeline, dtype: torch.dtype, inputs: Inputs) -> dict
         if not tensor.isfinite().all():
             raise UserError(f"{name}: {int((~tensor.isfinite()).sum())} of {tensor.numel()} values are not finite")
     return found
-
-
-def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
-    return float((value.double() - reference.double()).norm() / reference.double().norm())
 
 
 @dataclass
@@ -196,8 +193,7 @@ def main() -> None:
             "limit": LIMIT,
         }
         comparison = Comparison(arguments.checkpoint, requests, device)
-        first = [recipes.parse(name) for name in (EXACT, BASELINE)]
-        recipe_series.run("errors", first, comparison.measure, HEADER, line, arguments, device, about)
+        recipe_series.run("errors", [EXACT, BASELINE], comparison.measure, HEADER, line, arguments, device, about)
 
     run_command(benchmark, arguments.debug)
 

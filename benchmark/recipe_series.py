@@ -47,7 +47,7 @@ def check(arguments: argparse.Namespace) -> tuple[torch.device, Defaults]:
 
 def run(
     name: str,
-    first: Sequence[Recipe],
+    first: Sequence[str],
     measure: Callable[[Recipe], dict[str, Any]],
     header: str,
     line: Callable[[dict[str, Any]], str],
@@ -57,17 +57,21 @@ def run(
 ) -> None:
     """`series.run` of the recipes `first` and then of those asked for, each once, in memory that none before it holds.
 
+    A row's `recipe` has the name by which it was asked for.
+
     Raises:
         RecipeError: a recipe that was asked for is none.
         UserError: not all were measured.
     """
-    asked = [recipes.parse(text) for text in arguments.recipes]
+    names: dict[Recipe, str] = {}
+    for text in (*first, *arguments.recipes):
+        names.setdefault(recipes.parse(text), text)
     measurements = [
         series.Measurement(
-            {"recipe": {"name": recipes.command_line_name(recipe), "hash": recipe.hash, **recipe.to_dict()}},
+            {"recipe": {"name": text, "hash": recipe.hash, **recipe.to_dict()}},
             partial(_alone, measure, recipe, device),
         )
-        for recipe in dict.fromkeys([*first, *asked])
+        for recipe, text in names.items()
     ]
     rows = series.run(name, measurements, header, line, arguments, device, about)
     if failed := [row["recipe"]["name"] for row in rows if "failed" in row]:

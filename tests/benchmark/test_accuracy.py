@@ -37,7 +37,7 @@ def test_the_batch_changes_rounding_only(tiny: Callable[..., DiffusionPipeline])
 def test_recipes_are_paired_with_bf16(main: Callable, tmp_path: Path) -> None:
     """One that draws the same, one that ruins the images (all blocks but the first skipped) and one that can't run."""
     path = tmp_path / "accuracy.json"
-    same, ruined, refused = "bf16,modulation=hoisted", 'bf16,cache={"threshold":100.0}', "bf16,cuda_graph=true"
+    same, ruined, refused = "bf16, modulation=hoisted", 'bf16,cache={"threshold":100.0}', "bf16,cuda_graph=true"
     size = ("--prompts", 12, "--seeds", 2, "--steps", 6, "--batch", 5)
     ended = main("benchmark.accuracy", same, ruined, "bf16", refused, *size, "--output", path, "--commit", "abc")
     assert ended.code == 1
