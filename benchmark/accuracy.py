@@ -28,7 +28,8 @@ with quiet():
     from recipes.dtype import torch_dtype
     from recipes.recipe import Recipe
     from tiny_flux import score
-    from tiny_flux.check_pool import check_pool, is_right
+    from tiny_flux.check_pool import check_pool
+    from tiny_flux.checker import check
     from tiny_flux.score import Prompt
     from utils import checkpoints, command_line
     from utils.errors import UsageError, UserError, run_command
@@ -80,10 +81,10 @@ class Comparison:
         images, verdicts, differences = [], [], []
         for i, image in enumerate(score.draw(pipe, todo, noise, self.steps, self.batch)):  # checked while it draws on
             images.append(image)
-            verdicts.append(self.checkers.submit(is_right, image, todo[i].description))
+            verdicts.append(self.checkers.submit(check, image, todo[i].description))
             if not is_reference:
                 differences.append(self.checkers.submit(difference, image, self._images[i]))
-        right = np.array([verdict.result() for verdict in verdicts]).reshape(self.seeds, len(self.prompts)).T
+        right = np.array([verdict.result().right for verdict in verdicts]).reshape(self.seeds, len(self.prompts)).T
         categories = paired.accuracies(right, self._right, [prompt.description.category for prompt in self.prompts])
         row = {"applied": applied, "lossless": recipes.is_lossless(recipe), "categories": categories}
         if is_reference:

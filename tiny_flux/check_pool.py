@@ -1,4 +1,4 @@
-"""Processes for the checker: an image takes it 15 ms of a core, as long as a GPU takes to draw it."""
+"""Processes for the checker, which takes 15 ms of a core for an image."""
 
 from __future__ import annotations
 
