@@ -25,6 +25,7 @@ with quiet():
     from recipes.recipe import Recipe
     from utils import command_line
     from utils.errors import UsageError, run_command
+    from utils.relative_error import relative_error
 
 BACKENDS = ("native", "cudnn", "fa3", "fa3_fp8", "triton_fp8", "cudnn_fp8")
 HEADS, HEAD_DIM = 24, 128
@@ -73,7 +74,7 @@ def measure(name: str, tokens: int, device: torch.device) -> dict[str, Any]:
     for kind in ("random", "rms_normed"):
         bfloat16 = inputs(kind, tokens, device)
         expected = reference(*bfloat16)
-        errors[kind] = float((backend(name).attend(*bfloat16).float() - expected).norm() / expected.norm())
+        errors[kind] = relative_error(backend(name).attend(*bfloat16), expected)
     call = timed_call(name, *bfloat16)
     output = str(call()[0].dtype).removeprefix("torch.")
     ms = graph_ms([call] * 10)

@@ -1,4 +1,4 @@
-"""A series of measurements on the GPU: saved as they are made, each surviving the others, within a time.
+"""A series of measurements: saved as they are made, each surviving the others, within a time.
 
 Their files are kept as results/<machine>/<name>.json.
 """
@@ -31,9 +31,9 @@ class Measurement:
     skipped: str | None = None
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
+def add_options(parser: argparse.ArgumentParser, seconds: float = 105) -> None:
     parser.add_argument("--output", type=Path, required=True, help="the result file, written after each measurement")
-    parser.add_argument("--seconds", type=float, default=105, help="begin no further measurement after that long")
+    parser.add_argument("--seconds", type=float, default=seconds, help="begin no further measurement after that long")
     parser.add_argument("--commit", help="the commit to record where no git is at hand")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
 
@@ -57,11 +57,12 @@ def run(
     line: Callable[[dict[str, Any]], str],
     arguments: argparse.Namespace,
     device: torch.device,
-) -> None:
+    about: dict[str, Any] | None = None,
+) -> list[dict[str, Any]]:
     """Make the measurements, write them to `arguments.output` under `name`, and print them as a table at the end.
 
-    A row is what a measurement is about and its figures, `skipped` or `failed` with the reason. `line` is a row's text
-    where it has figures, or its beginning where it has none.
+    A row is what a measurement is about and its figures, `skipped` or `failed` with the reason; returns all of them.
+    `line` is a row's text where it has figures, or its beginning where it has none. `about`: what else the file says.
     """
     begun = time.monotonic()
     machine = environment.capture(device, arguments.commit)
@@ -81,9 +82,10 @@ def run(
                     traceback.print_exc()
         rows.append(row)
         print(_text(row, line), file=sys.stderr, flush=True)
-        about = {"environment": {**machine, "after": environment.device_state(device)}, "command": command_text()}
-        results.write(arguments.output, {name: rows, **about})
+        made_with = {"environment": {**machine, "after": environment.device_state(device)}, "command": command_text()}
+        results.write(arguments.output, {**(about or {}), name: rows, **made_with})
     print("\n".join([header, *(_text(row, line) for row in rows)]))
+    return rows
 
 
 def _text(row: dict[str, Any], line: Callable[[dict[str, Any]], str]) -> str:

@@ -41,6 +41,7 @@ with quiet():
     from utils.compile_clock import CompileClock
     from utils.errors import UserError, is_out_of_memory, one_line, run_command
     from utils.files import check_folder, write_text
+    from utils.relative_error import relative_error
     from utils.request import Request
     from utils.timing import summary, synchronize
 
@@ -136,7 +137,7 @@ def main() -> None:
                 )
             if latents is not None:
                 reference = latents if reference is None else reference
-                row["relative_error_to_first"] = float((latents - reference).norm() / reference.norm())
+                row["relative_error_to_first"] = relative_error(latents, reference)
             rows.append(row)
             write_text(arguments.output, json.dumps({**about, "recipes": rows}, indent=1) + "\n")
             print(line(text, row, rows), flush=True)

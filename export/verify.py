@@ -13,6 +13,7 @@ from export.regions import Inputs
 from export.runtime import Library, PackagedRegion
 from export.store import Entry
 from recipes.attention_backends import FLOAT8
+from utils.relative_error import relative_error
 
 # Largest relative error of a whole output, by dtype: what other roundings make of it. In float8, that of the Linears or
 # of the attention, an activation that is rounded otherwise moves by up to an eighth.
@@ -84,11 +85,7 @@ def _error(library: Library, entry: Entry, name: str, region: PackagedRegion, in
     with region.unpackaged() as module:
         expected = pytree.tree_leaves(module(**inputs))
     got = pytree.tree_leaves(library.bound(region, entry, name, inputs)(inputs))
-    return max((_relative(g, e) for g, e in zip(got, expected, strict=True)), key=_nan_first)
-
-
-def _relative(got: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((got.double() - expected.double()).norm() / expected.double().norm())
+    return max((relative_error(g, e) for g, e in zip(got, expected, strict=True)), key=_nan_first)
 
 
 def _nan_first(value: float) -> float:

@@ -22,6 +22,7 @@ from diffusers import DiffusionPipeline
 
 from utils import checkpoints
 from utils.files import ROOT
+from utils.relative_error import relative_error
 
 CPU = torch.device("cpu")
 
@@ -107,10 +108,6 @@ def _waiting_is_an_error() -> Iterator[None]:
 def waiting_is_an_error() -> Callable[[], AbstractContextManager]:
     """with waiting_is_an_error(): PyTorch raises where the host would wait for the GPU."""
     return _waiting_is_an_error
-
-
-def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
-    return float((value - reference).norm() / reference.norm())
 
 
 @pytest.fixture(scope="session")

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Callable
-from concurrent.futures import Future, ProcessPoolExecutor
-from multiprocessing import get_context
+from concurrent.futures import Future
 from multiprocessing.shared_memory import SharedMemory
 from types import TracebackType
 
@@ -15,6 +13,7 @@ import torch
 from diffusers import AutoencoderKL, FluxPipeline
 
 from tiny_flux import ranks
+from tiny_flux.check_pool import check_pool
 from tiny_flux.checker import Verdict, check
 from tiny_flux.data import Captions
 from tiny_flux.flow import Predicted, shifted
@@ -57,9 +56,7 @@ class Judges:
     def __init__(self, most: int):
         self._shared = SharedMemory(create=True, size=most * int(np.prod(_IMAGE)))
         self._images = np.ndarray((most, *_IMAGE), np.uint8, self._shared.buf)
-        self._processes = ProcessPoolExecutor(
-            max(1, (os.cpu_count() or 1) // ranks.count()), mp_context=get_context("spawn")
-        )
+        self._processes = check_pool(share=ranks.count())
         self._pending: list[Future[list[Verdict]]] = []
         self._given = 0
 

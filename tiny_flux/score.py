@@ -12,6 +12,7 @@ import json
 import random
 import textwrap
 from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,23 +60,23 @@ def held_out_prompts(count: int = PROMPTS, seed: int = SEED) -> list[Prompt]:
     return prompts
 
 
-def draw(pipe: DiffusionPipeline, prompts: list[Prompt], steps: int, seed: int, batch: int) -> list[Image.Image]:
-    """One image a prompt; image i's noise is drawn from seed + i, whatever the batch."""
+def draw(
+    pipe: DiffusionPipeline, prompts: Sequence[Prompt], noise: Sequence[int], steps: int, batch: int
+) -> Iterator[Image.Image]:
+    """One image a prompt, as they come; `noise` holds each one's seed, so that it is the same whatever the batch."""
     pipe.set_progress_bar_config(disable=True)
     known = checkpoints.TINY
-    images: list[Image.Image] = []
     for start in tqdm(range(0, len(prompts), batch), desc=f"{steps} steps"):
-        part = prompts[start : start + batch]
-        images += pipe(
-            prompt=[prompt.text for prompt in part],
+        seeds = noise[start : start + batch]
+        yield from pipe(
+            prompt=[prompt.text for prompt in prompts[start : start + batch]],
             num_inference_steps=steps,
             guidance_scale=known.guidance,
             height=known.height,
             width=known.width,
             max_sequence_length=known.max_sequence_length,
-            generator=[torch.Generator("cpu").manual_seed(seed + start + i) for i in range(len(part))],
+            generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
         ).images
-    return images
 
 
 def score(prompts: list[Prompt], images: list[Image.Image]) -> dict[str, Any]:
@@ -145,6 +146,7 @@ def main() -> None:
     device = torch.device(arguments.device)
     pipe = checkpoints.load(arguments.checkpoint, torch.float32, device)
     prompts = held_out_prompts(arguments.prompts, arguments.seed)
+    noise = range(arguments.seed, arguments.seed + len(prompts))
     arguments.output.mkdir(parents=True, exist_ok=True)
     unseen = sum(is_held_out(prompt.description) for prompt in prompts) / len(prompts)
     result: dict[str, Any] = {
@@ -156,7 +158,7 @@ def main() -> None:
         "steps": {},
     }
     for steps in arguments.steps:
-        images = draw(pipe, prompts, steps, arguments.seed, arguments.batch)
+        images = list(draw(pipe, prompts, noise, steps, arguments.batch))
         result["steps"][str(steps)] = scored = score(prompts, images)
         for name, figures in scored["categories"].items():
             interval = f"({figures['low']:.1%} to {figures['high']:.1%})"

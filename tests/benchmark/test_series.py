@@ -42,7 +42,8 @@ def test_survives_failure_and_saves_as_it_goes(tmp_path: Path, capsys: pytest.Ca
         Measurement({"kernel": "three"}, fail, skipped="needs a cuda device"),
         Measurement({"kernel": "four"}, lambda: {"ms": 2.5}),
     ]
-    series.run("kernels", measurements, "kernel ms", line, arguments(output, "--commit", "abc"), CPU)
+    asked = arguments(output, "--commit", "abc")
+    rows = series.run("kernels", measurements, "kernel ms", line, asked, CPU, about={"checkpoint": "tiny"})
     assert saved == [[{"kernel": "one", "ms": 1.5}]]
     result = json.loads(output.read_text())
     assert result["kernels"] == [
@@ -51,7 +52,9 @@ def test_survives_failure_and_saves_as_it_goes(tmp_path: Path, capsys: pytest.Ca
         {"kernel": "three", "skipped": "needs a cuda device"},
         {"kernel": "four", "ms": 2.5},
     ]
+    assert result["kernels"] == rows
     assert result["schema"] == 1
+    assert result["checkpoint"] == "tiny"
     assert result["environment"]["device_type"] == "cpu"
     printed = capsys.readouterr()
     table = ["kernel ms", "one 1.5", "two  failed: RuntimeError: no engine", "three  needs a cuda device", "four 2.5"]
