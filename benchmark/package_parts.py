@@ -38,6 +38,7 @@ with quiet():
     from utils import checkpoints, environment, ranges, results
     from utils.compile_clock import CompileClock
     from utils.errors import UserError, run_command
+    from utils.relative_error import relative_error
     from utils.request import Request
     from utils.timing import StageTimer, bootstrap_ratio, summary, synchronize, timed
 
@@ -302,11 +303,11 @@ def step_errors(part: Part, pipes: dict[str, DiffusionPipeline]) -> dict[str, fl
     transformer = pipes[PACKAGES].transformer
     inputs = _second_call(pipes[PACKAGES], part.request)
     with library_of(pipes[PACKAGES]).recording():
-        expected = without_graph(transformer)(**inputs)[0].double()
+        expected = without_graph(transformer)(**inputs)[0]
     errors = {}
     for name, pipe in pipes.items():
-        out = pipe.transformer.forward(**inputs)[0].double()
-        errors[name] = float((out - expected).norm() / expected.norm())
+        out = pipe.transformer.forward(**inputs)[0]
+        errors[name] = relative_error(out, expected)
     return errors
 
 

@@ -28,6 +28,7 @@ from recipes.fused_kernels import rearrange
 from recipes.weights import weights
 from utils.compile_clock import CompileClock
 from utils.errors import UsageError, UserError
+from utils.relative_error import relative_error
 
 BF16 = Recipe(dtype="bfloat16")
 FUSED = replace(BF16, fused_qkv=True)
@@ -139,7 +140,7 @@ def assert_close_to(pipe: DiffusionPipeline, expected: DiffusionPipeline) -> Non
     assert recipe is not None
     for ours, theirs in zip(stored(pipe), stored(expected), strict=True):
         rounding = 2**-6 if theirs.dtype == torch.float8_e4m3fn else 2**-8
-        error = (ours.float() - theirs.float()).norm() / theirs.float().norm()
+        error = relative_error(ours, theirs)
         assert error < (1e-6 if recipe.dtype == "float32" else rounding)
 
 
