@@ -2,10 +2,12 @@
 
 Source: DiffusionNFT (arXiv 2509.16117, algorithm 1). Of several images for one prompt the better ones pull the model's
 velocity towards themselves, the worse ones push it away, both seen from the velocity of the model that drew them. As
-there, an image's pull is its reward beyond the mean of its prompt's images, and errors are weighed as those of the
-predicted image, each divided by its size. Other than there, the drawing model is the stage's moving average, only
-prompts whose images differ in reward are learned from, and bad images push more weakly than good ones pull: at equal
-strength nothing holds the model to any image, and here it drifted away after 250 steps.
+there, an image's pull is its reward beyond the mean of its prompt's images, errors are weighed as those of the
+predicted image, divided by their size, and the model is held to what it was before this stage. Other than there, the
+drawing model is the stage's moving average, and only prompts whose images differ in reward are learned from.
+
+Both are needed: with nothing to hold it the model drifts off after some hundred steps, and with weaker pushes than
+pulls it loses the guidance that was distilled into it.
 """
 
 from __future__ import annotations
@@ -53,9 +55,9 @@ def train_reward(
         return
     steps, lr = settings.reward_steps, settings.reward_lr
     stage = Stage("reward", velocity, steps, lr, settings, work, device, ema=settings.reward_ema)
-    old = copy.deepcopy(velocity).eval().requires_grad_(False)
+    first, old = (copy.deepcopy(velocity).eval().requires_grad_(False) for _ in range(2))
     old_of = dict(zip(velocity.parameters(), old.parameters(), strict=True))
-    forward, old_forward = (torch.compile(v) if settings.compile else v for v in (velocity, old))
+    forward, first_forward, old_forward = (torch.compile(v) if settings.compile else v for v in (velocity, first, old))
     drawn: list[Round] = []
 
     with Judges(settings.reward_prompts * settings.reward_images) as judges:
@@ -74,9 +76,10 @@ def train_reward(
             given = ((1 - t) * clean + t * noise, time, own.t5_ids, own.clip_ids)
             with autocast(device):
                 with torch.no_grad():
-                    before = old_forward(*given).velocity.float()
+                    before, at_first = (f(*given).velocity.float() for f in (old_forward, first_forward))
                 now = forward(*given).velocity.float()
-            return {"loss": preference_loss(now, before, noise - clean, t, good[rows], settings), "right": right}
+            error = preference_loss(now, before, at_first, noise - clean, t, good[rows], settings)
+            return {"loss": error, "right": right}
 
         stage.run(loss)
 
@@ -115,22 +118,23 @@ def draw(
 def preference_loss(
     now: torch.Tensor,
     before: torch.Tensor,
+    at_first: torch.Tensor,
     wanted: torch.Tensor,
     t: torch.Tensor,
     good: torch.Tensor,
     settings: Settings,
 ) -> torch.Tensor:
-    """DiffusionNFT's loss (equation 5): the model's velocity `now` on good images, its mirror image on bad ones.
+    """DiffusionNFT's loss (equation 5): the error of the model on good images, of its mirror image on bad ones.
 
-    now, before and wanted [n, 256, 64]: the velocities of the model, of the one that drew, and noise - image; noise
+    Velocities [n, 256, 64]: the model's, of the one that drew, of the one before the stage, and noise - image; noise
     levels t [n, 1, 1]; good [n] in 0..1.
     """
+
+    def error(velocity: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        """Of the predicted images x_t - t velocity, squared: [n]."""
+        return (t * (velocity - other)).square().mean((1, 2))
+
     change = settings.reward_beta * (now - before)
-    better, worse = (_error(before + sign * change, wanted, t) for sign in (1, -1))
-    return (good * better + settings.reward_push * (1 - good) * worse).mean()
-
-
-def _error(velocity: torch.Tensor, wanted: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """Of each predicted image (x_t - t velocity), squared, over its mean absolute error: [n] from [n, 256, 64]."""
-    error = t * (velocity - wanted)
-    return error.square().mean((1, 2)) / error.detach().abs().mean((1, 2)).clamp(min=1e-5)
+    better, worse = error(before + change, wanted), error(before - change, wanted)
+    size = (t * (before - wanted)).abs().mean((1, 2)).clamp(min=1e-5)
+    return ((good * better + (1 - good) * worse + settings.reward_anchor * error(now, at_first)) / size).mean()

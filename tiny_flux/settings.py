@@ -16,7 +16,7 @@ class Settings:
     reward_prompts, reward_images: drawn every `reward_updates` steps: so many prompts, so many images for each, in as
         many sampling steps as one of `reward_sampling_steps`.
     reward_beta: how much of the way from the model that drew counts; less lets it go farther at once.
-    reward_push: how strongly bad images push, beside the good ones' pull.
+    reward_anchor: how strongly it is held to the model before this stage.
     only_right: of reflow's pairs, keep those where the checker finds every claim of the caption in the image.
     """
 
@@ -38,14 +38,14 @@ class Settings:
     guidance_steps: int = 4000
     guidance_lr: float = 2e-4
     reward_steps: int = 2400
-    reward_lr: float = 1e-4
-    reward_prompts: int = 256
+    reward_lr: float = 5e-5
+    reward_prompts: int = 192
     reward_images: int = 8
-    reward_sampling_steps: tuple[int, ...] = (8, 16)
+    reward_sampling_steps: tuple[int, ...] = (12,)
     reward_updates: int = 16
-    reward_batch: int = 512
-    reward_beta: float = 1.0
-    reward_push: float = 0.3
+    reward_batch: int = 256
+    reward_beta: float = 0.5
+    reward_anchor: float = 0.1
     reward_ema: float = 0.98
     reflow_pairs: int = 40_000
     reflow_sampling_steps: int = 28

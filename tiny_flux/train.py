@@ -77,6 +77,8 @@ def plot_losses(work: Path) -> None:
         return
     with (work / "losses.csv").open() as file:
         rows = list(csv.DictReader(file))
+    if not rows:
+        return
     stages = list(dict.fromkeys(row["stage"] for row in rows))
     across = min(3, len(stages))
     down = math.ceil(len(stages) / across)

@@ -30,15 +30,20 @@ def test_goodness_compares_the_images_of_one_prompt() -> None:
     assert good.mean(1).tolist() == pytest.approx([0.5] * 3)
 
 
-@pytest.mark.parametrize(
-    ("good", "push", "direction"), [(1.0, 0.3, 1), (0.0, 0.3, -1), (0.0, 1.0, -1), (0.5, 1.0, 0), (0.5, 0.3, 1)]
-)
-def test_the_loss_moves_towards_good_images_and_away_from_bad_ones(good: float, push: float, direction: int) -> None:
-    random_ = torch.Generator().manual_seed(0)
-    before, wanted = torch.randn(2, 3, 256, 64, generator=random_)
+@pytest.fixture
+def velocities() -> torch.Tensor:
+    """Of the model that drew, and two others: [3, 2, 256, 64]."""
+    return torch.randn(3, 2, 256, 64, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(("good", "direction"), [(1.0, 1), (0.0, -1), (0.5, 0)])
+def test_the_loss_moves_towards_good_images_and_away_from_bad_ones(
+    velocities: torch.Tensor, good: float, direction: int
+) -> None:
+    before, wanted, _ = velocities
     now = before.clone().requires_grad_()
-    t = torch.tensor([0.2, 0.5, 0.9])[:, None, None]
-    preference_loss(now, before, wanted, t, torch.full((3,), good), Settings(reward_push=push)).backward()
+    t = torch.tensor([0.2, 0.9])[:, None, None]
+    preference_loss(now, before, before, wanted, t, torch.full((2,), good), Settings()).backward()
     assert now.grad is not None
     towards = (-now.grad * (wanted - before)).sum((1, 2))
     if direction:
@@ -47,13 +52,18 @@ def test_the_loss_moves_towards_good_images_and_away_from_bad_ones(good: float, 
         assert towards.abs().max() < 1e-6
 
 
-def test_the_farther_from_the_one_that_drew_the_more_holds_it_back() -> None:
-    random_ = torch.Generator().manual_seed(0)
-    before, wanted, away = torch.randn(3, 2, 256, 64, generator=random_)
+def test_distance_costs_both_from_the_model_that_drew_and_from_the_one_before_the_stage(
+    velocities: torch.Tensor,
+) -> None:
+    before, wanted, away = velocities
     t, good = torch.full((2, 1, 1), 0.5), torch.full((2,), 0.5)
-    settings = Settings(reward_push=1.0)
-    losses = [preference_loss(before + far * away, before, wanted, t, good, settings) for far in (0.0, 0.5, 1.0)]
-    assert losses[0] < losses[1] < losses[2]
+    far = [before + distance * away for distance in (0.0, 0.5, 1.0)]
+    from_drawing = [preference_loss(now, before, now, wanted, t, good, Settings()) for now in far]
+    assert from_drawing[0] < from_drawing[1] < from_drawing[2]
+    from_first = [preference_loss(before, before, first, wanted, t, good, Settings()) for first in far]
+    assert from_first[0] < from_first[1] < from_first[2]
+    free = [preference_loss(before, before, first, wanted, t, good, Settings(reward_anchor=0)) for first in far]
+    assert free[0] == free[2]
 
 
 def test_judges_say_of_each_image_what_it_shows_in_the_order_given() -> None:
