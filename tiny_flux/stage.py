@@ -15,6 +15,7 @@ from torch import nn
 from tqdm import tqdm
 
 from tiny_flux import ranks
+from tiny_flux.muon import Muon
 from tiny_flux.settings import Settings
 from utils.files import replacing
 
@@ -54,9 +55,8 @@ class Stage:
         )
         self.optimizers: list[torch.optim.Optimizer] = [adamw]
         if matrices:
-            # Steps as large as AdamW's, so that one learning rate serves both (arXiv 2502.16982, section 2.2).
-            muon = torch.optim.Muon(matrices, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
-            self.optimizers.append(muon)
+            # Steps as large as AdamW's, so that one learning rate serves both.
+            self.optimizers.append(Muon(matrices, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
         self.parameters = [*matrices, *decay, *other]
         ranks.share(self.parameters)
         self.ema = [p.detach().clone() for p in self.parameters]

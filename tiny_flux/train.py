@@ -49,6 +49,13 @@ from tiny_flux.tokenizers import clip_tokenizer, t5_tokenizer
 from utils.errors import UserError, run_command
 from utils.files import write_text
 
+# What a stage logs, its label and scale.
+PLOTTED = (
+    ("right", "share of right images", "linear"),
+    ("velocity", "velocity's error", "log"),
+    ("loss", "loss", "log"),
+)
+
 
 def save_pipeline(pipe: FluxPipeline, out: Path) -> None:
     """A bfloat16 copy of `pipe`, in diffusers format, by the first process."""
@@ -72,7 +79,7 @@ def save_pipeline(pipe: FluxPipeline, out: Path) -> None:
 
 
 def plot_losses(work: Path) -> None:
-    """`losses.png` from `losses.csv`, one panel a stage: the velocity's error where it is logged apart."""
+    """`losses.png` from `losses.csv`: one panel a stage, with the first of PLOTTED that it logs."""
     if not ranks.is_first() or not (work / "losses.csv").exists():
         return
     with (work / "losses.csv").open() as file:
@@ -88,10 +95,11 @@ def plot_losses(work: Path) -> None:
             panel.axis("off")
             continue
         of_stage = [row for row in rows if row["stage"] == stage]
-        name = "velocity" if any(row["name"] == "velocity" for row in of_stage) else "loss"
+        logged = {row["name"] for row in of_stage}
+        name, label, scale = next(plotted for plotted in PLOTTED if plotted[0] in logged)
         points = [(int(row["step"]), float(row["value"])) for row in of_stage if row["name"] == name]
         panel.plot(*zip(*points, strict=True), linewidth=1)
-        panel.set(title=stage, xlabel="step", ylabel=f"{name}'s error" if name == "velocity" else name, yscale="log")
+        panel.set(title=stage, xlabel="step", ylabel=label, yscale=scale)
         panel.grid(alpha=0.3, which="both")
     figure.savefig(work / "losses.png", dpi=120)
     plt.close(figure)
