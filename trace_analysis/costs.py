@@ -157,6 +157,19 @@ def _attention(causal_at: int) -> Callable[[str, Shapes], Cost | None]:
     return found
 
 
+def _own_attention(operator: str, shapes: Shapes) -> Cost | None:
+    """recipes' operators: query [batch, tokens, heads, head_dim] and key [batch, keys, heads, head_dim], not causal.
+
+    Value and output are counted as large as key and query, which they are but for the dtype of the output.
+    """
+    batch, queries, heads, channels = shapes.dims[0]
+    keys = shapes.dims[1][1]
+    flops = 4 * batch * heads * queries * keys * channels
+    moved = 2 * _size(shapes, 0) * (math.prod(shapes.dims[0]) + math.prod(shapes.dims[1]))
+    text = f"{batch} x {heads} heads x {queries} x {keys} tokens x {channels}"
+    return Cost("attention", shapes.dtype(0), text, flops, moved)
+
+
 def _convolution(operator: str, shapes: Shapes) -> Cost | None:
     """Two dimensions, not transposed: input [N, C, H, W], weight [O, C / groups, R, S]."""
     (batch, _, height, width), (outputs, inputs, rows, columns) = shapes.dims[0], shapes.dims[1]
@@ -246,6 +259,10 @@ _COSTS: dict[str, Callable[[str, Shapes], Cost | None]] = {
     "aten::_scaled_dot_product_flash_attention": _attention(4),
     "aten::_scaled_dot_product_efficient_attention": _attention(6),
     "aten::_scaled_dot_product_cudnn_attention": _attention(6),
+    "flux_fast::cudnn_attention_float8": _own_attention,
+    "flux_fast::attention_float8": _own_attention,
+    "flux_fast::flash_attention_3": _own_attention,
+    "flux_fast::flash_attention_3_float8": _own_attention,
     "aten::_convolution": _convolution,
     "aten::copy_": _copy,
     "aten::native_layer_norm": _norm,

@@ -78,21 +78,22 @@ def priced(kinds: KernelKinds) -> Priced:
     return Priced(kinds.operator, {event: (kinds.trace.name_of(event), cost) for event, cost in kinds.costs.items()})
 
 
-def joined(kinds: KernelKinds, reference: KernelKinds, step: np.ndarray) -> Priced:
+def joined(kinds: KernelKinds, mine: np.ndarray, reference: KernelKinds, step: np.ndarray) -> Priced:
     """Shapes of kernels in CUDA graphs, from a trace without: its kernels in the same order.
 
-    step: chooses the activities of one step of the reference (bool [n]).
+    mine: chooses the activities of the steps; step: those of one step of the reference (bool [n] both).
 
     Raises:
-        UsageError: the trace has no graph launches, or the reference's step runs other kernels, or in another order.
+        UsageError: no graph is launched in the steps, or the reference's step runs other kernels, or in another order.
     """
     trace, device = kinds.trace, kinds.device
     of_graph = np.array(
         [launch != NONE and GRAPH_LAUNCH.match(trace.name_of(launch)) is not None for launch in device.launch.tolist()],
         bool,
     )
+    of_graph &= mine
     if not of_graph.any():
-        raise UsageError(f"{trace.path} has no kernels of CUDA graphs: leave --shapes-from out")
+        raise UsageError(f"{trace.path} has no kernels of CUDA graphs in its steps: leave --shapes-from out")
     source = np.flatnonzero(step & reference.is_kernel)
     names = [reference.trace.name_of(event) for event in reference.device.event[source].tolist()]
     own = priced(kinds)

@@ -157,7 +157,7 @@ class Analysis:
             parts["gaps"] = finder.gaps(windows)
         if integrity.RATES not in bad:
             windows_ns = sum(end - start for _, start, end in windows)
-            parts["rates"] = rates(self.kernels, self._priced(shapes_from), mine, windows_ns)
+            parts["rates"] = rates(self.kernels, self._priced(mine, shapes_from), mine, windows_ns)
         return parts
 
     def _check_shapes_from(self, other: Analysis) -> None:
@@ -171,13 +171,13 @@ class Analysis:
                 "or their name with --step-marker"
             )
 
-    def _priced(self, shapes_from: Analysis | None) -> Priced:
+    def _priced(self, mine: np.ndarray, shapes_from: Analysis | None) -> Priced:
         assert self.kernels is not None
         if shapes_from is None:
             return priced(self.kernels)
         assert shapes_from.kernels is not None
         last = shapes_from.step_events[-1:]
-        return joined(self.kernels, shapes_from.kernels, shapes_from.in_spans(last))
+        return joined(self.kernels, mine, shapes_from.kernels, shapes_from.in_spans(last))
 
 
 def report(trace: Trace, marker: str = DENOISING_STEP) -> Report:

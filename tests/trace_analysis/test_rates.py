@@ -94,6 +94,16 @@ def test_flux_attention() -> None:
     assert half.flops == found.flops // 2
 
 
+@pytest.mark.parametrize("operator", ["cudnn_attention_float8", "attention_float8", "flash_attention_3_float8"])
+def test_own_attention_has_its_tokens_before_its_heads(operator: str) -> None:
+    dims = ((1, 4608, 24, 128), (1, 4608, 24, 128), (1, 24, 128, 4608), (3, 1, 24))
+    found = cost(f"flux_fast::{operator}", Shapes(dims, ("c10::Float8_e4m3fn",) * 3 + ("float",), ("",) * 4))
+    same = cost("aten::_scaled_dot_product_flash_attention", attention(4608, 4608))
+    assert found is not None
+    assert same is not None
+    assert (found.kind, found.dtype, found.shape, found.flops) == ("attention", "fp8", same.shape, same.flops)
+
+
 def test_float8_gemm_writes_bfloat16() -> None:
     types = ("c10::Float8_e4m3fn", "c10::Float8_e4m3fn", "float", "float")
     found = cost("aten::_scaled_mm", Shapes(((64, 32), (32, 16), (64, 1), (1, 16)), types, ("",) * 4))
@@ -234,6 +244,17 @@ def test_shapes_are_joined_by_the_order_of_kernels(writers) -> None:
         ("256 x 3072 x 3072", 90_000),
         ("512 x 3072 x 3072", 90_000),
     ]
+
+
+def test_graphs_outside_the_steps_need_no_shapes(writers) -> None:
+    graph, eager = writers("graph"), writers("eager")
+    names = ["norm", GEMM]
+    graph_of(graph, names)
+    graph.step(600, 100, "decoding")
+    graph.run("convolution", 620, 20, graph.call("cudaGraphLaunch", 610, 5), **{"graph node id": 9})
+    eager_of(eager, names)
+    (row,) = graph.analyse(shapes_from=eager.analyse()).report.rates.rows
+    assert row.shape == "256 x 3072 x 3072"
 
 
 def test_shapes_from_on_the_command_line(writers, command: Callable) -> None:
