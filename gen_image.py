@@ -15,13 +15,13 @@ with quiet():
     from recipes.dtype import torch_dtype
     from utils import checkpoints, command_line
     from utils.compile_clock import CompileClock
-    from utils.errors import run_command
+    from utils.errors import Parser, run_command
     from utils.files import check_image_file, replacing
     from utils.request import warn_of_cut_tokens
 
 
-def parser() -> command_line.Parser:
-    parser = command_line.Parser(description=__doc__)
+def parser() -> Parser:
+    parser = Parser(description=__doc__)
     command_line.add_options(parser)
     output = Path("output.png")
     parser.add_argument(

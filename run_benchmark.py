@@ -14,12 +14,12 @@ with quiet():
     from benchmark.runner import Runner, command_text
     from recipes.flux_fast_flags import recipe_from_flags
     from utils import command_line, environment, results
-    from utils.errors import UsageError, UserError, run_command
+    from utils.errors import Parser, UsageError, UserError, run_command
     from utils.files import check_folder, check_image_file
 
 
-def parser() -> command_line.Parser:
-    parser = command_line.Parser(description=__doc__)
+def parser() -> Parser:
+    parser = Parser(description=__doc__)
     command_line.add_options(parser)
     parser.add_argument("--ladder", action="store_true", help="every rung, resumably, and the table and chart of them")
     parser.add_argument("--baseline", help="the ladder's baseline (default: the checkpoint's)")

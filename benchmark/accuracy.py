@@ -31,8 +31,8 @@ with quiet():
     from tiny_flux.check_pool import check_pool
     from tiny_flux.checker import check
     from tiny_flux.score import Prompt
-    from utils import checkpoints, command_line
-    from utils.errors import UsageError, UserError, run_command
+    from utils import checkpoints
+    from utils.errors import Parser, UsageError, UserError, run_command
     from utils.image_metrics import difference
 
 LIMIT_POINTS = -2.0
@@ -118,7 +118,7 @@ def line(row: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = command_line.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     recipe_series.add_options(parser)
     parser.add_argument("--prompts", type=int, default=score.PROMPTS, help="held-out prompts")
     parser.add_argument("--seeds", type=int, default=4, help="images a prompt")

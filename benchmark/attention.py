@@ -23,8 +23,7 @@ with quiet():
     from recipes import attention, float8_heads
     from recipes.attention_backends import backend
     from recipes.recipe import Recipe
-    from utils import command_line
-    from utils.errors import UsageError, run_command
+    from utils.errors import Parser, UsageError, run_command
     from utils.relative_error import relative_error
 
 BACKENDS = ("native", "cudnn", "fa3", "fa3_fp8", "triton_fp8", "cudnn_fp8")
@@ -92,7 +91,7 @@ def line(row: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = command_line.Parser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("--tokens", type=int, nargs="+", default=[4352, 4608, 8704])
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS))
     series.add_options(parser)

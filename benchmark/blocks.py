@@ -24,8 +24,7 @@ with quiet():
     from recipes import attention, float8, fused_kernels, fused_qkv
     from recipes.apply import refusal
     from recipes.recipe import Recipe
-    from utils import command_line
-    from utils.errors import run_command
+    from utils.errors import Parser, run_command
     from utils.random_weights import creating
     from utils.relative_error import relative_error
 
@@ -109,7 +108,7 @@ def line(row: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = command_line.Parser(description=__doc__)
+    parser = Parser(description=__doc__)
     series.add_options(parser)
     arguments = parser.parse_args()
 

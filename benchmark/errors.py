@@ -33,8 +33,8 @@ with quiet():
     from benchmark.memory import peak_bytes
     from recipes.dtype import torch_dtype
     from recipes.recipe import Recipe
-    from utils import checkpoints, command_line
-    from utils.errors import UserError, run_command
+    from utils import checkpoints
+    from utils.errors import Parser, UserError, run_command
     from utils.relative_error import relative_error
     from utils.request import Request
 
@@ -168,7 +168,7 @@ def line(row: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = command_line.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     recipe_series.add_options(parser)
     parser.add_argument("--prompts", type=int, default=2)
     parser.add_argument("--height", type=int)

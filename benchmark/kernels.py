@@ -20,8 +20,7 @@ with quiet():
     from benchmark import series
     from benchmark.device_timing import graph_ms
     from recipes.float8_heads import E4M3_MAX, SMALLEST_AMAX
-    from utils import command_line
-    from utils.errors import run_command
+    from utils.errors import Parser, run_command
 
 TEXT, IMAGE, DIM, HEADS, HEAD_DIM = 512, 4096, 3072, 24, 128
 SIDE = 1024  # of the VAE's image, in pixels
@@ -175,7 +174,7 @@ def line(row: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = command_line.Parser(description=__doc__)
+    parser = Parser(description=__doc__)
     series.add_options(parser)
     arguments = parser.parse_args()
 

@@ -34,12 +34,12 @@ with quiet():
     from benchmark.runner import command_text
     from recipes.recipe import Recipe
     from utils import command_line, environment, results
-    from utils.errors import UsageError, UserError, run_command
+    from utils.errors import Parser, UsageError, UserError, run_command
     from utils.files import check_folder
 
 
-def parser() -> command_line.Parser:
-    parser = command_line.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser() -> Parser:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "recipe", metavar="RECIPE", help="as run_benchmark.py's --recipe: aoti, fused_qkv,attention=..."
     )

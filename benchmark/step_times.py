@@ -39,7 +39,7 @@ with quiet():
     from recipes.recipe import Recipe
     from utils import checkpoints, command_line, environment
     from utils.compile_clock import CompileClock
-    from utils.errors import UserError, is_out_of_memory, one_line, run_command
+    from utils.errors import Parser, UserError, is_out_of_memory, one_line, run_command
     from utils.files import check_folder, write_text
     from utils.relative_error import relative_error
     from utils.request import Request
@@ -93,8 +93,8 @@ def measure(
     }, result
 
 
-def parser() -> command_line.Parser:
-    parser = command_line.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser() -> Parser:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "recipes", nargs="+", metavar="RECIPE", help="as run_benchmark.py's --recipe; the first is 1.00"
     )

@@ -18,11 +18,11 @@ with quiet():
     from export.tables import description, line
     from recipes.recipe import Recipe
     from utils import checkpoints, command_line
-    from utils.errors import UsageError, UserError, run_command
+    from utils.errors import Parser, UsageError, UserError, run_command
 
 
-def parser() -> command_line.Parser:
-    parser = command_line.Parser(
+def parser() -> Parser:
+    parser = Parser(
         prog="python -m export", description="Ahead-of-time packages: .pt2 files of compiled code, without weights."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
-from typing import NoReturn
 
 from trace_analysis import markdown, page, tables
 from trace_analysis.diff import diff
 from trace_analysis.load import load
 from trace_analysis.report import Analysis
 from trace_analysis.steps import DENOISING_STEP
-from utils.errors import run_command
+from utils.errors import Parser, run_command
 from utils.files import check_folder, write_text
-
-
-class Parser(argparse.ArgumentParser):
-    """Errors in one line, exit code 2."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message} (--help shows the options)\n")
 
 
 def parser() -> Parser:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
@@ -18,13 +18,6 @@ from utils import checkpoints, environment, results
 from utils.errors import UsageError
 from utils.paying import not_paying
 from utils.request import Request
-
-
-class Parser(argparse.ArgumentParser):
-    """Errors in one line, exit code 2."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message} (--help shows the options)\n")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

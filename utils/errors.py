@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 import warnings
 from collections.abc import Callable
+from typing import NoReturn
 
 from tqdm import tqdm
 
@@ -19,6 +21,13 @@ class UsageError(UserError):
     """What was asked for is wrong or can't be had here."""
 
     exit_code = 2
+
+
+class Parser(argparse.ArgumentParser):
+    """Its errors are one line, with exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} (--help shows the options)\n")
 
 
 def one_line(error: BaseException) -> str:
