@@ -41,8 +41,11 @@ def train_autoencoder(pipe: FluxPipeline, pool: Pool, settings: Settings, work: 
 
 
 @torch.no_grad()
-def encode_pool(pipe: FluxPipeline, pool: Pool, work: Path, device: torch.device) -> torch.Tensor:
-    """Packed latents of the whole pool, bfloat16 [n, 256, 64], scaled to mean 0 and deviation 1."""
+def encode_pool(pipe: FluxPipeline, pool: Pool, settings: Settings, work: Path, device: torch.device) -> torch.Tensor:
+    """Packed latents of the whole pool, bfloat16 [n, 256, 64], scaled to mean 0 and deviation 1.
+
+    An autoencoder that isn't trained in this run keeps its factors: the transformer that came with it knows no others.
+    """
     path = ranks.own_folder(work) / "latents.pt"
     if path.exists():
         state = torch.load(path, map_location=device, weights_only=True)
@@ -53,8 +56,10 @@ def encode_pool(pipe: FluxPipeline, pool: Pool, work: Path, device: torch.device
             images = pool.images(index).contiguous(memory_format=torch.channels_last)
             with autocast(device):
                 latents[index] = pipe.vae.encode(images).latent_dist.mean.to(latents.dtype)
-        sample = latents[: 2**14].float()
-        shift, scale = ranks.from_first(sample.mean().item(), 1 / sample.std().item(), device=device)
+        shift, scale = pipe.vae.config.shift_factor, pipe.vae.config.scaling_factor
+        if settings.vae_steps:
+            sample = latents[: 2**14].float()
+            shift, scale = ranks.from_first(sample.mean().item(), 1 / sample.std().item(), device=device)
         state = {"latents": latents, "shift": shift, "scale": scale}
         save_atomically(state, path)
     pipe.vae.register_to_config(scaling_factor=state["scale"], shift_factor=state["shift"])
