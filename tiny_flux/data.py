@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -28,6 +29,7 @@ from tiny_flux.scenes import (
     sample_description,
 )
 from tiny_flux.tokenizers import CLIP_LENGTH, T5_LENGTH
+from utils.errors import UsageError
 
 MOST_THINGS = 4
 # How often each category is trained on; what is harder to learn comes more often.
@@ -103,6 +105,21 @@ class Pool:
     def to(self, device: torch.device | str) -> Pool:
         moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
         return Pool(**{**vars(self), **moved})
+
+    def with_shapes(self, shapes: Sequence[str]) -> torch.Tensor:
+        """Which of the scenes show all these shapes: indices, int64.
+
+        Raises:
+            UsageError: none does, or there is no such shape.
+        """
+        if unknown := [shape for shape in shapes if shape not in SHAPES]:
+            raise UsageError(f"there is no shape {unknown[0]!r}: there are {', '.join(SHAPES)}")
+        there = self.geometry[..., 2] > 0
+        shown = [(there & (self.shape == SHAPES.index(shape))).any(1) for shape in shapes]
+        index = torch.stack(shown).all(0).nonzero()[:, 0]
+        if not len(index):
+            raise UsageError(f"no scene shows {' and '.join(shapes)}: give a larger --pool")
+        return index
 
     def images(self, index: torch.Tensor) -> torch.Tensor:
         """float32 [len(index), 3, 256, 256] in [-1, 1]."""

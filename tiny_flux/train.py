@@ -187,13 +187,15 @@ def main() -> None:
         help="the rest goes on when the command is given without it",
     )
     for field in fields(Settings):
-        if field.type in ("int", "float"):
-            parser.add_argument(f"--{field.name.replace('_', '-')}", type={"int": int, "float": float}[field.type])
-        else:
-            parser.add_argument(f"--{field.name.replace('_', '-')}", type=int, nargs="+")
+        of, several = str(field.type).removeprefix("tuple[").removesuffix(", ...]"), "tuple" in str(field.type)
+        parser.add_argument(
+            f"--{field.name.replace('_', '-')}", type={"int": int, "float": float, "str": str}[of],
+            nargs="+" if several else None,
+        )  # fmt: skip
     arguments = parser.parse_args()
     given = {f.name: getattr(arguments, f.name, None) for f in fields(Settings)}
-    settings = replace(PRESETS[arguments.preset], **{k: v for k, v in given.items() if v is not None})
+    lists = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if v is not None}
+    settings = replace(PRESETS[arguments.preset], **lists)
     device = ranks.join(arguments.device)
     try:
         train(settings, arguments.work, arguments.out, device, arguments.init, arguments.stop_after)

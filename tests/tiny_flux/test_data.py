@@ -16,6 +16,7 @@ from tiny_flux.claims import claims
 from tiny_flux.data import Pool, corpus, make_pool, tokenize, training_description
 from tiny_flux.scenes import Described, Description
 from tiny_flux.tokenizers import CLIP_LENGTH, T5_LENGTH, clip_tokenizer, t5_tokenizer
+from utils.errors import UsageError
 from utils.files import ROOT
 
 SIZE, CAPTIONS = 600, 2
@@ -182,3 +183,12 @@ def test_no_caption_is_cut(pool: Pool, clip: CLIPTokenizer, t5: T5Tokenizer) -> 
     assert (pool.clip_ids[..., -1] == clip.pad_token_id).all()
     assert pool.clip_ids.max() < len(clip)
     assert pool.t5_ids.max() < len(t5)
+
+
+def test_scenes_with_given_shapes(pool: Pool) -> None:
+    index = pool.with_shapes(("diamond", "cross")).tolist()
+    named = [{o.shape for o in description.objects} >= {"diamond", "cross"} for description in pool.descriptions]
+    assert index == [i for i, both in enumerate(named) if both]
+    assert 0 < len(index) < len(pool)
+    with pytest.raises(UsageError, match="there is no shape 'blob'"):
+        pool.with_shapes(("blob",))
