@@ -134,7 +134,9 @@ def train(
     pool = make_pool(settings.pool, settings.captions, seed, pipe.tokenizer, pipe.tokenizer_2).to(device)
     if settings.vae_steps:
         train_autoencoder(pipe, pool, settings, work, device)
-    latents = encode_pool(pipe, pool, settings, work, device)
+    latents = torch.empty(0, 256, 64, device=device)
+    if settings.vae_steps or settings.flow_steps or settings.guidance_steps:  # nothing else reads them
+        latents = encode_pool(pipe, pool, settings, work, device)
     if stop_after == "encode":
         return
     machine = {"processes": ranks.count(), "torch": torch.__version__, "device": device_name(device)}
