@@ -31,6 +31,7 @@ import math
 import shutil
 from dataclasses import asdict, fields, replace
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
@@ -195,9 +196,10 @@ def main() -> None:
             nargs="+" if several else None,
         )  # fmt: skip
     arguments = parser.parse_args()
-    given = {f.name: getattr(arguments, f.name, None) for f in fields(Settings)}
-    lists = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if v is not None}
-    settings = replace(PRESETS[arguments.preset], **lists)
+    given = {name: value for name, value in vars(arguments).items() if value is not None}
+    chosen: dict[str, Any] = {f.name: given[f.name] for f in fields(Settings) if f.name in given}
+    lists = {name: tuple(value) for name, value in chosen.items() if isinstance(value, list)}
+    settings = replace(PRESETS[arguments.preset], **{**chosen, **lists})
     device = ranks.join(arguments.device)
     try:
         train(settings, arguments.work, arguments.out, device, arguments.init, arguments.stop_after)
