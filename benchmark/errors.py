@@ -34,7 +34,7 @@ with quiet():
     from recipes.dtype import torch_dtype
     from recipes.recipe import Recipe
     from utils import checkpoints
-    from utils.errors import Parser, UserError, run_command
+    from utils.errors import Parser, UsageError, UserError, run_command
     from utils.relative_error import relative_error
     from utils.request import Request
 
@@ -177,6 +177,8 @@ def main() -> None:
 
     def benchmark() -> None:
         device, known = recipe_series.check(arguments)
+        if loops := [text for text in arguments.recipes if recipes.parse(text).loop_graph]:
+            raise UsageError(f"{loops[0]}: a loop of one launch gives no step to measure, leave loop_graph=true out")
         requests = [
             Request(
                 prompts.prompt(arguments.checkpoint, number), arguments.height or known.height,

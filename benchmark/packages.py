@@ -51,7 +51,7 @@ def parser() -> Parser:
 
 
 def packaged(recipe: Recipe) -> Recipe:
-    """`recipe` from packages, with plain text encoders.
+    """`recipe` from packages, with plain text encoders and a launch for each step.
 
     Raises:
         UsageError: it is eager.
@@ -61,7 +61,8 @@ def packaged(recipe: Recipe) -> Recipe:
         raise UsageError(
             f"{name} compiles nothing: give a recipe with execution=compile or aoti, as {name},execution=aoti"
         )
-    return replace(recipe, execution="aoti", compiled_text_encoders=False, float8_text_encoder=False)
+    plain = {"compiled_text_encoders": False, "float8_text_encoder": False, "loop_graph": False}
+    return replace(recipe, execution="aoti", **plain)
 
 
 def parts(arguments: argparse.Namespace) -> list[str]:
@@ -180,10 +181,9 @@ def table(found: dict[str, Any]) -> str:
     if "relative_error" in steps:
         of_step = steps["relative_error"]["step"]
         rows += [(f"relative error of a step, {name}", f"{error:.2g}") for name, error in of_step.items()]
-        rows += [
-            (f"relative error, {error['model']}", f"{error['value']:.2g}")
-            for error in steps["relative_error"]["models"]
-        ]
+        for error in steps["relative_error"]["models"]:
+            above = f", above {error['tolerance']:.2g}" if error["value"] > error["tolerance"] else ""
+            rows.append((f"relative error, {error['model']}", f"{error['value']:.2g}{above}"))
     name, request = found["recipe"]["name"], results.size(found["request"])
     head = [f"{name}, {found['checkpoint']}, {request}, {found['environment']['device']}", "", "| | |", "|---|--:|"]
     return "\n".join([*head, *(f"| {what} | {figure} |" for what, figure in rows)])

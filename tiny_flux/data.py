@@ -115,8 +115,10 @@ class Pool:
         if unknown := [shape for shape in shapes if shape not in SHAPES]:
             raise UsageError(f"there is no shape {unknown[0]!r}: there are {', '.join(SHAPES)}")
         there = self.geometry[..., 2] > 0
-        shown = [(there & (self.shape == SHAPES.index(shape))).any(1) for shape in shapes]
-        index = torch.stack(shown).all(0).nonzero()[:, 0]
+        all_of_them = torch.ones(len(self), dtype=torch.bool, device=there.device)
+        for shape in shapes:
+            all_of_them &= (there & (self.shape == SHAPES.index(shape))).any(1)
+        index = all_of_them.nonzero()[:, 0]
         if not len(index):
             raise UsageError(f"no scene shows {' and '.join(shapes)}: give a larger --pool")
         return index

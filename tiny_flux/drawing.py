@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import math
+import tempfile
 from collections.abc import Callable
 from concurrent.futures import Future
-from multiprocessing.shared_memory import SharedMemory
 from types import TracebackType
 
 import numpy as np
@@ -50,13 +51,13 @@ def decode(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
 class Judges:
     """The checker in as many processes as there are cores for this one of the training's processes.
 
-    Images are handed over in shared memory, with room for `most` until `verdicts` takes them back.
+    Images are handed over in a file that all map into memory, with room for `most` until `verdicts` takes them back.
     """
 
     def __init__(self, most: int):
-        self._shared = SharedMemory(create=True, size=most * int(np.prod(_IMAGE)))
-        self._images = np.ndarray((most, *_IMAGE), np.uint8, self._shared.buf)
-        self._processes = check_pool(share=ranks.count())
+        self._file = tempfile.NamedTemporaryFile(prefix="flux-fast-images-")  # noqa: SIM115, closed by `with`
+        self._images = np.memmap(self._file.name, np.uint8, "w+", shape=(most, *_IMAGE))
+        self._processes = check_pool(ranks.count())
         self._pending: list[Future[list[Verdict]]] = []
         self._given = 0
 
@@ -65,9 +66,7 @@ class Judges:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._processes.shutdown(cancel_futures=True)
-        del self._images
-        self._shared.close()
-        self._shared.unlink()
+        self._file.close()
 
     def give(self, images: torch.Tensor, descriptions: list[Description]) -> None:
         """Have images uint8 [n, 256, 256, 3] judged; doesn't wait."""
@@ -75,7 +74,7 @@ class Judges:
         self._images[start : self._given] = images.cpu().numpy()
         for first in range(0, len(images), _AT_ONCE):
             part = descriptions[first : first + _AT_ONCE]
-            self._pending.append(self._processes.submit(_judge, self._shared.name, start + first, part))
+            self._pending.append(self._processes.submit(_judge, self._file.name, start + first, part))
 
     def verdicts(self) -> list[Verdict]:
         """Of all images given since the last call, in their order."""
@@ -83,12 +82,7 @@ class Judges:
         return [verdict for future in pending for verdict in future.result()]
 
 
-def _judge(shared: str, start: int, descriptions: list[Description]) -> list[Verdict]:
-    memory = SharedMemory(shared)
-    try:
-        count, size = len(descriptions), int(np.prod(_IMAGE))
-        assert memory.buf is not None
-        images = np.frombuffer(memory.buf, np.uint8, count * size, start * size).reshape(count, *_IMAGE).copy()
-    finally:
-        memory.close()
+def _judge(file: str, start: int, descriptions: list[Description]) -> list[Verdict]:
+    shape = (len(descriptions), *_IMAGE)
+    images = np.memmap(file, np.uint8, "r", start * math.prod(_IMAGE), shape)
     return [check(image, description) for image, description in zip(images, descriptions, strict=True)]

@@ -53,9 +53,10 @@ def train_reward(
 ) -> None:
     if settings.reward_steps == 0:
         return
+    # Before the stage, which may put half-trained weights into the model.
+    first, old = (copy.deepcopy(velocity).eval().requires_grad_(False) for _ in range(2))
     steps, lr = settings.reward_steps, settings.reward_lr
     stage = Stage("reward", velocity, steps, lr, settings, work, device, ema=settings.reward_ema)
-    first, old = (copy.deepcopy(velocity).eval().requires_grad_(False) for _ in range(2))
     old_of = dict(zip(velocity.parameters(), old.parameters(), strict=True))
     forward, first_forward, old_forward = (torch.compile(v) if settings.compile else v for v in (velocity, first, old))
     drawn: list[Round] = []
@@ -63,7 +64,7 @@ def train_reward(
     with Judges(settings.reward_prompts * settings.reward_images) as judges:
 
         def loss(random: torch.Generator) -> dict[str, torch.Tensor]:
-            if stage.step % settings.reward_updates == 0 or not drawn:
+            if stage.step % settings.reward_updates == 0:  # as is the step of every checkpoint
                 for parameter, average in zip(stage.parameters, stage.ema, strict=True):
                     old_of[parameter].copy_(average)
                 drawn[:] = [draw(old_forward, vae, pool, settings, judges, random)]

@@ -55,7 +55,7 @@ class Settings:
     reflow_steps: int = 3000
     reflow_lr: float = 3e-4
     ema: float = 0.9995
-    save_every: int = 1000
+    save_every: int = 960
     compile: int = 1
     seed: int = 0
 

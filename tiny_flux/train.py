@@ -47,7 +47,7 @@ from tiny_flux.reflow import train_reflow
 from tiny_flux.reward import train_reward
 from tiny_flux.settings import PRESETS, Settings
 from tiny_flux.tokenizers import clip_tokenizer, t5_tokenizer
-from utils.errors import UserError, run_command
+from utils.errors import UsageError, UserError, run_command
 from utils.files import write_text
 
 # What a stage logs, its label and scale.
@@ -122,8 +122,14 @@ def train(
     """All stages, or those up to `stop_after`, into `work`: a pipeline after each, losses and settings; at last `out`.
 
     Raises:
+        UsageError: settings that don't go together.
         UserError: `work` holds a run on other data.
     """
+    if settings.reward_steps and settings.save_every % settings.reward_updates:
+        raise UsageError(
+            f"--save-every {settings.save_every}: give a multiple of --reward-updates {settings.reward_updates}, "
+            "so that a resumed run draws where this one does"
+        )
     work.mkdir(parents=True, exist_ok=True)
     _check_data(settings, work)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
@@ -133,6 +139,7 @@ def train(
     pipe.to(device)
     seed = ranks.own_seed(settings.seed)
     pool = make_pool(settings.pool, settings.captions, seed, pipe.tokenizer, pipe.tokenizer_2).to(device)
+    pool.with_shapes(settings.reward_shapes)  # refused now rather than after hours
     if settings.vae_steps:
         train_autoencoder(pipe, pool, settings, work, device)
     latents = torch.empty(0, 256, 64, device=device)

@@ -146,6 +146,7 @@ def test_results_that_are_not_finite_are_refused(tiny: Callable[..., DiffusionPi
         (("--steps", 0), "--steps 0: give at least 1"),
         (("--height", 65), "--height 65 is not a positive multiple of 16"),
         (("fp8",), "unknown recipe 'fp8'"),
+        (("no_scheduler_sync,cuda_graph=true,loop_graph=true",), "gives no step to measure, leave loop_graph=true out"),
         (("--checkpoint", "random/flux-kontext-dev"), "edits an image"),
         (("--output", "no/such/folder.json"), "the folder no/such does not exist"),
     ],

@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +179,12 @@ def test_bad_usage(
     assert (ended.value.code, out) == (2, "")
     assert words in err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_packages_do_not_hold_is_left_out() -> None:
+    plain = recipes.parse("compiled,cuda_graph=true")
+    whole = replace(plain, compiled_text_encoders=True, float8_text_encoder=True, loop_graph=True)
+    assert packages.packaged(whole) == replace(plain, execution="aoti")
 
 
 def test_two_pipelines_over_the_same_weights(tiny: Callable, predict: Callable, error_of: Callable) -> None:

@@ -60,6 +60,7 @@ def test_killed_and_resumed_it_makes_the_same_weights(undisturbed: Path, tmp_pat
     assert (tmp_path / "work" / "latents.pt").exists()
     assert not (tmp_path / "work" / "flow.pt").exists()
     train_until_killed(tmp_path, "flow.pt")
+    train_until_killed(tmp_path, "reward.pt")
     assert not (tmp_path / "out").exists()
     train(tmp_path)
     for part in ("out", "work/after-flow", "work/after-guidance", "work/after-reward"):
@@ -75,6 +76,22 @@ def test_other_data_is_refused(undisturbed: Path) -> None:
     ended = subprocess.run(command(undisturbed, "--seed", "1"), cwd=ROOT, capture_output=True, text=True)
     assert ended.returncode == 1
     assert "give another folder with --work" in ended.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--save-every", "3"), "--save-every 3: give a multiple of --reward-updates 2"),
+        (("--reward-shapes", "blob"), "there is no shape 'blob'"),
+    ],
+)
+def test_settings_of_rewards_are_refused_before_training(
+    tmp_path: Path, options: tuple[str, ...], message: str
+) -> None:
+    ended = subprocess.run(command(tmp_path, *options), cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert message in ended.stderr.splitlines()[-1]
+    assert not list((tmp_path / "work").glob("*.pt"))
 
 
 def test_later_stages_change_the_transformer_and_not_the_autoencoder(undisturbed: Path) -> None:
