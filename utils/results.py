@@ -78,5 +78,5 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def files(folder: Path) -> list[Path]:
-    """A folder's result files in order; not what a killed run left beside them."""
-    return sorted(path for path in folder.glob("*.json") if not path.name.startswith("."))
+    """A folder's result files in order, by their names; not what a killed run left beside them, nor other JSON."""
+    return sorted(path for path in folder.glob("*@*.json") if not path.name.startswith("."))

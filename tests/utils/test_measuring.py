@@ -158,7 +158,8 @@ def test_a_write_that_fails_leaves_the_old_result(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
 
-def test_leftovers_of_a_killed_run_are_no_results(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_run_and_other_files_are_no_results(tmp_path: Path) -> None:
+    (tmp_path / "diff.json").write_text('{"schema": 2}')
     (tmp_path / ".bf16@64x64-b1-s1-abcdef.json").write_text('{"schema": 1, ')
     results.write(tmp_path / "bf16@64x64-b1-s1.json", RESULT)
     assert [path.name for path in results.files(tmp_path)] == ["bf16@64x64-b1-s1.json"]
