@@ -61,8 +61,8 @@ def packaged(recipe: Recipe) -> Recipe:
         raise UsageError(
             f"{name} compiles nothing: give a recipe with execution=compile or aoti, as {name},execution=aoti"
         )
-    plain = {"compiled_text_encoders": False, "float8_text_encoder": False, "loop_graph": False}
-    return replace(recipe, execution="aoti", **plain)
+    plain = replace(recipe, compiled_text_encoders=False, float8_text_encoder=False, loop_graph=False)
+    return replace(plain, execution="aoti")
 
 
 def parts(arguments: argparse.Namespace) -> list[str]:
