@@ -106,22 +106,19 @@ class Pool:
         moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
         return Pool(**{**vars(self), **moved})
 
-    def with_shapes(self, shapes: Sequence[str]) -> torch.Tensor:
-        """Which of the scenes show all these shapes: indices, int64.
+    def of_categories(self, categories: Sequence[str]) -> torch.Tensor:
+        """Which of the scenes are described in one of these categories: indices, int64.
 
         Raises:
-            UsageError: none does, or there is no such shape.
+            UsageError: none is, or there is no such category.
         """
-        if unknown := [shape for shape in shapes if shape not in SHAPES]:
-            raise UsageError(f"there is no shape {unknown[0]!r}: there are {', '.join(SHAPES)}")
-        there = self.geometry[..., 2] > 0
-        all_of_them = torch.ones(len(self), dtype=torch.bool, device=there.device)
-        for shape in shapes:
-            all_of_them &= (there & (self.shape == SHAPES.index(shape))).any(1)
-        index = all_of_them.nonzero()[:, 0]
-        if not len(index):
-            raise UsageError(f"no scene shows {' and '.join(shapes)}: give a larger --pool")
-        return index
+        known = (*CATEGORIES, EXTRA_CATEGORY)
+        if unknown := [category for category in categories if category not in known]:
+            raise UsageError(f"there is no category {unknown[0]!r}: there are {', '.join(known)}")
+        of_them = [i for i, description in enumerate(self.descriptions) if description.category in categories]
+        if not of_them and categories:
+            raise UsageError(f"no scene is of {' or '.join(categories)}: give a larger --pool")
+        return torch.tensor(of_them, dtype=torch.long, device=self.background.device)
 
     def images(self, index: torch.Tensor) -> torch.Tensor:
         """float32 [len(index), 3, 256, 256] in [-1, 1]."""

@@ -96,8 +96,8 @@ def draw(
     """Several images for each of some of the pool's captions, judged; those of prompts whose rewards differ."""
     device, prompts, each = random.device, settings.reward_prompts, settings.reward_images
     index = torch.randint(len(pool), (prompts,), generator=random, device=device)
-    if settings.reward_shapes:
-        some = pool.with_shapes(settings.reward_shapes)
+    if settings.reward_categories:
+        some = pool.of_categories(settings.reward_categories)
         half = torch.randint(len(some), (prompts // 2,), generator=random, device=device)
         index[: prompts // 2] = some[half]
     captions = pool.captions(index, random).at(torch.arange(prompts, device=device).repeat_interleave(each))

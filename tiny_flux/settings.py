@@ -15,7 +15,7 @@ class Settings:
     guidance: of the classifier-free guidance that is distilled into the model.
     reward_prompts, reward_images: drawn every `reward_updates` steps: so many prompts, so many images for each, in as
         many sampling steps as one of `reward_sampling_steps`.
-    reward_shapes: half of these prompts name all of them, if any are given.
+    reward_categories: half of these prompts are of these categories alone, if any are given.
     reward_beta: how much of the way from the model that drew counts; less lets it go farther at once.
     reward_anchor: how strongly it is held to the model before this stage.
     only_right: of reflow's pairs, keep those where the checker finds every claim of the caption in the image.
@@ -43,7 +43,7 @@ class Settings:
     reward_prompts: int = 192
     reward_images: int = 8
     reward_sampling_steps: tuple[int, ...] = (12,)
-    reward_shapes: tuple[str, ...] = ()
+    reward_categories: tuple[str, ...] = ()
     reward_updates: int = 16
     reward_batch: int = 256
     reward_beta: float = 0.5

@@ -139,7 +139,7 @@ def train(
     pipe.to(device)
     seed = ranks.own_seed(settings.seed)
     pool = make_pool(settings.pool, settings.captions, seed, pipe.tokenizer, pipe.tokenizer_2).to(device)
-    pool.with_shapes(settings.reward_shapes)  # refused now rather than after hours
+    pool.of_categories(settings.reward_categories)  # refused now rather than after hours
     if settings.vae_steps:
         train_autoencoder(pipe, pool, settings, work, device)
     latents = torch.empty(0, 256, 64, device=device)

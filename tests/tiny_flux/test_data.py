@@ -185,10 +185,10 @@ def test_no_caption_is_cut(pool: Pool, clip: CLIPTokenizer, t5: T5Tokenizer) -> 
     assert pool.t5_ids.max() < len(t5)
 
 
-def test_scenes_with_given_shapes(pool: Pool) -> None:
-    index = pool.with_shapes(("diamond", "cross")).tolist()
-    named = [{o.shape for o in description.objects} >= {"diamond", "cross"} for description in pool.descriptions]
-    assert index == [i for i, both in enumerate(named) if both]
+def test_scenes_of_given_categories(pool: Pool) -> None:
+    index = pool.of_categories(("two_objects", "several_objects")).tolist()
+    named = [description.category in ("two_objects", "several_objects") for description in pool.descriptions]
+    assert index == [i for i, of_them in enumerate(named) if of_them]
     assert 0 < len(index) < len(pool)
-    with pytest.raises(UsageError, match="there is no shape 'blob'"):
-        pool.with_shapes(("blob",))
+    with pytest.raises(UsageError, match="there is no category 'blobs'"):
+        pool.of_categories(("blobs",))

@@ -82,7 +82,7 @@ def test_other_data_is_refused(undisturbed: Path) -> None:
     ("options", "message"),
     [
         (("--save-every", "3"), "--save-every 3: give a multiple of --reward-updates 2"),
-        (("--reward-shapes", "blob"), "there is no shape 'blob'"),
+        (("--reward-categories", "blobs"), "there is no category 'blobs'"),
     ],
 )
 def test_settings_of_rewards_are_refused_before_training(
