@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from utils.quiet import quiet
@@ -24,6 +25,10 @@ def parser() -> Parser:
     parser.add_argument("--ladder", action="store_true", help="every rung, resumably, and the table and chart of them")
     parser.add_argument("--baseline", help="the ladder's baseline (default: the checkpoint's)")
     parser.add_argument("--again", action="store_true", help="measure rungs that have a result anew")
+    parser.add_argument(
+        "--seconds", type=float, help="begin no further rung after that long; go on with the same command"
+    )
+    parser.add_argument("--trace-reports", action="store_true", help="a trace's report beside each rung of the ladder")
     parser.add_argument("--runs", type=int, default=10, help="timed calls of each recipe")
     parser.add_argument("--trace-file", type=Path, help="write a profiler trace of one call after the timing")
     parser.add_argument("--trace-stacks", action="store_true", help="with Python stacks in the trace")
@@ -45,8 +50,9 @@ def main() -> None:
         one = arguments.trace_file or arguments.output or arguments.recipe or recipe_from_flags(arguments)
         if arguments.ladder and one:
             raise UsageError("recipes, --trace-file and --output are for one recipe: leave --ladder out")
-        if not arguments.ladder and (arguments.again or arguments.baseline):
-            raise UsageError("--again and --baseline are for --ladder")
+        of_ladder = (arguments.again, arguments.baseline, arguments.seconds, arguments.trace_reports)
+        if not arguments.ladder and any(of_ladder):
+            raise UsageError("--again, --baseline, --seconds and --trace-reports are for --ladder")
         if arguments.trace_stacks and not arguments.trace_file:
             raise UsageError("--trace-stacks needs --trace-file")
         results.check_writable(arguments.results)
@@ -62,7 +68,10 @@ def main() -> None:
             trace_stacks=arguments.trace_stacks, commit=arguments.commit, command=command_text(),
         )  # fmt: skip
         # A recipe measured alone must not replace a rung, whose ratio was formed within its ladder.
-        runner = Runner(job, folder if arguments.ladder else folder / "alone", arguments.again, arguments.debug)
+        runner = Runner(
+            job, folder if arguments.ladder else folder / "alone", arguments.again, arguments.debug,
+            arguments.seconds or math.inf, arguments.trace_reports,
+        )  # fmt: skip
         if arguments.ladder:
             print(f"{checkpoint} on {device.type}: the ladder, into {folder}", flush=True)
             failed = runner.ladder(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import math
 import shlex
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,9 +21,12 @@ from benchmark import fresh_process
 from benchmark.job import Job
 from recipes.ladder import description
 from recipes.recipe import Recipe
+from trace_analysis import markdown, tables
+from trace_analysis.load import load
+from trace_analysis.report import report as trace_report
 from utils import environment, results
 from utils.errors import UsageError, UserError
-from utils.files import replacing
+from utils.files import replacing, write_text
 from utils.image_metrics import SAME
 from utils.timing import bootstrap_ratio
 
@@ -34,12 +39,16 @@ class Runner:
     """Runs jobs that are like `template` but for recipe, name, parent and files, and keeps their results.
 
     folder: where result files go. again: measure also what has a result already.
+    seconds: the ladder begins no further rung after that long. trace_reports: for each of its rungs, what
+    trace_analysis says of a trace of one call, in the folder's `traces`.
     """
 
     template: Job
     folder: Path
     again: bool = False
     debug: bool = False
+    seconds: float = math.inf
+    trace_reports: bool = False
 
     def one(self, name: str, recipe: Recipe, output: Path | None) -> dict[str, Any]:
         """One recipe alone, without a baseline; its image goes to `output` too, at full size."""
@@ -75,6 +84,7 @@ class Runner:
     def _climb(self, bottom: recipes.Rung, below: list[str], scratch: Path, report: Callable[[str], None]) -> list[str]:
         """`bottom` is the baseline; the rungs `below` it are climbed without being measured."""
         baseline = bottom.name
+        begun = time.monotonic()
         measured: dict[str, dict[str, Any]] = {}
         failed: list[str] = []
 
@@ -95,6 +105,9 @@ class Runner:
                 return reason
             if rung.name == baseline:
                 keep(rung, *first())
+                return None
+            if time.monotonic() - begun > self.seconds:
+                report(f"{rung.name}: left for the next time, {self.seconds:.0f} s are over")
                 return None
             reference = first()[1]
             report(f"{rung.name}: {description(rung.name)}")
@@ -133,10 +146,13 @@ class Runner:
             result=scratch / "result.json",
             image=scratch / "image.png",
             reference=reference,
+            trace=scratch / "trace.json.gz" if self.trace_reports else self.template.trace,
             # Built anew unless said otherwise: what building takes is a result too.
             cache_dir=self.template.cache_dir or (scratch / "packages" if self.template.build_packages else None),
         )
         fresh_process.run(rung.name, "benchmark.measure", job.to_json(), scratch, self.debug)
+        if self.trace_reports and job.trace is not None:
+            self._keep_report(rung, job.trace)
         return results.read(job.result), job.image
 
     def _request(self) -> dict[str, Any]:
@@ -154,6 +170,11 @@ class Runner:
             full.save(temporary)
         results.write(path, result)
         return result
+
+    def _keep_report(self, rung: recipes.Rung, trace: Path) -> None:
+        path = self.folder / "traces" / self._path(rung.name).with_suffix(".md").name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, markdown.document(f"{rung.name}, one call", tables.report_tables(trace_report(load(trace)))))
 
     def _keep_skipped(self, rung: recipes.Rung) -> None:
         path = self._path(rung.name)

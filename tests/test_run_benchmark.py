@@ -232,6 +232,25 @@ def test_ladder_is_resumable(main: Callable, tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.slow
+def test_ladder_in_two_parts_with_reports(main: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    climb_only(monkeypatch, "fp32", "bf16", "no_scheduler_sync")
+    climb = ("run_benchmark", *SMALL, "--ladder", "--results", tmp_path, "--trace-reports")
+    done = main(*climb, "--seconds", 0.001)
+    assert done.code == 0, done.err
+    assert "no_scheduler_sync: left for the next time, 0 s are over" in done.out
+    assert [path.name for path in results.files(folder(tmp_path))] == ["fp32@64x64-b1-s1.json"]
+    assert rung(tmp_path, "fp32")["ratio_to_baseline"]["baseline_timed"] == "at the beginning and at the end"
+    assert main(*climb).code == 0
+    names = ("bf16", "fp32", "no_scheduler_sync")
+    assert [path.name for path in results.files(folder(tmp_path))] == [f"{name}@64x64-b1-s1.json" for name in names]
+    reports = sorted((folder(tmp_path) / "traces").iterdir())
+    assert [path.name for path in reports] == [f"{name}@64x64-b1-s1.md" for name in names]
+    for path, name in zip(reports, names, strict=True):
+        assert path.read_text().startswith(f"# {name}, one call\n"), name
+        assert "## Denoising steps" in path.read_text()
+
+
+@pytest.mark.slow
 def test_failing_rung_is_recorded_and_not_inherited(
     main: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -273,8 +292,10 @@ def test_killed_in_the_middle(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--again",), "--again and --baseline are for --ladder"),
-        (("--baseline", "bf16"), "--again and --baseline are for --ladder"),
+        (("--again",), "--again, --baseline, --seconds and --trace-reports are for --ladder"),
+        (("--baseline", "bf16"), "--again, --baseline, --seconds and --trace-reports are for --ladder"),
+        (("--trace-reports",), "--again, --baseline, --seconds and --trace-reports are for --ladder"),
+        (("--seconds", 5), "--again, --baseline, --seconds and --trace-reports are for --ladder"),
         (("--trace-stacks",), "--trace-stacks needs --trace-file"),
         (("--ladder", "--disable_quant"), "recipes, --trace-file and --output are for one recipe"),
         (("--ladder", "--recipe", "bf16"), "recipes, --trace-file and --output are for one recipe"),
