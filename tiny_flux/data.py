@@ -60,6 +60,15 @@ def training_description(rng: random.Random) -> Description:
     return description
 
 
+def told_where(description: Description) -> Description:
+    """What a scene is drawn from: of two objects that only their shapes tell apart the first stands left of the second.
+
+    With nothing to say which of two places is whose, the model draws one of the shapes at both.
+    """
+    by_shape = len(description.objects) == 2 and all(o.count == 1 and o.color is None for o in description.objects)
+    return replace(description, relation="left of") if by_shape and description.relation is None else description
+
+
 def corpus(seed: int, sentences: int = 50_000) -> list[str]:
     """Training captions to build the tokenizers from."""
     rng = random.Random(f"corpus {seed}")
@@ -85,7 +94,8 @@ class Pool:
     background [n], shape and color [n, 4] int8 indices into BACKGROUNDS, SHAPES and COLORS; geometry [n, 4, 3] as
     (x, y, radius) in pixels, radius 0 where there is no object; descriptions: what the captions claim, and claims
     [n, 22] int8 the same as `tiny_flux.claims` numbers it;
-    t5_ids [n, k, 64] and clip_ids [n, k, 77] int16; empty_t5 [64] and empty_clip [77] int16: the empty caption.
+    t5_ids [n, k, 64] and clip_ids [n, k, 77] int16, and told_t5_ids and told_clip_ids the same for captions that also say
+    what `told_where` adds; empty_t5 [64] and empty_clip [77] int16: the empty caption.
     """
 
     background: torch.Tensor
@@ -94,6 +104,8 @@ class Pool:
     color: torch.Tensor
     t5_ids: torch.Tensor
     clip_ids: torch.Tensor
+    told_t5_ids: torch.Tensor
+    told_clip_ids: torch.Tensor
     empty_t5: torch.Tensor
     empty_clip: torch.Tensor
     claims: torch.Tensor
@@ -134,12 +146,22 @@ class Pool:
 
     def captions(self, index: torch.Tensor, generator: torch.Generator, empty: float = 0.0) -> Captions:
         """One caption each, drawn at random, or with probability `empty` the empty one."""
-        which = torch.randint(self.t5_ids.shape[1], index.shape, generator=generator, device=index.device)
+        which = self._which(index, generator)
         drop = torch.rand(len(index), 1, generator=generator, device=index.device) < empty
         drawn = (self.t5_ids[index, which], self.clip_ids[index, which], self.claims[index])
         return Captions(
             *(torch.where(drop, no, yes.long()) for no, yes in zip(self.empty(len(index)), drawn, strict=True))
         )
+
+    def captions_and_told(self, index: torch.Tensor, generator: torch.Generator) -> tuple[Captions, Captions]:
+        """One caption each, drawn at random, and the same but for what `told_where` adds."""
+        which = self._which(index, generator)
+        said = self.claims[index].long()
+        own = Captions(self.t5_ids[index, which].long(), self.clip_ids[index, which].long(), said)
+        return own, Captions(self.told_t5_ids[index, which].long(), self.told_clip_ids[index, which].long(), said)
+
+    def _which(self, index: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        return torch.randint(self.t5_ids.shape[1], index.shape, generator=generator, device=index.device)
 
     def empty(self, count: int) -> Captions:
         """The empty caption, `count` times."""
@@ -171,19 +193,27 @@ def make_pool(size: int, captions: int, seed: int, clip: CLIPTokenizer, t5: T5To
     color = torch.zeros(size, MOST_THINGS, dtype=torch.int8)
     descriptions: list[Description] = []
     sentences: list[str] = []
+    told: list[str] = []
     for i in tqdm(range(size), desc="scenes and captions", mininterval=2):
         description = training_description(rng)
-        scene = realize(description, rng)
+        where = told_where(description)
+        scene = realize(where, rng)
         descriptions.append(description)
         background[i] = backgrounds.index(scene.background)
         for j, thing in enumerate(scene.things):
             geometry[i, j] = torch.tensor((thing.x, thing.y, thing.radius))
             shape[i, j] = SHAPES.index(thing.shape)
             color[i, j] = colors.index(thing.color)
-        sentences += [caption(description, rng) for _ in range(captions)]
+        own = [caption(description, rng) for _ in range(captions)]
+        sentences += own
+        told += own if where is description else [caption(where, rng) for _ in range(captions)]
 
-    t5_ids = tokenize(t5, sentences, T5_LENGTH).view(size, captions, T5_LENGTH)
-    clip_ids = tokenize(clip, sentences, CLIP_LENGTH).view(size, captions, CLIP_LENGTH)
+    def ids(which: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        of_t5, of_clip = tokenize(t5, which, T5_LENGTH), tokenize(clip, which, CLIP_LENGTH)
+        return of_t5.view(size, captions, T5_LENGTH), of_clip.view(size, captions, CLIP_LENGTH)
+
     empty_t5, empty_clip = tokenize(t5, [""], T5_LENGTH)[0], tokenize(clip, [""], CLIP_LENGTH)[0]
     claimed = torch.tensor([claims(description) for description in descriptions], dtype=torch.int8)
-    return Pool(background, geometry, shape, color, t5_ids, clip_ids, empty_t5, empty_clip, claimed, descriptions)
+    return Pool(
+        background, geometry, shape, color, *ids(sentences), *ids(told), empty_t5, empty_clip, claimed, descriptions
+    )
