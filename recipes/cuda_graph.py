@@ -1,8 +1,8 @@
-"""The transformer's call and the VAE's decoder as CUDA graphs: a denoising step is one launch.
+"""The transformer's call, the VAE's decoder and compiled text encoders as CUDA graphs: a step is one launch.
 
 One capture holds all blocks and what surrounds them, however they run: eagerly, compiled or from packages. What is
-hoisted stays outside, and goes in as an argument. With loop_graph, the transformer's call is all steps, and so is the
-graph.
+hoisted stays outside, and goes in as an argument. Eager text encoders stay as they are. With loop_graph, the
+transformer's call is all steps, and so is the graph.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ from utils.cuda_graph import LIMIT, Graphed, Graphs
 
 def _apply(pipe: DiffusionPipeline, recipe: Recipe) -> str:
     graphs = Graphs(LIMIT)
-    for module in (pipe.transformer, pipe.vae.decoder):
+    encoders = (pipe.text_encoder, pipe.text_encoder_2) if recipe.compiled_text_encoders else ()
+    for module in (pipe.transformer, pipe.vae.decoder, *encoders):
         forward = module.forward
         module.forward = Graphed(forward, graphs, getattr(forward, "warm_up", None))
-    return f"transformer and VAE decoder, at most {LIMIT} graphs in one memory pool"
+    captured = "transformer, VAE decoder and text encoders" if encoders else "transformer and VAE decoder"
+    return f"{captured}, at most {LIMIT} graphs in one memory pool"
 
 
 OPTIMIZATION = Optimization(

@@ -94,8 +94,8 @@ class Pool:
     background [n], shape and color [n, 4] int8 indices into BACKGROUNDS, SHAPES and COLORS; geometry [n, 4, 3] as
     (x, y, radius) in pixels, radius 0 where there is no object; descriptions: what the captions claim, and claims
     [n, 22] int8 the same as `tiny_flux.claims` numbers it;
-    t5_ids [n, k, 64] and clip_ids [n, k, 77] int16, and told_t5_ids and told_clip_ids the same for captions that also say
-    what `told_where` adds; empty_t5 [64] and empty_clip [77] int16: the empty caption.
+    t5_ids [n, k, 64] and clip_ids [n, k, 77] int16, and told_t5_ids and told_clip_ids the same for captions that also
+    say what `told_where` adds; empty_t5 [64] and empty_clip [77] int16: the empty caption.
     """
 
     background: torch.Tensor

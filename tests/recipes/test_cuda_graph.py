@@ -80,6 +80,25 @@ def test_keeps_images_without_waiting(
 
 
 @pytest.mark.gpu
+def test_compiled_text_encoders_are_graphs_too(tiny: Callable, draw: Callable, waiting_is_an_error: Callable) -> None:
+    plain, graphed = (tiny(device=torch.device("cuda")) for _ in range(2))
+    recipes.apply(graphed, Recipe(execution="compile", compiled_text_encoders=True, cuda_graph=True))
+    for prompt in ("a red circle", "two blue squares", "a red circle"):
+        own, pooled, _ = graphed.encode_prompt(prompt, prompt_2=None, max_sequence_length=64)
+        other, other_pooled, _ = plain.encode_prompt(prompt, prompt_2=None, max_sequence_length=64)
+        torch.testing.assert_close(own, other, atol=1e-3, rtol=0)
+        torch.testing.assert_close(pooled, other_pooled, atol=1e-3, rtol=0)
+    assert len(graphed.transformer.forward.graphs.values) == 2
+    got, expected = (torch.from_numpy(draw(pipe, steps=2)) for pipe in (graphed, plain))
+    torch.testing.assert_close(got, expected, atol=1e-2, rtol=0)
+    assert graphs(graphed) == 4
+    tokens = torch.ones(1, 64, dtype=torch.int64, device="cuda")
+    with waiting_is_an_error():
+        graphed.text_encoder_2(tokens, output_hidden_states=False)
+    assert graphs(graphed) == 4
+
+
+@pytest.mark.gpu
 def test_latents_of_a_step_outlive_the_next(tiny: Callable, draw: Callable) -> None:
     pipe, plain = (tiny(device=torch.device("cuda")) for _ in range(2))
     recipes.apply(pipe, EAGER)

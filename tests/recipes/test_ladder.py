@@ -97,7 +97,9 @@ def many_recipes() -> list[Recipe]:
         "cache": (None, FirstBlockCache(0.125)),
         "modulation": ("per_step", "offloaded"),
     }
-    one_by_one = ("hoisted_embeddings", "compiled_text_encoders", "float8_text_encoder", "cuda_graph")
+    one_by_one = (
+        "hoisted_embeddings", "compiled_text_encoders", "float8_text_encoder", "device_postprocessing", "cuda_graph",
+    )  # fmt: skip
     assert {*values, *one_by_one, "loop_graph"} == {field.name for field in fields(Recipe)}
     recipes = []
     for combination in itertools.product(*values.values()):

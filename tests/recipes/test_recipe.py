@@ -97,6 +97,7 @@ def test_hash_differs_for_every_field() -> None:
         Recipe(hoisted_embeddings=True),
         replace(compiled, compiled_text_encoders=True),
         Recipe(float8_text_encoder=True),
+        Recipe(device_postprocessing=True),
         Recipe(cuda_graph=True),
         Recipe(cuda_graph=True, scheduler_sync_removal=True),
         Recipe(cuda_graph=True, scheduler_sync_removal=True, loop_graph=True),

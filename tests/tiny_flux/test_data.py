@@ -65,7 +65,7 @@ def test_no_training_description_is_held_out() -> None:
 
 
 def test_no_caption_of_the_pool_is_of_a_held_out_combination(pool: Pool, t5: T5Tokenizer) -> None:
-    for text in t5.batch_decode(pool.t5_ids.flatten(0, 1), skip_special_tokens=True):
+    for text in t5.batch_decode(torch.cat([pool.t5_ids, pool.told_t5_ids]).flatten(0, 1), skip_special_tokens=True):
         found = OBJECT.findall(text.lower())
         assert len(found) == sum(text.lower().count(shape) for shape in scenes.SHAPES)
         objects = (Described(shape, color or after or None, count=NUMBERS[n]) for n, color, shape, after in found)
@@ -102,6 +102,30 @@ def test_the_pools_images_are_of_its_scenes(pool: Pool) -> None:
         assert 1 <= len(things) <= 4
         drawn = scenes.render([scenes.Scene(list(scenes.BACKGROUNDS)[int(pool.background[i])], things)])[0]
         assert torch.equal((image + 1) / 2, (drawn * 2 - 1 + 1) / 2)
+
+
+def test_what_only_shapes_tell_apart_stands_as_named(pool: Pool, t5: T5Tokenizer) -> None:
+    index = torch.arange(SIZE)
+    own, told = pool.captions_and_told(index, torch.Generator().manual_seed(0))
+    assert torch.equal(own.t5_ids, pool.captions(index, torch.Generator().manual_seed(0)).t5_ids)
+    assert torch.equal(own.claims, told.claims)
+    by_shape = [
+        len(d.objects) == 2 and d.relation is None and all(o.count == 1 and o.color is None for o in d.objects)
+        for d in pool.descriptions
+    ]
+    assert sum(by_shape) > 20
+    for i, more in enumerate(by_shape):
+        said, words = t5.batch_decode([own.t5_ids[i], told.t5_ids[i]], skip_special_tokens=True)
+        if not more:
+            assert said == words
+            continue
+        assert "left" in words.lower()
+        assert "left" not in said.lower()
+        things = [
+            scenes.Thing(scenes.SHAPES[int(pool.shape[i, j])], "red", *pool.geometry[i, j].tolist()) for j in range(2)
+        ]
+        assert [thing.shape for thing in things] == [o.shape for o in pool.descriptions[i].objects]
+        assert scenes.relation_of(*things) == "left of"
 
 
 def test_one_of_the_captions_is_drawn_at_random(pool: Pool) -> None:
