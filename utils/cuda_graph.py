@@ -18,6 +18,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from utils.errors import UserError
+from utils.graph_memsets import replace_memsets
 
 LIMIT = 10  # graphs of one pipeline: transformer and decoder at four sizes, and two text encoders
 _WARM_UP_CALLS = 2  # the first compiles and autotunes, which a capture can't hold; the second finds it done
@@ -116,10 +117,12 @@ class Captured:
             for _ in range(_WARM_UP_CALLS):
                 warm_up(*args, **kwargs)
         current.wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
+        self.graph = torch.cuda.CUDAGraph(keep_graph=True)
         # thread_local: another thread's work, such as a compiler's, is none of this capture's business.
         with torch.cuda.graph(self.graph, pool=pool, stream=side, capture_error_mode="thread_local"):
             self.outputs = function(*args, **kwargs)
+        replace_memsets(self.graph, side)
+        self.graph.instantiate()
 
     def replay(self, tensors: tuple[torch.Tensor, ...]) -> Any:
         """The function's result for `tensors`, in memory of its own. Waits for nothing."""
