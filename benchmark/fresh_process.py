@@ -3,16 +3,46 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import signal
 import subprocess
 import sys
+import typing
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any, Self
 
+from recipes.recipe import Recipe
 from utils.errors import UsageError, UserError
 from utils.files import ROOT
+from utils.request import Request
 
 _ERROR = "error: "  # how a command's last line begins when it fails
+
+
+def _request(values: dict[str, Any]) -> Request:
+    return Request(**{**values, "image": None if values["image"] is None else Path(values["image"])})
+
+
+_FROM_JSON: dict[type, Callable[[Any], Any]] = {Path: Path, Recipe: Recipe.from_dict, Request: _request}
+
+
+class Argument:
+    """Mixin for a frozen dataclass that a fresh process is given: its fields are JSON's, paths, recipe and request."""
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), default=str)  # type: ignore[call-overload]
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        values: dict[str, Any] = json.loads(text)
+        for name, hint in typing.get_type_hints(cls).items():
+            for kind in (hint, *typing.get_args(hint)):
+                if kind in _FROM_JSON and values[name] is not None:
+                    values[name] = _FROM_JSON[kind](values[name])
+        return cls(**values)
 
 
 def run(name: str, module: str, argument: str, scratch: Path, debug: bool) -> None:

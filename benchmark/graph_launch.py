@@ -1,4 +1,4 @@
-"""What launching a CUDA graph takes the host, with memsets and without: `python -m benchmark.graph_launch --output FILE`.
+"""What launching a CUDA graph takes, with memsets and without: `python -m benchmark.graph_launch --output FILE`.
 
 The graphs are as long as a denoising step of FLUX.1 [dev] in float8: 876 kernels, between them 362 memsets of four
 bytes; small kernels here, so that their gaps show. `utils/graph_memsets.py` says what is behind it.

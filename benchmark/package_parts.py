@@ -27,6 +27,7 @@ with quiet():
 
     import recipes
     from benchmark import prompts
+    from benchmark.fresh_process import Argument
     from benchmark.step_clock import StepClock, latents, numbered
     from export import order, regions, verify
     from export.order import Order
@@ -47,7 +48,7 @@ _HOST_CALLS = 3
 
 
 @dataclass(frozen=True)
-class Part:
+class Part(Argument):
     """What a fresh process measures. recipe: with execution=aoti; folder: of the packages; output: the result file.
 
     command: what the user typed, for the record.
@@ -62,16 +63,6 @@ class Part:
     folder: Path
     output: Path
     command: str
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), default=str)
-
-    @classmethod
-    def from_json(cls, text: str) -> Part:
-        values: dict[str, Any] = json.loads(text)
-        paths = {name: Path(values[name]) for name in ("folder", "output")}
-        recipe, request = Recipe.from_dict(values["recipe"]), Request(**values["request"])
-        return cls(**{**values, **paths, "recipe": recipe, "request": request})
 
     def save(self, **figures: Any) -> None:
         """Add figures of this part to the result file."""
