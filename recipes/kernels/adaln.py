@@ -15,13 +15,17 @@ import triton.language as tl
 from torch.library import triton_op, wrap_triton
 
 from recipes.kernels.rows import (
-    block_and_warps,
     check_rows,
     joint_row,
+    load_row,
+    modulated,
     normalized,
+    row_amax,
+    row_parts,
     row_scale,
     rows_to_float8,
-    to_e4m3,
+    store_row,
+    store_row_e4m3,
 )
 
 
@@ -82,13 +86,13 @@ def _launch(
 ) -> None:
     check_rows(image=image, text=text, shift=shift, scale=scale)
     batch, tokens, dim = out.shape
-    block, warps = block_and_warps(dim)
+    parts, block, warps = row_parts(dim)
     first = image if text is None else text
     wrap_triton(_adaln_kernel)[(tokens, batch)](
         first, image, shift, scale, out, image if out_scale is None else out_scale,
         0 if text is None else text.shape[1], tokens,
         first.stride(0), first.stride(1), image.stride(0), image.stride(1), shift.stride(0), scale.stride(0),
-        EPS=eps, DIM=dim, BLOCK=block, FLOAT8=out_scale is not None, num_warps=warps,
+        EPS=eps, DIM=dim, BLOCK=block, PARTS=parts, FLOAT8=out_scale is not None, num_warps=warps,
     )  # fmt: skip
 
 
@@ -111,20 +115,19 @@ def _adaln_kernel(
     EPS: tl.constexpr,  # noqa: N803
     DIM: tl.constexpr,  # noqa: N803
     BLOCK: tl.constexpr,  # noqa: N803
+    PARTS: tl.constexpr,  # noqa: N803
     FLOAT8: tl.constexpr,  # noqa: N803
 ):
     token, batch = tl.program_id(0), tl.program_id(1)
-    columns = tl.arange(0, BLOCK)
-    mask = columns < DIM
     row = joint_row(text, image, batch, token, text_tokens, text_batch, text_row, image_batch, image_row)
-    x = tl.load(row + columns, mask, other=0.0).to(tl.float32)
-    factor = tl.load(scale + batch * scale_row + columns, mask, other=0.0).to(tl.float32)
-    offset = tl.load(shift + batch * shift_row + columns, mask, other=0.0).to(tl.float32)
-    y = normalized(x, mask, DIM, EPS) * (1.0 + factor) + offset
+    x = load_row(row, BLOCK, PARTS)
+    factor = load_row(scale + batch * scale_row, BLOCK, PARTS)
+    offset = load_row(shift + batch * shift_row, BLOCK, PARTS)
+    y = modulated(normalized(x, PARTS, DIM, EPS), factor, offset, PARTS)
     index = batch.to(tl.int64) * tokens + token
     if FLOAT8:
-        own_scale = row_scale(tl.max(tl.abs(y), axis=0))
+        own_scale = row_scale(row_amax(y, PARTS))
         tl.store(out_scale + index, own_scale)
-        tl.store(out + index * DIM + columns, to_e4m3(y, own_scale), mask)
+        store_row_e4m3(out + index * DIM, y, own_scale, BLOCK, PARTS)
     else:
-        tl.store(out + index * DIM + columns, y.to(out.dtype.element_ty), mask)
+        store_row(out + index * DIM, y, BLOCK, PARTS)

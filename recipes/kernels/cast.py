@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch.library import triton_op, wrap_triton
 
-from recipes.kernels.rows import block_and_warps, check_rows, row_scale, to_e4m3
+from recipes.kernels.rows import check_rows, load_row, row_amax, row_parts, row_scale, store_row_e4m3
 
 
 @triton_op("flux_fast::rows_float8", mutates_args=())
@@ -20,9 +20,9 @@ def rows_float8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     batch, tokens, dim = x.shape
     out = x.new_empty(x.shape, dtype=torch.float8_e4m3fn)
     scale = x.new_empty((batch, tokens, 1), dtype=torch.float32)
-    block, warps = block_and_warps(dim)
+    parts, block, warps = row_parts(dim)
     wrap_triton(_rows_float8_kernel)[(tokens, batch)](
-        x, out, scale, tokens, x.stride(0), x.stride(1), DIM=dim, BLOCK=block, num_warps=warps
+        x, out, scale, tokens, x.stride(0), x.stride(1), DIM=dim, BLOCK=block, PARTS=parts, num_warps=warps
     )
     return out, scale
 
@@ -37,12 +37,11 @@ def _rows_float8_kernel(
     x_row,
     DIM: tl.constexpr,  # noqa: N803
     BLOCK: tl.constexpr,  # noqa: N803
+    PARTS: tl.constexpr,  # noqa: N803
 ):
     token, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
-    mask = columns < DIM
-    y = tl.load(x + batch * x_batch + token * x_row + columns, mask, other=0.0).to(tl.float32)
+    y = load_row(x + batch * x_batch + token * x_row, BLOCK, PARTS)
     index = batch * tokens + token
-    scale = row_scale(tl.max(tl.abs(y), axis=0))
+    scale = row_scale(row_amax(y, PARTS))
     tl.store(out_scale + index, scale)
-    tl.store(out + index * DIM + columns, to_e4m3(y, scale), mask)
+    store_row_e4m3(out + index * DIM, y, scale, BLOCK, PARTS)

@@ -14,7 +14,17 @@ import triton
 import triton.language as tl
 from torch.library import triton_op, wrap_triton
 
-from recipes.kernels.rows import block_and_warps, check_rows, gelu_tanh, row_scale, rows_to_float8, to_e4m3
+from recipes.kernels.rows import (
+    check_rows,
+    gelu_tanh,
+    load_row,
+    row_amax,
+    row_parts,
+    row_scale,
+    rows_to_float8,
+    store_row,
+    store_row_e4m3,
+)
 
 
 def reference(
@@ -79,14 +89,15 @@ def _launch(
 ) -> None:
     check_rows(attention=attention, hidden=hidden)
     batch, tokens, columns = hidden.shape
-    block, warps = block_and_warps(columns)
+    parts, block, warps = row_parts(columns)
     before = hidden if attention is None else attention
     dim = 0 if attention is None else attention.shape[2]
+    dim_parts, dim_block, _ = row_parts(dim or 1)
     wrap_triton(_concat_gelu_kernel)[(tokens, batch)](
         before, before if attention_scale is None else attention_scale,
         hidden, out, hidden if scale is None else scale, tokens,
         before.stride(0), before.stride(1), hidden.stride(0), hidden.stride(1),
-        DIM=dim, DIM_BLOCK=triton.next_power_of_2(max(dim, 1)), HIDDEN=columns, HIDDEN_BLOCK=block,
+        DIM=dim, DIM_BLOCK=dim_block, DIM_PARTS=dim_parts, HIDDEN=columns, BLOCK=block, PARTS=parts,
         FLOAT8=scale is not None, SCALED=attention_scale is not None, num_warps=warps,
     )  # fmt: skip
 
@@ -105,35 +116,34 @@ def _concat_gelu_kernel(
     hidden_row,
     DIM: tl.constexpr,  # noqa: N803
     DIM_BLOCK: tl.constexpr,  # noqa: N803
+    DIM_PARTS: tl.constexpr,  # noqa: N803
     HIDDEN: tl.constexpr,  # noqa: N803
-    HIDDEN_BLOCK: tl.constexpr,  # noqa: N803
+    BLOCK: tl.constexpr,  # noqa: N803
+    PARTS: tl.constexpr,  # noqa: N803
     FLOAT8: tl.constexpr,  # noqa: N803
     SCALED: tl.constexpr,  # noqa: N803
 ):
     token, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
     index = batch * tokens + token
     row = out + index * (DIM + HIDDEN)
-    columns = tl.arange(0, HIDDEN_BLOCK)
-    mask = columns < HIDDEN
-    x = tl.load(hidden + batch * hidden_batch + token * hidden_row + columns, mask, other=0.0)
-    y = gelu_tanh(x.to(tl.float32))
+    x = load_row(hidden + batch * hidden_batch + token * hidden_row, BLOCK, PARTS)
+    y = ()
+    for i in tl.static_range(PARTS):
+        y = y + (gelu_tanh(x[i]),)
     if DIM > 0:
-        before = tl.arange(0, DIM_BLOCK)
-        before_mask = before < DIM
-        z = tl.load(attention + batch * attention_batch + token * attention_row + before, before_mask, other=0.0)
-        z = z.to(tl.float32)
-        if SCALED:
-            z *= tl.load(attention_scale + index)
+        z = load_row(attention + batch * attention_batch + token * attention_row, DIM_BLOCK, DIM_PARTS)
+        # Their scale isn't multiplied in: only the largest is needed in y's unit, and one factor does the rest.
+        unit = tl.load(attention_scale + index) if SCALED else 1.0
     if FLOAT8:
-        amax = tl.max(tl.abs(y), axis=0)
+        amax = row_amax(y, PARTS)
         if DIM > 0:
-            amax = tl.maximum(amax, tl.max(tl.abs(z), axis=0))
+            amax = tl.maximum(amax, row_amax(z, DIM_PARTS) * unit)
         scale = row_scale(amax)
         tl.store(out_scale + index, scale)
-        tl.store(row + DIM + columns, to_e4m3(y, scale), mask)
+        store_row_e4m3(row + DIM, y, scale, BLOCK, PARTS)
         if DIM > 0:
-            tl.store(row + before, to_e4m3(z, scale), before_mask)
+            store_row_e4m3(row, z, scale / unit, DIM_BLOCK, DIM_PARTS)
     else:
-        tl.store(row + DIM + columns, y.to(out.dtype.element_ty), mask)
+        store_row(row + DIM, y, BLOCK, PARTS)
         if DIM > 0:
-            tl.store(row + before, z.to(out.dtype.element_ty), before_mask)
+            store_row(row, z, DIM_BLOCK, DIM_PARTS)

@@ -151,13 +151,15 @@ def _launch(
     check_rows(image=image, text=text, cos=cos, sin=sin)
     batch, tokens, parts, heads, head_dim = out.shape
     first = image if text is None else text
+    block = min(8, heads & -heads)  # heads that are worked on together; a power of two, and none of them empty
     wrap_triton(_qkv_kernel)[(tokens, batch)](
         first, image, norm_q if text_norm_q is None else text_norm_q, norm_k if text_norm_k is None else text_norm_k,
         norm_q, norm_k, cos, sin, out, cos if value_amax is None else value_amax, cos if descales is None else descales,
         0 if text is None else text.shape[1], tokens,
         first.stride(0), first.stride(1), image.stride(0), image.stride(1), cos.stride(0), sin.stride(0),
-        EPS=eps, HEADS=heads, HEADS_BLOCK=triton.next_power_of_2(heads), HEAD_DIM=head_dim, PARTS=parts,
-        FLOAT8=descales is not None, PER_HEAD=value_amax is not None and value_amax.numel() > 1, num_warps=8,
+        EPS=eps, HEADS=heads, HEADS_BLOCK=block, HEAD_DIM=head_dim, PARTS=parts,
+        FLOAT8=descales is not None, PER_HEAD=value_amax is not None and value_amax.numel() > 1,
+        num_warps=max(1, block * head_dim // 256),
     )  # fmt: skip
 
 
@@ -203,10 +205,8 @@ def _qkv_kernel(
     PER_HEAD: tl.constexpr,  # noqa: N803
 ):
     token, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    heads, dims = tl.arange(0, HEADS_BLOCK), tl.arange(0, HEAD_DIM)
-    is_head = heads < HEADS
-    mask = is_head[:, None]
-    tile = heads[:, None] * HEAD_DIM + dims[None, :]
+    dims = tl.arange(0, HEAD_DIM)
+    tile = tl.arange(0, HEADS_BLOCK)[:, None] * HEAD_DIM + dims[None, :]
     is_text = token < text_tokens
     row = tl.where(is_text, text, image) + tl.where(
         is_text, batch * text_batch + token * text_row, batch * image_batch + (token - text_tokens) * image_row
@@ -220,30 +220,36 @@ def _qkv_kernel(
         image_weight = tl.load((norm_q if part == 0 else norm_k) + dims).to(tl.float32)
         text_weight = tl.load((text_norm_q if part == 0 else text_norm_k) + dims).to(tl.float32)
         weight = tl.where(is_text, text_weight, image_weight)
-        x = tl.load(row + part * HEADS * HEAD_DIM + tile, mask, other=0.0).to(tl.float32)
-        y = _rms_normed_rotated(x, weight, cos_even, cos_odd, sin_even, sin_odd, EPS, HEADS_BLOCK, HEAD_DIM)
         if FLOAT8:
             # No value of a normed head exceeds sqrt(head_dim) times the largest weight, turned or not. float8 keeps
             # its precision over 15 powers of two: a scale from a bound costs nothing beside one from the true amax.
             largest = tl.maximum(tl.max(tl.abs(image_weight), axis=0), tl.max(tl.abs(text_weight), axis=0))
             scale = row_scale(largest * tl.sqrt(HEAD_DIM * 1.0))
-            y = to_e4m3(y, scale)
+            weight *= 1.0 / scale
             if token == 0:
-                index = part * tl.num_programs(1) * HEADS + batch * HEADS + heads
-                tl.store(descales + index, tl.zeros((HEADS_BLOCK,), tl.float32) + scale, is_head)
-        else:
-            y = y.to(out.dtype.element_ty)
-        tl.store(out_row + part * HEADS * HEAD_DIM + tile, y, mask)
-    if FLOAT8:
-        x = tl.load(row + 2 * HEADS * HEAD_DIM + tile, mask, other=0.0).to(tl.float32)
-        amax = tl.max(tl.abs(x), axis=1).to(tl.int32, bitcast=True)
-        if PER_HEAD:
-            tl.atomic_max(value_amax + batch * HEADS + heads, amax, mask=is_head, sem="relaxed")
-        else:
-            tl.atomic_max(value_amax, tl.max(amax, axis=0), sem="relaxed")
-    elif PARTS == 3:
-        x = tl.load(row + 2 * HEADS * HEAD_DIM + tile, mask, other=0.0)
-        tl.store(out_row + 2 * HEADS * HEAD_DIM + tile, x, mask)
+                for head in tl.static_range(HEADS):
+                    tl.store(descales + part * tl.num_programs(1) * HEADS + batch * HEADS + head, scale)
+        for first in tl.static_range(0, HEADS, HEADS_BLOCK):
+            at = (part * HEADS + first) * HEAD_DIM + tile
+            x = tl.load(row + at).to(tl.float32)
+            y = _rms_normed_rotated(x, weight, cos_even, cos_odd, sin_even, sin_odd, EPS, HEADS_BLOCK, HEAD_DIM)
+            tl.store(out_row + at, y.to(out.dtype.element_ty))
+    largest_values = tl.zeros((HEADS_BLOCK, HEAD_DIM), tl.float32)
+    for first in tl.static_range(0, HEADS, HEADS_BLOCK):
+        at = (2 * HEADS + first) * HEAD_DIM + tile
+        if FLOAT8:
+            x = tl.abs(tl.load(row + at).to(tl.float32))
+            if PER_HEAD:
+                # As integers: see where the memory for them is made.
+                amax = tl.max(x, axis=1).to(tl.int32, bitcast=True)
+                heads = first + tl.arange(0, HEADS_BLOCK)
+                tl.atomic_max(value_amax + batch * HEADS + heads, amax, sem="relaxed")
+            else:
+                largest_values = tl.maximum(largest_values, x)
+        elif PARTS == 3:
+            tl.store(out_row + at, tl.load(row + at))
+    if FLOAT8 and not PER_HEAD:
+        tl.atomic_max(value_amax, tl.max(largest_values).to(tl.int32, bitcast=True), sem="relaxed")
 
 
 @triton.jit
@@ -280,8 +286,9 @@ def _value_to_float8_kernel(
     x = tl.load(row[:, None] + (2 * HEADS + head) * HEAD_DIM + dims[None, :], is_token, other=0.0).to(tl.float32)
     largest = tl.load(amax + batch * HEADS + head if PER_HEAD else amax)
     scale = row_scale(largest.to(tl.float32, bitcast=True))
+    inverse = 1.0 / scale
     if tl.program_id(0) == 0:
         tl.store(descales + (2 * tl.num_programs(2) + batch) * HEADS + head, scale)
     place = batch * out_batch + head * out_head + token[:, None] * out_token + dims[None, :] * out_dim
     # Ending at a multiple of 16 the mask lets 16 tokens go in one store; at the last token it would write single bytes.
-    tl.store(out + place, to_e4m3(x, scale), (token < padded)[:, None])
+    tl.store(out + place, to_e4m3(x, inverse), (token < padded)[:, None])

@@ -15,13 +15,17 @@ from torch.library import triton_op, wrap_triton
 
 from recipes.kernels import adaln
 from recipes.kernels.rows import (
-    block_and_warps,
     check_rows,
     joint_row,
+    load_row,
+    modulated,
     normalized,
+    row_amax,
+    row_parts,
     row_scale,
     rows_to_float8,
-    to_e4m3,
+    store_row,
+    store_row_e4m3,
 )
 
 
@@ -124,7 +128,7 @@ def _launch(
 ) -> None:
     check_rows(x=x, gate=gate, residual=residual, text_residual=text_residual, shift=shift, scale=scale)
     batch, tokens, dim = x.shape
-    block, warps = block_and_warps(dim)
+    parts, block, warps = row_parts(dim)
     text = residual if text_residual is None else text_residual
     shift = gate if shift is None else shift
     scale = gate if scale is None else scale
@@ -134,7 +138,8 @@ def _launch(
         0 if text_residual is None else text_residual.shape[1], tokens,
         x.stride(0), x.stride(1), gate.stride(0), text.stride(0), text.stride(1),
         residual.stride(0), residual.stride(1), shift.stride(0), scale.stride(0),
-        EPS=eps, DIM=dim, BLOCK=block, ADALN=normed is not None, FLOAT8=normed_scale is not None, num_warps=warps,
+        EPS=eps, DIM=dim, BLOCK=block, PARTS=parts, ADALN=normed is not None, FLOAT8=normed_scale is not None,
+        num_warps=warps,
     )  # fmt: skip
 
 
@@ -163,26 +168,27 @@ def _gated_residual_kernel(
     EPS: tl.constexpr,  # noqa: N803
     DIM: tl.constexpr,  # noqa: N803
     BLOCK: tl.constexpr,  # noqa: N803
+    PARTS: tl.constexpr,  # noqa: N803
     ADALN: tl.constexpr,  # noqa: N803
     FLOAT8: tl.constexpr,  # noqa: N803
 ):
     token, batch = tl.program_id(0), tl.program_id(1)
-    columns = tl.arange(0, BLOCK)
-    mask = columns < DIM
     row = joint_row(text, image, batch, token, text_tokens, text_batch, text_row, image_batch, image_row)
-    before = tl.load(row + columns, mask, other=0.0).to(tl.float32)
-    update = tl.load(x + batch.to(tl.int64) * x_batch + token * x_row + columns, mask, other=0.0).to(tl.float32)
-    g = tl.load(gate + batch * gate_row + columns, mask, other=0.0).to(tl.float32)
-    rounded = (before + g * update).to(hidden.dtype.element_ty)
+    before = load_row(row, BLOCK, PARTS)
+    update = load_row(x + batch.to(tl.int64) * x_batch + token * x_row, BLOCK, PARTS)
+    g = load_row(gate + batch * gate_row, BLOCK, PARTS)
+    rounded = ()
+    for i in tl.static_range(PARTS):
+        rounded = rounded + ((before[i] + g[i] * update[i]).to(hidden.dtype.element_ty).to(tl.float32),)
     index = batch.to(tl.int64) * tokens + token
-    tl.store(hidden + index * DIM + columns, rounded, mask)
+    store_row(hidden + index * DIM, rounded, BLOCK, PARTS)
     if ADALN:
-        factor = tl.load(scale + batch * scale_row + columns, mask, other=0.0).to(tl.float32)
-        offset = tl.load(shift + batch * shift_row + columns, mask, other=0.0).to(tl.float32)
-        y = normalized(rounded.to(tl.float32), mask, DIM, EPS) * (1.0 + factor) + offset
+        factor = load_row(scale + batch * scale_row, BLOCK, PARTS)
+        offset = load_row(shift + batch * shift_row, BLOCK, PARTS)
+        y = modulated(normalized(rounded, PARTS, DIM, EPS), factor, offset, PARTS)
         if FLOAT8:
-            own_scale = row_scale(tl.max(tl.abs(y), axis=0))
+            own_scale = row_scale(row_amax(y, PARTS))
             tl.store(normed_scale + index, own_scale)
-            tl.store(normed + index * DIM + columns, to_e4m3(y, own_scale), mask)
+            store_row_e4m3(normed + index * DIM, y, own_scale, BLOCK, PARTS)
         else:
-            tl.store(normed + index * DIM + columns, y.to(normed.dtype.element_ty), mask)
+            store_row(normed + index * DIM, y, BLOCK, PARTS)

@@ -13,10 +13,13 @@ import triton.language as tl
 from recipes.float8_heads import E4M3_MAX, SMALLEST_AMAX
 
 
-def block_and_warps(columns: int) -> tuple[int, int]:
-    """The power of two that a row of `columns` fits in, and the warps that hold it at 16 values a thread or more."""
-    block = triton.next_power_of_2(columns)
-    return block, max(1, min(16, block // 512))
+def row_parts(columns: int) -> tuple[int, int, int]:
+    """A row of `columns` as parts of a power of two each, none of them partly empty: their number, size, and the warps.
+
+    Triton's blocks are powers of two, and 12288 values in one of 16384 would compute a third more than there is.
+    """
+    block = columns & -columns
+    return columns // block, block, max(1, min(8, block // 256))
 
 
 def rows_to_float8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -44,29 +47,88 @@ def joint_row(text, image, batch, token, text_tokens, text_batch, text_row, imag
 
 
 @triton.jit
+def load_row(row, BLOCK: tl.constexpr, PARTS: tl.constexpr):  # noqa: N803
+    """A row's parts in float32, as a tuple."""
+    parts = ()
+    for i in tl.static_range(PARTS):
+        parts = parts + (tl.load(row + i * BLOCK + tl.arange(0, BLOCK)).to(tl.float32),)
+    return parts
+
+
+@triton.jit
+def store_row(row, parts, BLOCK: tl.constexpr, PARTS: tl.constexpr):  # noqa: N803
+    for i in tl.static_range(PARTS):
+        tl.store(row + i * BLOCK + tl.arange(0, BLOCK), parts[i].to(row.dtype.element_ty))
+
+
+@triton.jit
+def store_row_e4m3(row, parts, scale, BLOCK: tl.constexpr, PARTS: tl.constexpr):  # noqa: N803
+    inverse = 1.0 / scale
+    for i in tl.static_range(PARTS):
+        tl.store(row + i * BLOCK + tl.arange(0, BLOCK), to_e4m3(parts[i], inverse))
+
+
+@triton.jit
+def row_sum(parts, PARTS: tl.constexpr):  # noqa: N803
+    total = parts[0]
+    for i in tl.static_range(1, PARTS):
+        total += parts[i]
+    return tl.sum(total, axis=0)
+
+
+@triton.jit
+def row_amax(parts, PARTS: tl.constexpr):  # noqa: N803
+    largest = tl.abs(parts[0])
+    for i in tl.static_range(1, PARTS):
+        largest = tl.maximum(largest, tl.abs(parts[i]))
+    return tl.max(largest, axis=0)
+
+
+@triton.jit
 def row_scale(amax):
     """The same constants as `rows_to_float8`: a kernel's own have to stand in it."""
     return tl.maximum(amax, 1e-12) / 448.0
 
 
 @triton.jit
-def to_e4m3(x, scale):
-    return tl.clamp(x / scale, -448.0, 448.0).to(tl.float8e4nv)
+def to_e4m3(x, inverse):
+    """x * inverse in float8, where inverse is 1 over a scale that no |x| exceeds 448 times: nothing is to be clamped.
+
+    A division a value, and a clamp, made these kernels wait for their arithmetic rather than for memory.
+    """
+    return (x * inverse).to(tl.float8e4nv)
 
 
 @triton.jit
-def normalized(x, mask, columns: tl.constexpr, eps: tl.constexpr):
-    """LayerNorm without weights of one row, float32; `mask` marks its `columns` values, the others being 0.
+def normalized(parts, PARTS: tl.constexpr, columns: tl.constexpr, eps: tl.constexpr):  # noqa: N803
+    """LayerNorm without weights of one row, float32.
 
     eps is a constant because Inductor hands a kernel's floats over in double precision, which would spread.
     """
-    mean = tl.sum(x, axis=0) / columns
-    centred = tl.where(mask, x - mean, 0.0)
-    return centred * tl.rsqrt(tl.sum(centred * centred, axis=0) / columns + eps)
+    mean = row_sum(parts, PARTS) / columns
+    centred = ()
+    squares = ()
+    for i in tl.static_range(PARTS):
+        x = parts[i] - mean
+        centred = centred + (x,)
+        squares = squares + (x * x,)
+    factor = tl.rsqrt(row_sum(squares, PARTS) / columns + eps)
+    out = ()
+    for i in tl.static_range(PARTS):
+        out = out + (centred[i] * factor,)
+    return out
+
+
+@triton.jit
+def modulated(parts, factors, offsets, PARTS: tl.constexpr):  # noqa: N803
+    """parts * (1 + factors) + offsets."""
+    out = ()
+    for i in tl.static_range(PARTS):
+        out = out + (parts[i] * (1.0 + factors[i]) + offsets[i],)
+    return out
 
 
 @triton.jit
 def gelu_tanh(x):
-    """GELU's tanh form: 0.5 (1 + tanh(u)) is sigmoid(2 u)."""
-    u = 0.7978845608028654 * (x + 0.044715 * x * x * x)
-    return x / (1.0 + tl.exp(-2.0 * u))
+    """GELU's tanh form: 0.5 (1 + tanh(u)) is sigmoid(2 u); -2 u log2(e) is what exp2 takes."""
+    return x / (1.0 + tl.exp2(x * (-2.302208198 - 0.1029432397 * x * x)))
