@@ -94,7 +94,7 @@ def row_scale(amax):
 def to_e4m3(x, inverse):
     """x * inverse in float8, where inverse is 1 over a scale that no |x| exceeds 448 times: nothing is to be clamped.
 
-    A division a value, and a clamp, made these kernels wait for their arithmetic rather than for memory.
+    A division and a clamp a value would be most of such a kernel's instructions.
     """
     return (x * inverse).to(tl.float8e4nv)
 
