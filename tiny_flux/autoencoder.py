@@ -5,13 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from diffusers import FluxPipeline
+from diffusers import AutoencoderKL, FluxPipeline
 from tqdm import tqdm
 
 from tiny_flux import ranks
 from tiny_flux.data import Pool
 from tiny_flux.settings import Settings
 from tiny_flux.stage import Stage, autocast, save_atomically
+
+_SMALL = 24.0  # pixels: larger than what is called small, smaller than what isn't
 
 
 def train_autoencoder(pipe: FluxPipeline, pool: Pool, settings: Settings, work: Path, device: torch.device) -> None:
@@ -36,6 +38,30 @@ def train_autoencoder(pipe: FluxPipeline, pool: Pool, settings: Settings, work: 
             output, kl = step(images, noise)
         error = (output.float() - images).abs().mean()
         return {"loss": error + settings.kl_weight * kl, "l1": error, "kl": kl}
+
+    stage.run(loss)
+
+
+def train_decoder(vae: AutoencoderKL, pool: Pool, settings: Settings, work: Path, device: torch.device) -> None:
+    """The decoder alone, the latents staying what they are, half of it on scenes with a small object, lost first."""
+    if settings.decoder_steps == 0:
+        return
+    small = pool.with_radius_below(_SMALL)
+    stage = Stage("decoder", vae.decoder, settings.decoder_steps, settings.decoder_lr, settings, work, device)
+    vae.to(memory_format=torch.channels_last)
+    decode = torch.compile(vae.decoder) if settings.compile else vae.decoder
+
+    def loss(random: torch.Generator) -> dict[str, torch.Tensor]:
+        index = torch.randint(len(pool), (settings.vae_batch,), generator=random, device=device)
+        half = len(index) // 2
+        index[:half] = small[torch.randint(len(small), (half,), generator=random, device=device)]
+        images = pool.images(index).contiguous(memory_format=torch.channels_last)
+        noise = torch.randn(settings.vae_batch, 16, 32, 32, generator=random, device=device)
+        with autocast(device):
+            with torch.no_grad():
+                latents = vae.encode(images).latent_dist
+            output = decode(latents.mean + latents.std * noise)
+        return {"loss": (output.float() - images).abs().mean()}
 
     stage.run(loss)
 

@@ -132,6 +132,11 @@ class Pool:
             raise UsageError(f"no scene is of {' or '.join(categories)}: give a larger --pool")
         return torch.tensor(of_them, dtype=torch.long, device=self.background.device)
 
+    def with_radius_below(self, radius: float) -> torch.Tensor:
+        """Which of the scenes show an object of a smaller radius, in pixels: indices, int64; all if none does."""
+        of_them = ((self.geometry[..., 2] > 0) & (self.geometry[..., 2] < radius)).any(1)
+        return (of_them if of_them.any() else ~of_them).nonzero()[:, 0]
+
     def images(self, index: torch.Tensor) -> torch.Tensor:
         """float32 [len(index), 3, 256, 256] in [-1, 1]."""
         background, color = (

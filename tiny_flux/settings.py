@@ -27,6 +27,8 @@ class Settings:
     vae_batch: int = 32
     vae_lr: float = 5e-4
     kl_weight: float = 2e-4
+    decoder_steps: int = 3000
+    decoder_lr: float = 3e-4
     flow_steps: int = 60_000
     flow_batch: int = 256
     flow_lr: float = 8e-4
@@ -63,7 +65,7 @@ class Settings:
 PRESETS = {
     "full": Settings(),
     "smoke": Settings(
-        pool=64, captions=2, vae_steps=4, vae_batch=4, flow_steps=4, flow_batch=4, guidance_steps=2,
+        pool=64, captions=2, vae_steps=4, vae_batch=4, decoder_steps=2, flow_steps=4, flow_batch=4, guidance_steps=2,
         reward_steps=4, reward_prompts=2, reward_images=2, reward_sampling_steps=(2,), reward_updates=2, reward_batch=4,
         reflow_pairs=8, reflow_sampling_steps=2, reflow_steps=2, only_right=0, save_every=2, compile=0,
     ),

@@ -2,7 +2,8 @@
 
 Six stages, each resumed where it was stopped when the command is given again with the same --work folder:
 
-1. `autoencoder`: AutoencoderKL on rendered scenes, L1 + KL.
+1. `autoencoder`: AutoencoderKL on rendered scenes, L1 + KL; then `decoder`, its decoder alone, L1, small objects above
+   all.
 2. `encode`: the pool's latents (their mean), and the VAE's scaling and shift factors from them.
 3. `flow`: transformer and both text encoders together, rectified flow as FLUX's: x_t = (1 - t) x_0 + t noise,
    the model predicts noise - x_0 (arXiv 2209.03003, 2403.03206), t mostly logit-normal. Beside it the transformer
@@ -38,7 +39,7 @@ import torch
 from diffusers import FluxPipeline
 
 from tiny_flux import ranks
-from tiny_flux.autoencoder import encode_pool, train_autoencoder
+from tiny_flux.autoencoder import encode_pool, train_autoencoder, train_decoder
 from tiny_flux.data import corpus, make_pool
 from tiny_flux.flow import train_flow
 from tiny_flux.guidance import distil_guidance
@@ -142,6 +143,7 @@ def train(
     pool.of_categories(settings.reward_categories)  # refused now rather than after hours
     if settings.vae_steps:
         train_autoencoder(pipe, pool, settings, work, device)
+    train_decoder(pipe.vae, pool, settings, work, device)
     latents = torch.empty(0, 256, 64, device=device)
     if settings.vae_steps or settings.flow_steps or settings.guidance_steps:  # nothing else reads them
         latents = encode_pool(pipe, pool, settings, work, device)

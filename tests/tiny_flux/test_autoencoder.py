@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 
-from tiny_flux.autoencoder import encode_pool
+from tiny_flux.autoencoder import encode_pool, train_decoder
 from tiny_flux.data import make_pool
 from tiny_flux.settings import Settings
 from utils.files import ROOT
@@ -36,3 +36,21 @@ def test_only_an_autoencoder_trained_in_this_run_gets_new_factors(
         assert after == before
     again = encode_pool(pipe, pool, settings, tmp_path, torch.device("cpu"))  # from what it kept
     assert torch.equal(again.float(), latents)
+
+
+def test_the_decoders_stage_leaves_the_latents_alone(pipe: FluxPipeline, tmp_path: Path) -> None:
+    before = {name: tensor.clone() for name, tensor in pipe.vae.state_dict().items()}
+    pool = make_pool(8, 1, 0, pipe.tokenizer, pipe.tokenizer_2)
+    settings = Settings(decoder_steps=1, vae_batch=2, compile=0)
+    train_decoder(pipe.vae, pool, settings, tmp_path, torch.device("cpu"))
+    changed = {name.split(".")[0] for name, old in before.items() if not torch.equal(old, pipe.vae.state_dict()[name])}
+    assert changed == {"decoder"}
+
+
+def test_scenes_with_a_small_object(pipe: FluxPipeline) -> None:
+    pool = make_pool(200, 1, 0, pipe.tokenizer, pipe.tokenizer_2)
+    small = set(pool.with_radius_below(24).tolist())
+    for i, description in enumerate(pool.descriptions):
+        assert (i in small) == any(described.size == "small" for described in description.objects)
+    assert 0 < len(small) < 200
+    assert len(pool.with_radius_below(1)) == 200, "none: all of them"

@@ -122,6 +122,7 @@ def test_losses_and_settings_are_kept(undisturbed: Path) -> None:
         rows = list(csv.DictReader(file))
     assert [(row["stage"], row["step"]) for row in rows if row["name"] == "loss"] == [
         ("autoencoder", "4"),
+        ("decoder", "2"),
         ("flow", "4"),
         ("guidance", "2"),
         ("reward", "4"),
