@@ -147,7 +147,11 @@ def compile_call(call: Call, options: dict[str, Any], embed_weights: bool) -> li
         with torch.no_grad():
             exported = torch.export.export(call.module, (), call.inputs, dynamic_shapes=shapes, strict=False)
             graph = exported.module(check_guards=False)
+            known = _taken_for_given(graph)
             files = torch._inductor.aot_compile(graph, (), call.inputs, options=configuration)
+            # A model doesn't check its inputs: what holds of the example's size alone would be wrong in silence.
+            if assumed := [guard for guard in _taken_for_given(graph) if guard not in known]:
+                raise ValueError(f"the compiler takes for given that {assumed[0]}")
     except Exception as error:
         if not call.ranges:
             raise
@@ -170,6 +174,15 @@ def command_line() -> str:
     program = sys.argv[0] if sys.argv else ""
     name = "-m export" if program.endswith("export/__main__.py") else os.path.basename(program)
     return f"python {name} {shlex.join(sys.argv[1:])}".strip()
+
+
+def _taken_for_given(graph: torch.fx.GraphModule) -> list[str]:
+    """What export and compiler rely on, beyond their ranges, of a graph's sizes; nothing where they are fixed."""
+    for node in graph.graph.find_nodes(op="placeholder"):
+        for size in getattr(node.meta.get("val"), "shape", ()):
+            if isinstance(size, torch.SymInt):
+                return [str(guard.expr) for guard in size.node.shape_env.guards]
+    return []
 
 
 def _own(tensor: torch.Tensor) -> torch.Tensor:
