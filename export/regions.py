@@ -61,11 +61,12 @@ WHOLE = Region("transformer", "transformer", ("context", "rotary", "modulation",
 DECODER = Region("vae_decoder", "vae", ("sample",))
 REGIONS = {region.name: region for region in (BEFORE, DOUBLE_BLOCK, SINGLE_BLOCK, AFTER, WHOLE, DECODER)}
 
-# These modules name their arguments one by one: torch.export knows no ranges for what comes as **inputs.
-
 
 class Before(nn.Module):
-    """`hoisting.before` with the transformer's own embedders."""
+    """`hoisting.before` with the transformer's own embedders.
+
+    Its arguments are named one by one, as the other modules' are: torch.export knows no ranges for **inputs.
+    """
 
     def __init__(self, transformer: FluxTransformer2DModel):
         super().__init__()
@@ -83,14 +84,7 @@ class Before(nn.Module):
         pooled_projections: torch.Tensor | None = None,
     ) -> dict[str, Any]:
         return hoisting.before(
-            self,
-            hidden_states,
-            encoder_hidden_states,
-            txt_ids,
-            img_ids,
-            timestep,
-            guidance,
-            pooled_projections,
+            self, hidden_states, encoder_hidden_states, txt_ids, img_ids, timestep, guidance, pooled_projections
         )
 
 

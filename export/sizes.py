@@ -69,7 +69,7 @@ def ranges(calls: list[Specs]) -> dict[str, Range]:
 
 
 def area(specs: Specs) -> int:
-    """What calls of one region are put in order by."""
+    """The product of all sizes, by which the calls of one region are put in order."""
     return math.prod(of(specs).values())
 
 
