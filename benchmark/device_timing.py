@@ -14,16 +14,8 @@ def graph_ms(calls: Sequence[Callable[[], object]], repeats: int = 20) -> dict[s
 
     Give calls on inputs of their own that together exceed the second-level cache, where its help isn't meant.
     """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
+    graph, stream = captured(calls)
     with torch.cuda.stream(stream):
-        for call in calls[:2]:  # compiles and autotunes, outside the capture
-            call()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            for call in calls:
-                call()
         graph.replay()
         torch.cuda.synchronize()
         times = []
@@ -35,3 +27,18 @@ def graph_ms(calls: Sequence[Callable[[], object]], repeats: int = 20) -> dict[s
             end.synchronize()
             times.append(start.elapsed_time(end) / len(calls))
     return summary(times)
+
+
+def captured(calls: Sequence[Callable[[], object]]) -> tuple[torch.cuda.CUDAGraph, torch.cuda.Stream]:
+    """`calls` one after the other as a graph, and the stream that it was captured on."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for call in calls[:2]:  # compiles and autotunes, outside the capture
+            call()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            for call in calls:
+                call()
+    return graph, stream

@@ -152,7 +152,7 @@ def bind_all(library: Library) -> Callable[[], None]:
     """Binds each model that fits to every module that it stands in for, as the first call would."""
     device = library.pipe.transformer.device
     models = [model for entry in fitting(library) for model in entry.manifest.models.values()]
-    kinds = [(REGIONS[model.region], verify.random_inputs(model, device)) for model in models]
+    kinds = [(REGIONS[model.region], verify.random_inputs(model.inputs, device)) for model in models]
 
     def bind() -> None:
         for region, inputs in kinds:

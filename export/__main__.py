@@ -36,6 +36,9 @@ def parser() -> Parser:
     build.add_argument(
         "--embed-weights", action="store_true", help="put the weights inside, for this checkpoint alone (whole models)"
     )
+    build.add_argument(
+        "--dynamic", action="store_true", help="a model for all sizes between those given, instead of one for each"
+    )
     listing = commands.add_parser("list", help="the packages in a folder")
     listing.add_argument("folder", type=Path, nargs="?", default=default_folder(), metavar="DIR")
     inspect = commands.add_parser("inspect", help="what a package fits, holds, and how it was built; loads nothing")
@@ -90,6 +93,7 @@ def run_build(arguments: argparse.Namespace) -> None:
         batches=numbers("batch", arguments.batch),
         text_lengths=numbers("text-lengths", arguments.text_lengths or str(known.max_sequence_length)),
         embed_weights=arguments.embed_weights,
+        dynamic=arguments.dynamic,
     )
     entry, was_there = order.fill(wanted, arguments.out, device)
     print(f"{line(entry)}{', was there already' if was_there else ''}")

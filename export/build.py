@@ -11,7 +11,7 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,11 @@ from torch import nn
 from torch.export.pt2_archive import _package as pt2
 from torch.utils import _pytree as pytree
 
-from export import regions, weights
-from export.manifest import SCHEMA, Built, Identity, Manifest, Model, TensorSpec
+from export import regions, sizes, weights
+from export.manifest import SCHEMA, Built, Identity, Manifest, Model, Range, TensorSpec
 from export.regions import Inputs, Region
 from utils.compile_clock import compilation
+from utils.errors import UserError, one_line
 
 MANIFEST_RECORD = "extra/manifest.json"
 _COMPRESSED_BELOW = 64 * 2**20  # bytes of a record; weights don't get smaller, and take minutes
@@ -34,16 +35,20 @@ _NOT_LOADED = (".kernel.cpp", ".h", ".o")
 
 @dataclass(frozen=True)
 class Call:
-    """A region's call, to be compiled: its module as it runs without packages, and example inputs."""
+    """A region's call, to be compiled: its module as it runs without packages, and example inputs.
+
+    ranges: the sizes that the model is to take, of those that aren't to be fixed.
+    """
 
     region: Region
     module: nn.Module
     inputs: Inputs
+    ranges: dict[str, Range] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
         """The model's name in a package: the region, and a hash of what inputs it takes."""
-        spec = repr(sorted(input_specs(self.inputs).items()))
+        spec = repr([sorted(input_specs(self.inputs).items()), sorted(self.ranges.items())])
         return f"{self.region.name}-{hashlib.sha256(spec.encode()).hexdigest()[:8]}"
 
 
@@ -58,6 +63,29 @@ def input_specs(inputs: Inputs) -> dict[str, TensorSpec]:
     return specs
 
 
+def over_ranges(calls: Iterable[Call]) -> list[Call]:
+    """One call for all those of a region that differ in their sizes alone: the largest of them, with their ranges.
+
+    Raises:
+        UserError: a range begins at 1, a size which torch.export takes for fixed.
+    """
+    alike: dict[tuple[str, str], list[Call]] = {}
+    for call in calls:
+        specs = input_specs(call.inputs)
+        fixed = sizes.at(specs, dict.fromkeys(sizes.of(specs), 0))
+        alike.setdefault((call.region.name, repr(fixed)), []).append(call)
+    merged = []
+    for group in alike.values():
+        largest = max(group, key=lambda call: sizes.area(input_specs(call.inputs)))
+        ranges = sizes.ranges([input_specs(call.inputs) for call in group])
+        for name, one in ranges.items():
+            if one.smallest < 2:
+                raise UserError(f"no model takes {sizes.words(name, one)}: order sizes from 2 on, or without --dynamic")
+        inputs = pytree.tree_map(_own, largest.inputs) if ranges else largest.inputs
+        merged.append(replace(largest, inputs=inputs, ranges=ranges))
+    return merged
+
+
 def planned(calls: Iterable[Call], embed_weights: bool) -> dict[str, Model]:
     """The manifest's models of these calls, before they are compiled: without the names of the weights they read."""
     models = {}
@@ -66,6 +94,7 @@ def planned(calls: Iterable[Call], embed_weights: bool) -> dict[str, Model]:
         models[call.name] = Model(
             region=call.region.name,
             inputs=input_specs(call.inputs),
+            ranges=call.ranges,
             weights=weights.specs(tensors),
             bound=(),
             weights_sha256=weights.fingerprint(tensors) if embed_weights else None,
@@ -100,7 +129,11 @@ def build(
 
 
 def compile_call(call: Call, options: dict[str, Any], embed_weights: bool) -> list[Any]:
-    """AOTInductor's files for one region's call."""
+    """AOTInductor's files for one region's call.
+
+    Raises:
+        UserError: a graph for a range of sizes can't be had. Of fixed sizes whatever the compiler raises.
+    """
     configuration = {
         **options,
         "aot_inductor.package": True,
@@ -109,9 +142,23 @@ def compile_call(call: Call, options: dict[str, Any], embed_weights: bool) -> li
         # Inductor's C++ GEMMs repack weights while compiling, into constants that only a package with weights can hold.
         "max_autotune_gemm_backends": "ATEN,TRITON",
     }
-    with torch.no_grad():
-        exported = torch.export.export(call.module, (), call.inputs, strict=False)
-        files = torch._inductor.aot_compile(exported.module(check_guards=False), (), call.inputs, options=configuration)
+    shapes = sizes.dynamic_shapes(call.inputs, call.ranges, sizes.of(input_specs(call.inputs)))
+    try:
+        with torch.no_grad():
+            exported = torch.export.export(call.module, (), call.inputs, dynamic_shapes=shapes, strict=False)
+            graph = exported.module(check_guards=False)
+            known = _taken_for_given(graph)
+            files = torch._inductor.aot_compile(graph, (), call.inputs, options=configuration)
+            # A model doesn't check its inputs: what holds of the example's size alone would be wrong in silence.
+            if assumed := [guard for guard in _taken_for_given(graph) if guard not in known]:
+                raise ValueError(f"the compiler takes for given that {assumed[0]}")
+    except Exception as error:
+        if not call.ranges:
+            raise
+        of_range = ", ".join(sizes.words(name, one) for name, one in call.ranges.items())
+        raise UserError(
+            f"the {call.region.name} can't be compiled for {of_range} ({one_line(error)}): build it without --dynamic"
+        ) from error
     assert isinstance(files, list)
     return files
 
@@ -127,6 +174,20 @@ def command_line() -> str:
     program = sys.argv[0] if sys.argv else ""
     name = "-m export" if program.endswith("export/__main__.py") else os.path.basename(program)
     return f"python {name} {shlex.join(sys.argv[1:])}".strip()
+
+
+def _taken_for_given(graph: torch.fx.GraphModule) -> list[str]:
+    """What export and compiler rely on, beyond their ranges, of a graph's sizes; nothing where they are fixed."""
+    for node in graph.graph.find_nodes(op="placeholder"):
+        for size in getattr(node.meta.get("val"), "shape", ()):
+            if isinstance(size, torch.SymInt):
+                return [str(guard.expr) for guard in size.node.shape_env.guards]
+    return []
+
+
+def _own(tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous copy: torch.export marks what it is given, for good where it fails."""
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _needed(files: list[Any]) -> list[Any]:

@@ -27,7 +27,7 @@ from utils.files import ROOT
 if TYPE_CHECKING:  # recipes import export, to execute what it builds
     from recipes.recipe import Recipe
 
-SCHEMA = 1
+SCHEMA = 2
 
 # How a pipeline runs, and not what its graphs compute: any value of these fields takes the same package.
 _NOT_IN_THE_GRAPH = (
@@ -41,7 +41,7 @@ _NOT_SHAPING = (
     *("recipes/step_cache.py", "recipes/text_encoders.py", "recipes/float8_text_encoder.py", "recipes/cuda_graph.py"),
     *("recipes/loop_graph.py", "recipes/weights.py"),
 )
-_SHAPING_OF_EXPORT = ("export/regions.py", "export/build.py")
+_SHAPING_OF_EXPORT = ("export/regions.py", "export/sizes.py", "export/build.py")
 # What the decoder's graph depends on; the rest of the VAE's configuration is the encoder's and the pipeline's.
 _OF_DECODER = (
     *("latent_channels", "out_channels", "up_block_types", "block_out_channels", "layers_per_block", "act_fn"),
@@ -66,15 +66,26 @@ class TensorSpec:
 
 
 @dataclass(frozen=True)
+class Range:
+    """The sizes that a model takes, the largest among them."""
+
+    smallest: int
+    largest: int
+
+
+@dataclass(frozen=True)
 class Model:
     """One compiled graph. `inputs` by name, in their order; the members of a tuple as `name.0`, `name.1`.
 
+    ranges: the sizes that aren't fixed, by their names in `export.sizes`; `inputs` is one example of them. Empty: the
+    model takes `inputs` of these very shapes and strides.
     weights: of the module that it stands in for, all its tensors by name. bound: those that the code reads, which have
     to be bound before it runs. weights_sha256: of a model that holds the weights itself, their hash.
     """
 
     region: str
     inputs: dict[str, TensorSpec]
+    ranges: dict[str, Range]
     weights: dict[str, TensorSpec]
     bound: tuple[str, ...]
     weights_sha256: str | None

@@ -26,7 +26,10 @@ _STEPS = 2  # of the pipeline, for each shape: the second one's inputs come from
 
 @dataclass(frozen=True)
 class Order:
-    """What a package is to hold. resolutions: height and width in pixels; text_lengths: T5 tokens."""
+    """What a package is to hold. resolutions: height and width in pixels; text_lengths: T5 tokens.
+
+    dynamic: models not of each of these sizes, but for all from the smallest to the largest.
+    """
 
     checkpoint: str
     recipe: Recipe
@@ -34,12 +37,15 @@ class Order:
     batches: tuple[int, ...]
     text_lengths: tuple[int, ...]
     embed_weights: bool = False
+    dynamic: bool = False
 
     def __post_init__(self) -> None:
         if self.recipe.execution != "aoti":
             raise UsageError("packages are for recipes with execution=aoti: add it, as in --recipe bf16,execution=aoti")
         if self.embed_weights and self.recipe.compile_scope != "whole":
             raise UsageError("--embed-weights is for whole models: add compile_scope=whole to the recipe")
+        if self.dynamic and len(self.resolutions) * len(self.text_lengths) < 2:
+            raise UsageError("--dynamic: give the smallest and the largest size with --resolutions, --text-lengths")
 
     def requests(self) -> list[Request]:
         """A request for each shape. Raises UsageError: a resolution that can't be drawn."""
@@ -61,7 +67,7 @@ def fill(order: Order, folder: Path, device: torch.device) -> tuple[Entry, bool]
     pipe, library = pipeline(order.checkpoint, order.recipe, folder, device)
     calls = called(pipe, library, requests)
     with CompileClock(progress=True):
-        return library.build(calls, order.embed_weights)
+        return library.build(calls, order.embed_weights, order.dynamic)
 
 
 def called(pipe: DiffusionPipeline, library: Library, requests: list[Request]) -> list[PackagedCall]:

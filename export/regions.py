@@ -63,15 +63,29 @@ REGIONS = {region.name: region for region in (BEFORE, DOUBLE_BLOCK, SINGLE_BLOCK
 
 
 class Before(nn.Module):
-    """`hoisting.before` with the transformer's own embedders."""
+    """`hoisting.before` with the transformer's own embedders.
+
+    Its arguments are named one by one, as the other modules' are: torch.export knows no ranges for **inputs.
+    """
 
     def __init__(self, transformer: FluxTransformer2DModel):
         super().__init__()
         self.x_embedder, self.context_embedder = transformer.x_embedder, transformer.context_embedder
         self.time_text_embed, self.pos_embed = transformer.time_text_embed, transformer.pos_embed
 
-    def forward(self, **inputs: Any) -> dict[str, Any]:
-        return hoisting.before(self, **inputs)
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        txt_ids: torch.Tensor | None = None,
+        img_ids: torch.Tensor | None = None,
+        timestep: torch.Tensor | None = None,
+        guidance: torch.Tensor | None = None,
+        pooled_projections: torch.Tensor | None = None,
+    ) -> dict[str, Any]:
+        return hoisting.before(
+            self, hidden_states, encoder_hidden_states, txt_ids, img_ids, timestep, guidance, pooled_projections
+        )
 
 
 class After(nn.Module):
@@ -81,8 +95,8 @@ class After(nn.Module):
         super().__init__()
         self.norm_out, self.proj_out = transformer.norm_out, transformer.proj_out
 
-    def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
-        return hoisting.after(self, **inputs)
+    def forward(self, hidden_states: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
+        return hoisting.after(self, hidden_states, temb)
 
 
 class Whole(nn.Module):
@@ -92,9 +106,37 @@ class Whole(nn.Module):
         super().__init__()
         self.transformer = transformer
 
-    def forward(self, **inputs: Any) -> torch.Tensor:
+    def forward(
+        self,
+        *,
+        context: torch.Tensor | None = None,
+        rotary: hoisting.Rotary | None = None,
+        modulation: torch.Tensor | None = None,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        txt_ids: torch.Tensor | None = None,
+        img_ids: torch.Tensor | None = None,
+        timestep: torch.Tensor | None = None,
+        guidance: torch.Tensor | None = None,
+        pooled_projections: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         before, after = partial(hoisting.before, self.transformer), partial(hoisting.after, self.transformer)
-        return hoisting.run(self.transformer, before, after, **inputs, return_dict=False)[0]
+        return hoisting.run(
+            self.transformer,
+            before,
+            after,
+            context=context,
+            rotary=rotary,
+            modulation=modulation,
+            hidden_states=hidden_states,
+            encoder_hidden_states=encoder_hidden_states,
+            txt_ids=txt_ids,
+            img_ids=img_ids,
+            timestep=timestep,
+            guidance=guidance,
+            pooled_projections=pooled_projections,
+            return_dict=False,
+        )[0]
 
 
 def modules(pipe: DiffusionPipeline, scope: str) -> list[tuple[Region, nn.Module]]:

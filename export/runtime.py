@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,10 +15,10 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from export import build, regions, weights
+from export import build, regions, sizes, weights
 from export.build import Call
 from export.checks import check_file
-from export.manifest import Identity, Manifest, Model, TensorSpec, content_key, identify
+from export.manifest import Identity, Manifest, content_key, identify
 from export.regions import Inputs, Key, Region
 from export.store import Entry, PackageStore
 from recipes import hoisting, ladder
@@ -36,7 +36,9 @@ class BoundModel:
     """
 
     def __init__(self, entry: Entry, name: str, tensors: dict[str, torch.Tensor], device: torch.device):
+        self.source = entry, name
         self.embedded = entry.manifest.models[name].weights_sha256 is not None
+        self._for_ranges = bool(entry.manifest.models[name].ranges)
         self._loader = build.loader(entry.path, name, -1 if device.index is None else device.index)
         self._outputs = pytree.treespec_loads(self._loader.get_call_spec()[1])
         # Kept, because the package knows their addresses alone.
@@ -45,11 +47,17 @@ class BoundModel:
             self._loader.load_constants(self._weights, False, True, True)  # all of them, and managed here
 
     def __call__(self, inputs: Inputs) -> Any:
-        return pytree.tree_unflatten(self._loader.boxed_run(pytree.tree_leaves(inputs)), self._outputs)
+        leaves = pytree.tree_leaves(inputs)
+        if self._for_ranges:
+            leaves = [tensor.contiguous() for tensor in leaves]
+        return pytree.tree_unflatten(self._loader.boxed_run(leaves), self._outputs)
 
 
 class PackagedRegion:
-    """Stands in for a module's forward: one bound model for each kind of input, fetched at the first such call."""
+    """Stands in for a module's forward: a bound model for each kind of input, fetched at the first such call.
+
+    A model for a range of sizes is bound once, and serves several kinds.
+    """
 
     def __init__(self, region: Region, module: nn.Module, library: Library):
         self.region, self.module, self.packages = region, module, library
@@ -112,7 +120,8 @@ class Library:
             self.build([(region, inputs)])
             found = self.find(region.region, inputs)
             assert found is not None
-        return self.bound(region, *found, inputs)
+        known = [model for model in region.bound.values() if model.source == found]
+        return known[0] if known else self.bound(region, *found, inputs)
 
     def bound(self, region: PackagedRegion, entry: Entry, name: str, inputs: Inputs) -> BoundModel:
         """A package's model with the region's weights, after all checks.
@@ -141,38 +150,48 @@ class Library:
     def find(self, region: Region, inputs: Inputs) -> tuple[Entry, str] | None:
         """The package and the model for these inputs; None if there is none but it may be built.
 
+        One of these very shapes goes before one for a range of sizes.
+
         Raises:
             UserError: there is none that fits, and none may be built. A package's manifest is damaged.
         """
         wanted = build.input_specs(inputs)
-        nearest = (0, "")
+        nearest, for_range = (0, ""), None
         for entry in self.store.entries():
             models = {name: model for name, model in entry.manifest.models.items() if model.region == region.name}
             if not models:
                 continue
             reason = entry.manifest.identity.refusal(self.identity, region.component)
-            fitting = [name for name, model in models.items() if model.inputs == wanted]
-            if reason is None and fitting:
-                return entry, fitting[0]
+            other_inputs = {name: sizes.refusal(model, wanted) for name, model in models.items()}
+            fitting = [name for name, why in other_inputs.items() if why is None]
+            if reason is None:
+                for name in fitting:
+                    if not models[name].ranges:
+                        return entry, name
+                    for_range = for_range or (entry, name)
             rank = 3 if reason is None else 2 if fitting else 1
             if rank > nearest[0]:
-                nearest = rank, f" ({entry.path.name} {reason or _other_inputs(list(models.values()), wanted)})"
-        if self.store.build:
-            return None
+                nearest = rank, f" ({entry.path.name} {reason or next(iter(other_inputs.values()))})"
+        if for_range is not None or self.store.build:
+            return for_range
         inputs_here = ", ".join(f"{name} {spec.dtype}{list(spec.shape)}" for name, spec in list(wanted.items())[:2])
         raise UserError(
             f"no package in {self.store.folder} has the {region.name} for {inputs_here}{nearest[1]}: build it with "
             f"`{self.command(region, inputs)}`, or run once without --use-cached-model"
         )
 
-    def build(self, calls: Iterable[PackagedCall], embed_weights: bool = False) -> tuple[Entry, bool]:
-        """One package with a model for each of these calls, and whether it was there already."""
-        of_name = {Call(region.region, region.module, inputs).name: (region, inputs) for region, inputs in calls}
+    def build(
+        self, calls: Collection[PackagedCall], embed_weights: bool = False, dynamic: bool = False
+    ) -> tuple[Entry, bool]:
+        """One package with a model for each of these calls, and whether it was there already.
+
+        dynamic: one for all those of a region that differ in their sizes alone, and for what lies between them.
+        """
+        each = [Call(region.region, region.module, inputs) for region, inputs in calls]
+        planned = {call.name: call for call in (build.over_ranges(each) if dynamic else each)}
         with ExitStack() as stack:
-            planned = {
-                name: Call(region.region, stack.enter_context(region.unpackaged()), inputs)
-                for name, (region, inputs) in of_name.items()
-            }
+            for region, _ in calls:
+                stack.enter_context(region.unpackaged())
             models = build.planned(planned.values(), embed_weights)
             kind = "vae_decoder" if all(c.region is regions.DECODER for c in planned.values()) else "transformer"
             name = f"{kind}-{content_key(self.identity, models)}"
@@ -289,12 +308,3 @@ def runs_embedded_weights(pipe: DiffusionPipeline) -> bool:
 def _checkpoint(pipe: DiffusionPipeline) -> str:
     name = pipe.config.get("_name_or_path") or "CHECKPOINT"
     return "tiny" if Path(name) == checkpoints.TINY_FOLDER else name
-
-
-def _other_inputs(models: list[Model], wanted: dict[str, TensorSpec]) -> str:
-    """What the first of the models takes, where it isn't what is wanted."""
-    there = models[0].inputs
-    for name in (*wanted, *there):
-        if there.get(name) != wanted.get(name):
-            return f"takes {name} {there.get(name, 'not at all')}, it comes {wanted.get(name, 'not at all')}"
-    raise AssertionError("a model of these very inputs fits")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+from export import sizes
 from export.manifest import Model
 from export.store import Entry
 from recipes.ladder import command_line_name
@@ -37,7 +38,8 @@ def description(entry: Entry) -> str:
     for part, fields in identity.architecture.items():
         lines.append(f"  {part}: " + ", ".join(f"{name}={value}" for name, value in fields.items()))
     for name, model in manifest.models.items():
-        lines.append(f"  {name}: {_weights(model)}")
+        of_ranges = "".join(f", {sizes.words(size, one)}" for size, one in model.ranges.items())
+        lines.append(f"  {name}: {_weights(model)}{of_ranges}")
         lines += [f"    {input_name}: {spec}" for input_name, spec in model.inputs.items()]
     return "\n".join(lines)
 

@@ -27,6 +27,7 @@ def export(main: Callable) -> Callable:
         (("--batch", "0"), "--batch 0: give positive whole numbers"),
         (("--text-lengths", "64,many"), "--text-lengths 64,many: give positive whole numbers"),
         (("--embed-weights",), "add compile_scope=whole to the recipe"),
+        (("--dynamic",), "--dynamic: give the smallest and the largest size"),
     ],
 )
 def test_build_asked_for_the_impossible(export: Callable, tmp_path: Path, arguments: tuple, message: str) -> None:

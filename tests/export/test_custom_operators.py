@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,7 +37,8 @@ def test_the_frontend_is_part_of_what_uses_it(tiny: Callable, monkeypatch: pytes
 
 
 @pytest.mark.slow
-def test_cudnn_fp8_in_a_package(tiny: Callable, tmp_path: Path) -> None:
+@pytest.mark.parametrize("tokens", [(16,), (16, 40)], ids=["fixed", "dynamic"])
+def test_cudnn_fp8_in_a_package(tiny: Callable, tmp_path: Path, tokens: tuple[int, ...]) -> None:
     """Built and run for a CPU, with PyTorch's own computation under the op's name: a package holds the call alone."""
     pipe, recipe = tiny(torch.bfloat16), Recipe(dtype="bfloat16", execution="aoti", attention="cudnn_fp8")
     attention.OPTIMIZATION.apply(pipe, recipe)
@@ -46,16 +48,20 @@ def test_cudnn_fp8_in_a_package(tiny: Callable, tmp_path: Path) -> None:
     library = library_of(pipe)
     single = next(region for region in library.packaged if region.module is block)
     random = torch.Generator().manual_seed(0)
-    inputs = {
-        name: torch.randn(size, generator=random).bfloat16()
-        for name, size in {
-            "hidden_states": (1, 16, 256),
-            "encoder_hidden_states": (1, 8, 256),
-            "temb": (1, 256),
-        }.items()
-    }
-    rotary = tuple(torch.randn(24, 128, generator=random) for _ in range(2))
-    entry, _ = library.build([(single, single.region.arguments((), {**inputs, "image_rotary_emb": rotary}))])
+
+    def arguments(image_tokens: int) -> dict[str, Any]:
+        inputs: dict[str, Any] = {
+            name: torch.randn(size, generator=random).bfloat16()
+            for name, size in {
+                "hidden_states": (1, image_tokens, 256),
+                "encoder_hidden_states": (1, 8, 256),
+                "temb": (1, 256),
+            }.items()
+        }
+        rotary = tuple(torch.randn(8 + image_tokens, 128, generator=random) for _ in range(2))
+        return single.region.arguments((), {**inputs, "image_rotary_emb": rotary})
+
+    entry, _ = library.build([(single, arguments(image_tokens)) for image_tokens in tokens], dynamic=len(tokens) > 1)
     calls = []
 
     def on_a_cpu(*tensors: torch.Tensor) -> torch.Tensor:
@@ -67,4 +73,6 @@ def test_cudnn_fp8_in_a_package(tiny: Callable, tmp_path: Path) -> None:
         (error,) = verify(entry, library)
     assert error.ok, error
     assert error.modules == len(pipe.transformer.single_transformer_blocks)
-    assert calls == [[torch.float8_e4m3fn] * 3 + [torch.float32]] * (2 * error.modules), "once eager, once packaged"
+    assert calls == [[torch.float8_e4m3fn] * 3 + [torch.float32]] * (
+        2 * error.modules * (1 if len(tokens) == 1 else 3)
+    ), "once eager, once packaged; of a range three sizes"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from recipes import Recipe
 from utils import environment
 from utils.compile_clock import CompileClock
 from utils.cuda_graph import Graphed
+from utils.errors import UserError
 from utils.relative_error import relative_error
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
@@ -141,6 +143,39 @@ def test_batches_and_resolutions(pair: Pair, assert_equal_to_compiled: Callable,
     assert_equal_to_compiled(pair, *size, 1)
     assert_equal_to_compiled(pair, 1, 4, 0)
     assert len(pair.packaged.transformer.forward.graphs.values) <= graphs + 1, "a graph for each size, and no other"
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_range_of_sizes(name: str, tiny: Callable, predict: Callable, error_of: Callable, tmp_path: Path) -> None:
+    """Right at a size that wasn't ordered, with a graph of its own; or refused while it is built, in one line."""
+    recipe = RECIPES[name]
+    if (refusal := recipes.refusal(recipe, CUDA)) is not None:
+        pytest.skip(refusal)
+    building, packaged, eager = (tiny(torch.bfloat16, CUDA) for _ in range(3))
+    plain = tiny(torch.float32, CUDA)
+    recipes.apply(building, replace(recipe, cuda_graph=False), PackageStore(tmp_path))
+    library = library_of(building)
+    with library.recording() as calls:
+        for side in (4, 8):
+            predict(building, 1, side)
+    said = ""
+    try:
+        entry, _ = library.build(calls.values(), dynamic=True)
+    except UserError as error:
+        said = str(error)
+    if said:
+        assert recipe.attention == "triton_fp8", "our own kernel is compiled for one number of keys"
+        assert "can't be compiled for 16 to 64 image tokens" in said
+        assert len(said.splitlines()) == 1
+        return
+    errors = verify(entry, library)
+    assert all(error.ok for error in errors), errors
+    recipes.apply(packaged, recipe, PackageStore(tmp_path, build=False))
+    recipes.apply(eager, replace(recipe, execution="eager", cuda_graph=False))
+    for side in (5, 6, 7):
+        reference = predict(plain, 1, side)
+        rounding = error_of(predict(eager, 1, side), reference)
+        assert error_of(predict(packaged, 1, side), reference) < 1.3 * rounding
 
 
 def test_draws_the_image_that_torch_compile_draws(pair: Pair, draw: Callable) -> None:

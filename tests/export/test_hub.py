@@ -39,7 +39,7 @@ def make_package(folder: Path, name: str = NAME, code: bytes = b"\0code" * 1000)
             **dict.fromkeys(("dtype", "device", "arch", "torch", "diffusers", "sources"), "some"),
             **dict.fromkeys(("cuda", "triton", "torchao", "cudnn_frontend", "flash_attention")),
         ),
-        models={"after-1": Model("after", {"hidden_states": spec}, {"norm.weight": spec}, ("norm.weight",), None)},
+        models={"after-1": Model("after", {"hidden_states": spec}, {}, {"norm.weight": spec}, ("norm.weight",), None)},
         built=Built("python -m export build --checkpoint tiny", "tiny", 2.0, "2025-01-01"),
     )
 
