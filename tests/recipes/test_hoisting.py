@@ -110,7 +110,8 @@ def test_kontext(tiny: Callable, draw: Callable) -> None:
     recipes.apply(hoisted, BOTH)
     image = Image.radial_gradient("L").resize((48, 80)).convert("RGB")
     options = {"image": image, "max_area": 64 * 64, "_auto_resize": False, "steps": 2}
-    np.testing.assert_allclose(draw(hoisted, **options), draw(plain, **options), atol=1e-5)
+    # Of pixels in 0..1: rounding, a hundredth of a byte's step at most.
+    np.testing.assert_allclose(draw(hoisted, **options), draw(plain, **options), atol=4e-5, rtol=0)
 
 
 def test_linears_run_once_a_call(tiny: Callable, draw: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
