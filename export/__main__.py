@@ -100,11 +100,14 @@ def run_build(arguments: argparse.Namespace) -> None:
 
 
 def run_list(arguments: argparse.Namespace) -> None:
-    entries = PackageStore(arguments.folder).entries()
-    if not entries:
+    store = PackageStore(arguments.folder)
+    entries, others = store.entries(), store.of_other_versions()
+    if not entries and not others:
         raise UserError(f"no packages in {arguments.folder}: make one with `python -m export build`")
     for entry in entries:
         print(line(entry))
+    for path in others:
+        print(f"{path.name}: of another version of this program, and of no use to it")
 
 
 def checked(path: Path) -> Entry:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from export.manifest import Beside, Manifest, read_beside
+from export.manifest import Beside, Manifest, OtherVersionError, read_beside
 from utils.errors import UsageError
 from utils.files import replacing, write_text
 
@@ -42,10 +42,10 @@ class PackageStore:
 
     folder: Path = field(default_factory=default_folder)
     build: bool = True
-    _read: dict[tuple[Path, int], Entry] = field(default_factory=dict, repr=False)  # by file and its time
+    _read: dict[tuple[Path, int], Entry | None] = field(default_factory=dict, repr=False)  # by file and its time
 
     def entries(self) -> list[Entry]:
-        """The packages that are there, by name.
+        """The packages that are there, by name, without those that other versions of this program left.
 
         Raises:
             UserError: a manifest can't be read.
@@ -56,9 +56,18 @@ class PackageStore:
         for path in sorted(self.folder.glob("[!.]*.json")):
             if path.with_suffix(".pt2").exists():
                 known = path, path.stat().st_mtime_ns
-                self._read[known] = self._read.get(known) or entry(path)
+                if known not in self._read:
+                    try:
+                        self._read[known] = entry(path)
+                    except OtherVersionError:  # nor would it fit: its sources aren't this version's
+                        self._read[known] = None
                 found.append(self._read[known])
-        return found
+        return [one for one in found if one is not None]
+
+    def of_other_versions(self) -> list[Path]:
+        """The packages that `entries` leaves out: what runs here neither reads nor overwrites them."""
+        self.entries()
+        return sorted({path.with_suffix(".pt2") for (path, _), one in self._read.items() if one is None})
 
     def write(self, name: str, make: Callable[[Path], Manifest]) -> tuple[Entry, bool]:
         """The package NAME, made by `make(path)` if it isn't there, and whether it was there.

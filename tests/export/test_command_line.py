@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from export.store import Entry
-from tests.export.conftest import forge
+from export.runtime import Library, PackagedRegion
+from export.store import Entry, PackageStore
+from tests.export.conftest import forge, inputs_of_after
+from utils.errors import UserError
 
 
 @pytest.fixture
@@ -117,3 +121,27 @@ def test_doctor_without_a_compiler(export: Callable, tmp_path: Path, monkeypatch
     monkeypatch.setenv("CXX", str(tmp_path / "none"))
     assert f"{tmp_path / 'none'} is not there; apt-get install g++" in export("doctor").error()
     assert os.environ["CXX"] == str(tmp_path / "none")
+
+
+@pytest.mark.slow
+def test_package_of_another_version(
+    export: Callable, library: Library, after: PackagedRegion, damaged: Path, package: Entry
+) -> None:
+    forge(damaged, lambda manifest: manifest.update(schema=1, models={}))
+    store = PackageStore(damaged.parent, build=False)
+    assert (store.entries(), store.of_other_versions()) == ([], [damaged])
+    assert export("list", damaged.parent).out.splitlines() == [
+        f"{damaged.name}: of another version of this program, and of no use to it"
+    ]
+    for command in ("inspect", "verify"):
+        done = export(command, damaged)
+        assert done.code == 1
+        assert "is of another version of this program (its schema is 1, this program reads " in done.error()
+    inputs = inputs_of_after()
+    with pytest.raises(UserError, match=r"no package in .* has the after for"):
+        replace(library, store=store).find(after.region, inputs)
+    # Beside one that fits it is in nobody's way.
+    shutil.copy(package.path, damaged.parent / "fits.pt2")
+    shutil.copy(package.path.with_suffix(".json"), damaged.parent / "fits.json")
+    assert [entry.path.name for entry in store.entries()] == ["fits.pt2"]
+    assert replace(library, store=store).find(after.region, inputs) is not None
