@@ -175,7 +175,7 @@ class OtherVersionError(UserError):
 
 
 def read_beside(path: Path) -> Beside:
-    """Raises UserError: the file can't be read, or isn't what this repository writes (OtherVersionError: it was once)."""
+    """Raises UserError: the file can't be read, or isn't what this repository writes; OtherVersionError: no longer."""
     try:
         text = path.read_text()
         schema = schema_of(text)
