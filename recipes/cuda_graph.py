@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline
 from recipes.optimization import Needs, Optimization
 from recipes.recipe import Recipe
 from utils.cuda_graph import LIMIT, Graphed, Graphs
+from utils.graph_memsets import can_replace
 
 
 def _apply(pipe: DiffusionPipeline, recipe: Recipe) -> str:
@@ -21,7 +22,8 @@ def _apply(pipe: DiffusionPipeline, recipe: Recipe) -> str:
         forward = module.forward
         module.forward = Graphed(forward, graphs, getattr(forward, "warm_up", None))
     captured = "transformer, VAE decoder and text encoders" if encoders else "transformer and VAE decoder"
-    return f"{captured}, at most {LIMIT} graphs in one memory pool"
+    memsets = "" if can_replace() else ", memsets among their kernels for want of the package cuda-bindings"
+    return f"{captured}, at most {LIMIT} graphs in one memory pool{memsets}"
 
 
 OPTIMIZATION = Optimization(

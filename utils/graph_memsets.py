@@ -10,6 +10,7 @@ Sources: NVIDIA's "Constant Time Launch for Straight-Line CUDA Graphs" (2024); t
 
 from __future__ import annotations
 
+import importlib.util
 from functools import partial
 from typing import Any
 
@@ -39,10 +40,10 @@ def replace_memsets(graph: torch.cuda.CUDAGraph, side: torch.cuda.Stream) -> int
     Raises:
         UserError: a call of the driver failed; it says which one.
     """
-    try:
-        from cuda.bindings import driver
-    except ImportError:
+    if not can_replace():
         return 0
+    from cuda.bindings import driver
+
     call = partial(_call, driver)
 
     def listed(name: str, of: Any) -> list[Any]:
@@ -70,6 +71,11 @@ def replace_memsets(graph: torch.cuda.CUDAGraph, side: torch.cuda.Stream) -> int
         call("cuGraphDestroyNode", node)
         kernel = next(iter(listed("cuGraphNodeGetDependentNodes", kernel)), None)  # they stand in a line
     return len(memsets)
+
+
+def can_replace() -> bool:
+    """Whether the package `cuda-bindings` is there."""
+    return importlib.util.find_spec("cuda") is not None and importlib.util.find_spec("cuda.bindings") is not None
 
 
 def _signed(value: int, size: int) -> int:
