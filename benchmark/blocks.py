@@ -24,7 +24,6 @@ with quiet():
     from recipes import attention, float8, fused_kernels, fused_qkv
     from recipes.apply import refusal
     from recipes.recipe import Recipe
-    from utils.errors import Parser, run_command
     from utils.random_weights import creating
     from utils.relative_error import relative_error
 
@@ -107,25 +106,21 @@ def line(row: dict[str, Any]) -> str:
     return text
 
 
+def measurements(device: torch.device) -> list[series.Measurement]:
+    references: dict[str, Any] = {}
+    return [
+        series.Measurement(
+            {name: getattr(recipe, name) for name in ("quantization", "attention", "fused_kernels")},
+            partial(measure, recipe, references, device),
+            refusal(recipe, device),
+        )
+        for recipe in recipes()
+    ]
+
+
 def main() -> None:
-    parser = Parser(description=__doc__)
-    series.add_options(parser)
-    arguments = parser.parse_args()
-
-    def benchmark() -> None:
-        device, references = series.check(arguments), {}  # type: ignore[var-annotated]
-        measurements = [
-            series.Measurement(
-                {name: getattr(recipe, name) for name in ("quantization", "attention", "fused_kernels")},
-                partial(measure, recipe, references, device),
-                refusal(recipe, device),
-            )
-            for recipe in recipes()
-        ]
-        header = "quantization     attention   kernels  double ms  single ms  all blocks ms  errors         compile s"
-        series.run("blocks", measurements, header, line, arguments, device)
-
-    run_command(benchmark, arguments.debug)
+    header = "quantization     attention   kernels  double ms  single ms  all blocks ms  errors         compile s"
+    series.main("blocks", __doc__, measurements, header, line)
 
 
 if __name__ == "__main__":

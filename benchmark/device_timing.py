@@ -29,15 +29,20 @@ def graph_ms(calls: Sequence[Callable[[], object]], repeats: int = 20) -> dict[s
     return summary(times)
 
 
-def captured(calls: Sequence[Callable[[], object]]) -> tuple[torch.cuda.CUDAGraph, torch.cuda.Stream]:
-    """`calls` one after the other as a graph, and the stream that it was captured on."""
+def captured(
+    calls: Sequence[Callable[[], object]], keep_graph: bool = False
+) -> tuple[torch.cuda.CUDAGraph, torch.cuda.Stream]:
+    """`calls` one after the other as a graph, and the stream that it was captured on.
+
+    keep_graph: it isn't instantiated yet, and can be changed.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for call in calls[:2]:  # compiles and autotunes, outside the capture
             call()
         torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
+        graph = torch.cuda.CUDAGraph(keep_graph=keep_graph)
         with torch.cuda.graph(graph, stream=stream):
             for call in calls:
                 call()

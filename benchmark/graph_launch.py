@@ -16,7 +16,8 @@ from utils.quiet import quiet
 
 with quiet():
     from benchmark import series
-    from utils.errors import Parser, UserError, run_command
+    from benchmark.device_timing import captured
+    from utils.errors import UserError
     from utils.graph_memsets import replace_memsets
     from utils.timing import summary
 
@@ -25,7 +26,7 @@ _REPLAYS = 30
 _KINDS = ("kernels in their place", "memsets", "memsets replaced")
 
 
-def captured(kind: str, device: torch.device) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+def of_kind(kind: str, device: torch.device) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
     """A graph of the kind, and what its memsets write to: int32 [MEMSETS].
 
     Raises:
@@ -36,8 +37,6 @@ def captured(kind: str, device: torch.device) -> tuple[torch.cuda.CUDAGraph, tor
     except ImportError:
         raise UserError("memsets are captured through the package cuda-bindings: pip install cuda-bindings") from None
     x, written = torch.ones(2**20, device=device), torch.ones(MEMSETS, dtype=torch.int32, device=device)
-    side = torch.cuda.Stream(device)
-    graph = torch.cuda.CUDAGraph(keep_graph=True)
 
     def work() -> None:
         for i in range(KERNELS):
@@ -50,11 +49,7 @@ def captured(kind: str, device: torch.device) -> tuple[torch.cuda.CUDAGraph, tor
             else:
                 driver.cuMemsetD32Async(written.data_ptr() + 4 * at, 0, 1, torch.cuda.current_stream().cuda_stream)
 
-    with torch.cuda.stream(side):
-        work()
-    side.synchronize()
-    with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
-        work()
+    graph, side = captured([work], keep_graph=True)
     if kind == _KINDS[2]:
         replace_memsets(graph, side)
     graph.instantiate()
@@ -62,7 +57,7 @@ def captured(kind: str, device: torch.device) -> tuple[torch.cuda.CUDAGraph, tor
 
 
 def measure(kind: str, device: torch.device) -> dict[str, Any]:
-    graph, written = captured(kind, device)
+    graph, written = of_kind(kind, device)
     written.fill_(1)
     graph.replay()
     torch.cuda.synchronize(device)
@@ -89,18 +84,13 @@ def line(row: dict[str, Any]) -> str:
     return text
 
 
+def measurements(device: torch.device) -> list[series.Measurement]:
+    return [series.Measurement({"graph": kind}, partial(measure, kind, device)) for kind in _KINDS]
+
+
 def main() -> None:
-    parser = Parser(description=__doc__)
-    series.add_options(parser)
-    arguments = parser.parse_args()
-
-    def benchmark() -> None:
-        device = series.check(arguments)
-        measurements = [series.Measurement({"graph": kind}, partial(measure, kind, device)) for kind in _KINDS]
-        header = f"{'graph':<24}  host us  GPU ms"
-        series.run("graphs", measurements, header, line, arguments, device, {"kernels": KERNELS, "memsets": MEMSETS})
-
-    run_command(benchmark, arguments.debug)
+    header = f"{'graph':<24}  host us  GPU ms"
+    series.main("graphs", __doc__, measurements, header, line, {"kernels": KERNELS, "memsets": MEMSETS})
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ with quiet():
     from benchmark import series
     from benchmark.device_timing import graph_ms
     from recipes.float8_heads import E4M3_MAX, SMALLEST_AMAX
-    from utils.errors import Parser, run_command
 
 TEXT, IMAGE, DIM, HEADS, HEAD_DIM = 512, 4096, 3072, 24, 128
 SIDE = 1024  # of the VAE's image, in pixels
@@ -173,18 +172,13 @@ def line(row: dict[str, Any]) -> str:
     return text
 
 
+def measurements(device: torch.device) -> list[series.Measurement]:
+    return [series.Measurement({"kernel": case.name}, partial(measure, case)) for case in cases(device)]
+
+
 def main() -> None:
-    parser = Parser(description=__doc__)
-    series.add_options(parser)
-    arguments = parser.parse_args()
-
-    def benchmark() -> None:
-        device = series.check(arguments)
-        measurements = [series.Measurement({"kernel": case.name}, partial(measure, case)) for case in cases(device)]
-        header = f"{'kernel':<31}  fused us   GB/s  unfused us  speed-up"
-        series.run("kernels", measurements, header, line, arguments, device)
-
-    run_command(benchmark, arguments.debug)
+    header = f"{'kernel':<31}  fused us   GB/s  unfused us  speed-up"
+    series.main("kernels", __doc__, measurements, header, line)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from utils.timing import bootstrap_ratio
 
 THUMBNAIL = 256  # pixels, the longer side of the image kept beside a result
 ONCE = "at the beginning only"
+_TRACE = "trace.json.gz"
 
 
 @dataclass
@@ -96,6 +97,8 @@ class Runner:
         def keep(rung: recipes.Rung, result: dict[str, Any], image: Path) -> None:
             if rung.name == baseline:
                 result["image_difference"] = SAME
+            if self.trace_reports:
+                self._keep_report(rung, image.with_name(_TRACE))
             measured[rung.name] = self._keep(rung.name, with_ratio(result, baseline, first()[0]), image)
 
         def skip(rung: recipes.Rung) -> str | None:
@@ -146,13 +149,11 @@ class Runner:
             result=scratch / "result.json",
             image=scratch / "image.png",
             reference=reference,
-            trace=scratch / "trace.json.gz" if self.trace_reports else self.template.trace,
+            trace=scratch / _TRACE if self.trace_reports else self.template.trace,
             # Built anew unless said otherwise: what building takes is a result too.
             cache_dir=self.template.cache_dir or (scratch / "packages" if self.template.build_packages else None),
         )
         fresh_process.run(rung.name, "benchmark.measure", job.to_json(), scratch, self.debug)
-        if self.trace_reports and job.trace is not None:
-            self._keep_report(rung, job.trace)
         return results.read(job.result), job.image
 
     def _request(self) -> dict[str, Any]:

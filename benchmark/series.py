@@ -18,7 +18,7 @@ import torch
 
 from benchmark.runner import command_text
 from utils import environment, results
-from utils.errors import UsageError, one_line
+from utils.errors import Parser, UsageError, one_line, run_command
 from utils.files import check_folder
 
 
@@ -48,6 +48,26 @@ def check(arguments: argparse.Namespace) -> torch.device:
         raise UsageError("this is timed on a GPU, and there is none")
     check_folder(arguments.output)
     return torch.device("cuda")
+
+
+def main(
+    name: str,
+    what: str | None,
+    measurements: Callable[[torch.device], Sequence[Measurement]],
+    header: str,
+    line: Callable[[dict[str, Any]], str],
+    about: dict[str, Any] | None = None,
+) -> None:
+    """The command of a series without options of its own; `what` it does is its help, and the rest as `run`'s."""
+    parser = Parser(description=what)
+    add_options(parser)
+    arguments = parser.parse_args()
+
+    def command() -> None:
+        device = check(arguments)
+        run(name, measurements(device), header, line, arguments, device, about)
+
+    run_command(command, arguments.debug)
 
 
 def run(

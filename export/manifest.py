@@ -170,19 +170,18 @@ class Beside:
         return json.dumps(dataclasses.asdict(self), indent=1)
 
 
-class OtherVersionError(UserError):
+class OtherVersionError(UserError, ValueError):
     """Another version of this program wrote it."""
 
 
 def read_beside(path: Path) -> Beside:
     """Raises UserError: the file can't be read, or isn't what this repository writes; OtherVersionError: no longer."""
     try:
-        text = path.read_text()
-        schema = schema_of(text)
-        if schema != SCHEMA:
-            reason = f"its schema is {schema}, this program reads {SCHEMA}"
-            raise OtherVersionError(f"{path} is of another version of this program ({reason}): build the package again")
-        return parse_beside(text)
+        return parse_beside(path.read_text())
+    except OtherVersionError as error:
+        raise OtherVersionError(
+            f"{path} is of another version of this program ({error}): build the package again"
+        ) from None
     except (OSError, ValueError) as error:
         raise UserError(
             f"{path} is damaged ({error}): delete it and {path.stem}.pt2, and build the package again"
@@ -190,20 +189,13 @@ def read_beside(path: Path) -> Beside:
 
 
 def parse_beside(text: str) -> Beside:
-    """Raises ValueError: it isn't what this repository writes."""
+    """Raises ValueError: it isn't what this repository writes; OtherVersionError: no longer."""
     try:
-        schema = schema_of(text)
+        value = json.loads(text)
+        schema = _expect(int, value["manifest"]["schema"], "manifest.schema")
         if schema != SCHEMA:
-            raise ValueError(f"its schema is {schema}, this program reads {SCHEMA}")
-        return decode(Beside, json.loads(text), "")
-    except (TypeError, KeyError) as error:
-        raise ValueError(str(error)) from None
-
-
-def schema_of(text: str) -> int:
-    """Raises ValueError: it says none."""
-    try:
-        return _expect(int, json.loads(text)["manifest"]["schema"], "manifest.schema")
+            raise OtherVersionError(f"its schema is {schema}, this program reads {SCHEMA}")
+        return decode(Beside, value, "")
     except (TypeError, KeyError) as error:
         raise ValueError(str(error)) from None
 

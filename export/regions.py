@@ -63,29 +63,14 @@ REGIONS = {region.name: region for region in (BEFORE, DOUBLE_BLOCK, SINGLE_BLOCK
 
 
 class Before(nn.Module):
-    """`hoisting.before` with the transformer's own embedders.
-
-    Its arguments are named one by one, as the other modules' are: torch.export knows no ranges for **inputs.
-    """
+    """`hoisting.before` with the transformer's own embedders."""
 
     def __init__(self, transformer: FluxTransformer2DModel):
         super().__init__()
         self.x_embedder, self.context_embedder = transformer.x_embedder, transformer.context_embedder
         self.time_text_embed, self.pos_embed = transformer.time_text_embed, transformer.pos_embed
 
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor | None = None,
-        txt_ids: torch.Tensor | None = None,
-        img_ids: torch.Tensor | None = None,
-        timestep: torch.Tensor | None = None,
-        guidance: torch.Tensor | None = None,
-        pooled_projections: torch.Tensor | None = None,
-    ) -> dict[str, Any]:
-        return hoisting.before(
-            self, hidden_states, encoder_hidden_states, txt_ids, img_ids, timestep, guidance, pooled_projections
-        )
+    forward = hoisting.before
 
 
 class After(nn.Module):
@@ -95,8 +80,7 @@ class After(nn.Module):
         super().__init__()
         self.norm_out, self.proj_out = transformer.norm_out, transformer.proj_out
 
-    def forward(self, hidden_states: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
-        return hoisting.after(self, hidden_states, temb)
+    forward = hoisting.after
 
 
 class Whole(nn.Module):
