@@ -24,6 +24,7 @@ def parser() -> Parser:
     command_line.add_options(parser)
     parser.add_argument("--ladder", action="store_true", help="every rung, resumably, and the table and chart of them")
     parser.add_argument("--baseline", help="the ladder's baseline (default: the checkpoint's)")
+    parser.add_argument("--rungs", nargs="+", metavar="RUNG", help="of the ladder only these, on top of all below them")
     parser.add_argument("--again", action="store_true", help="measure rungs that have a result anew")
     parser.add_argument(
         "--seconds", type=float, help="begin no further rung after that long; go on with the same command"
@@ -50,9 +51,9 @@ def main() -> None:
         one = arguments.trace_file or arguments.output or arguments.recipe or recipe_from_flags(arguments)
         if arguments.ladder and one:
             raise UsageError("recipes, --trace-file and --output are for one recipe: leave --ladder out")
-        of_ladder = (arguments.again, arguments.baseline, arguments.seconds, arguments.trace_reports)
-        if not arguments.ladder and any(of_ladder):
-            raise UsageError("--again, --baseline, --seconds and --trace-reports are for --ladder")
+        of_ladder = ("again", "baseline", "rungs", "seconds", "trace_reports")
+        if not arguments.ladder and any(getattr(arguments, name) for name in of_ladder):
+            raise UsageError("--again, --baseline, --rungs, --seconds and --trace-reports are for --ladder")
         if arguments.trace_stacks and not arguments.trace_file:
             raise UsageError("--trace-stacks needs --trace-file")
         results.check_writable(arguments.results)
@@ -70,7 +71,7 @@ def main() -> None:
         # A recipe measured alone must not replace a rung, whose ratio was formed within its ladder.
         runner = Runner(
             job, folder if arguments.ladder else folder / "alone", arguments.again, arguments.debug,
-            arguments.seconds or math.inf, arguments.trace_reports,
+            arguments.seconds or math.inf, frozenset(arguments.rungs or ()), arguments.trace_reports,
         )  # fmt: skip
         if arguments.ladder:
             print(f"{checkpoint} on {device.type}: the ladder, into {folder}", flush=True)

@@ -8,7 +8,7 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -40,8 +40,8 @@ class Runner:
     """Runs jobs that are like `template` but for recipe, name, parent and files, and keeps their results.
 
     folder: where result files go. again: measure also what has a result already.
-    seconds: the ladder begins no further rung after that long. trace_reports: for each of its rungs, what
-    trace_analysis says of a trace of one call, in the folder's `traces`.
+    seconds: the ladder begins no further rung after that long. only: the rungs to measure, all if there are none.
+    trace_reports: for each of its rungs, what trace_analysis says of a trace of one call, in the folder's `traces`.
     """
 
     template: Job
@@ -49,6 +49,7 @@ class Runner:
     again: bool = False
     debug: bool = False
     seconds: float = math.inf
+    only: frozenset[str] = frozenset()
     trace_reports: bool = False
 
     def one(self, name: str, recipe: Recipe, output: Path | None) -> dict[str, Any]:
@@ -66,24 +67,28 @@ class Runner:
         The baseline is measured at the beginning and at the end, and every ratio is formed with both.
 
         Raises:
-            UserError: the baseline is unknown, can't run here, or failed.
+            UserError: the baseline is unknown, can't run here, or failed; there is no such rung as one of `only`.
         """
         rungs = {rung.name: rung for rung in recipes.climb(self._refusal)}
-        if baseline not in rungs:
-            raise UsageError(f"unknown baseline {baseline!r}: it is one of {', '.join(rungs)}")
+        for what, name in (("baseline", baseline), *(("rung", name) for name in sorted(self.only))):
+            if name not in rungs:
+                raise UsageError(f"unknown {what} {name!r}: it is one of {', '.join(rungs)}")
         bottom = rungs[baseline]
         if bottom.skipped is not None:
             raise UsageError(f"the baseline {baseline} can't run here: {bottom.skipped}")
         below = list(rungs)[: list(rungs).index(baseline)]
         with tempfile.TemporaryDirectory(prefix="flux-fast-") as scratch:
-            return self._climb(bottom, below, Path(scratch), report)
+            unmeasured = {*below, *(name for name in rungs if self.only and name not in self.only)}
+            return self._climb(bottom, unmeasured, Path(scratch), report)
 
     def _refusal(self, rung: recipes.Rung) -> str | None:
         device = torch.device(self.template.device)
         return recipes.refusal(rung.recipe, device) or recipes.not_timed(rung.recipe, device)
 
-    def _climb(self, bottom: recipes.Rung, below: list[str], scratch: Path, report: Callable[[str], None]) -> list[str]:
-        """`bottom` is the baseline; the rungs `below` it are climbed without being measured."""
+    def _climb(
+        self, bottom: recipes.Rung, unmeasured: Collection[str], scratch: Path, report: Callable[[str], None]
+    ) -> list[str]:
+        """`bottom` is the baseline; the rungs `unmeasured` are climbed all the same."""
         baseline = bottom.name
         begun = time.monotonic()
         measured: dict[str, dict[str, Any]] = {}
@@ -104,7 +109,7 @@ class Runner:
         def skip(rung: recipes.Rung) -> str | None:
             """Measure the rung, unless its result is kept; why it is skipped, if it is."""
             reason = self._refusal(rung)
-            if reason is not None or rung.name in below or self._is_kept(rung, baseline):
+            if reason is not None or rung.name in unmeasured or self._is_kept(rung, baseline):
                 return reason
             if rung.name == baseline:
                 keep(rung, *first())

@@ -115,10 +115,10 @@ def is_lossless(recipe: Recipe) -> bool:
 
 def fastest(device: torch.device, not_paying: Collection[str] = ()) -> Recipe:
     """The ladder's top on `device`: every rung that it supports (not merely emulates), without those `not_paying` and
-    those that are for who asks for them."""
+    those that are for who asks for them (`ladder.NOT_INHERITED`)."""
 
     def skip(rung: Rung) -> str | None:
         pays_not = "does not pay" if rung.name in not_paying else None
         return pays_not or refusal(rung.recipe, device) or not_timed(rung.recipe, device)
 
-    return [rung.recipe for rung in climb(skip) if rung.skipped is None and not rung.opt_in][-1]
+    return [rung.recipe for rung in climb(skip) if rung.skipped is None and rung.inherited][-1]

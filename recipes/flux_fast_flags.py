@@ -47,7 +47,7 @@ def recipe_from_flags(arguments: argparse.Namespace) -> Recipe | None:
     mode = arguments.compile_export_mode
     if mode is None and not off:
         return None
-    recipe = replace(named()["inductor_flags"], execution="aoti", compile_scope="whole")
+    recipe = replace(named()["inductor_flags"], max_autotune=True, execution="aoti", compile_scope="whole")
     for field in off:
         recipe = recipe.without(field)
     execution: Any = _MODES[mode or "export_aoti"]

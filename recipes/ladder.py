@@ -33,7 +33,7 @@ def compiled(parent: Recipe) -> Recipe:
 
 
 def max_autotune(parent: Recipe) -> Recipe:
-    """Inductor's search over GEMM and convolution kernels."""
+    """Inductor's search over GEMM and convolution kernels. Later rungs are without it."""
     return replace(parent, max_autotune=True)
 
 
@@ -58,7 +58,7 @@ def float8(parent: Recipe) -> Recipe:
 
 
 def inductor_flags(parent: Recipe) -> Recipe:
-    """1x1 convolutions as GEMMs, no epilogue fusion, coordinate descent in all directions."""
+    """1x1 convolutions as GEMMs, no epilogue fusion, coordinate descent in all directions. Later rungs: without."""
     flags = InductorFlags(
         conv_1x1_as_mm=True,
         epilogue_fusion=False,
@@ -114,7 +114,7 @@ def float8_attention(parent: Recipe) -> Recipe:
 
 
 def loop_graph(parent: Recipe) -> Recipe:
-    """All denoising steps are one CUDA graph; step ms is the loop's time by steps. The next rung is without it."""
+    """All denoising steps are one CUDA graph; step ms is the loop's time by steps. Later rungs are without it."""
     return replace(parent, loop_graph=True)
 
 
@@ -147,23 +147,24 @@ LADDER: tuple[Callable[[Recipe], Recipe], ...] = (
     loop_graph,
     aoti,
 )
-# Measured, and not inherited: they take something from the pipeline's call that not everyone wants to give.
-OPT_IN = (loop_graph,)
+# Measured, and not inherited, for they cost what their gain must be worth to who asks for them: a search of minutes at
+# each compilation (at FLUX.1's sizes cuBLASLt wins most of it), or callbacks between steps.
+NOT_INHERITED = (max_autotune, inductor_flags, loop_graph)
 
 
 @dataclass(frozen=True)
 class Rung:
-    """A rung as climbed. Its field isn't inherited by those after it if it is `skipped` (why), or `opt_in`."""
+    """A rung as climbed. Its field isn't inherited by those after it if it is `skipped` (why), or not `inherited`."""
 
     name: str
     parent: str | None
     recipe: Recipe
     skipped: str | None = None
-    opt_in: bool = False
+    inherited: bool = True
 
 
 def climb(skip: Callable[[Rung], str | None]) -> Iterator[Rung]:
-    """The ladder's rungs from the bottom, each on top of the last one that wasn't skipped or opt-in.
+    """The ladder's rungs from the bottom, each on top of the last one that was inherited and not skipped.
 
     skip(rung): why the rung is to be skipped, or None. A rung that its parent leaves without meaning (a compiler's
     option where compiling was skipped) is skipped as well.
@@ -171,12 +172,12 @@ def climb(skip: Callable[[Rung], str | None]) -> Iterator[Rung]:
     parent, below = None, Recipe()
     for change in LADDER:
         try:
-            rung = Rung(change.__name__, parent, change(below), opt_in=change in OPT_IN)
+            rung = Rung(change.__name__, parent, change(below), inherited=change not in NOT_INHERITED)
             rung = replace(rung, skipped=skip(rung))
         except RecipeError as error:
             rung = Rung(change.__name__, parent, below, str(error))
         yield rung
-        if rung.skipped is None and not rung.opt_in:
+        if rung.skipped is None and rung.inherited:
             parent, below = rung.name, rung.recipe
 
 

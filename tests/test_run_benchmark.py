@@ -81,6 +81,8 @@ def climb_only(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
         (["--ladder", "--output", "a.png"], "are for one recipe: leave --ladder out"),
         (["--ladder", "--trace-file", "a.json"], "are for one recipe: leave --ladder out"),
         (["--ladder", "--baseline", "fp16"], "unknown baseline 'fp16': it is one of fp32, bf16"),
+        (["--ladder", "--rungs", "bf16", "fp8"], "unknown rung 'fp8': it is one of fp32, bf16"),
+        (["--recipe", "bf16", "--rungs", "bf16"], "--rungs, --seconds and --trace-reports are for --ladder"),
         (["--ladder", "--baseline", "fa3_fp8"], "the baseline fa3_fp8 can't run here: attention=fa3_fp8 needs a cuda"),
         (["--recipe", "bf16,attention=fa3_fp8"], "the nearest recipe that runs here: --recipe bf16"),
         (["--frobnicate"], "unrecognized arguments: --frobnicate"),
@@ -251,6 +253,19 @@ def test_ladder_in_two_parts_with_reports(main: Callable, tmp_path: Path, monkey
 
 
 @pytest.mark.slow
+def test_some_rungs_of_the_ladder(main: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On top of those below them, measured or not, and against a baseline that isn't kept anew."""
+    climb_only(monkeypatch, "fp32", "bf16", "no_scheduler_sync", "channels_last")
+    done = main("run_benchmark", *SMALL, "--ladder", "--results", tmp_path, "--rungs", "no_scheduler_sync")
+    assert done.code == 0, done.err
+    assert [path.name for path in results.files(folder(tmp_path))] == ["no_scheduler_sync@64x64-b1-s1.json"]
+    measured = rung(tmp_path, "no_scheduler_sync")
+    assert (measured["recipe"]["parent"], measured["recipe"]["dtype"]) == ("bf16", "bfloat16")
+    assert measured["ratio_to_baseline"]["baseline"] == "fp32"
+    assert len(measured["ratio_to_baseline"]["baseline_runs"]) == 4, "of both times"
+
+
+@pytest.mark.slow
 def test_failing_rung_is_recorded_and_not_inherited(
     main: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -292,10 +307,10 @@ def test_killed_in_the_middle(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--again",), "--again, --baseline, --seconds and --trace-reports are for --ladder"),
-        (("--baseline", "bf16"), "--again, --baseline, --seconds and --trace-reports are for --ladder"),
-        (("--trace-reports",), "--again, --baseline, --seconds and --trace-reports are for --ladder"),
-        (("--seconds", 5), "--again, --baseline, --seconds and --trace-reports are for --ladder"),
+        (("--again",), "--again, --baseline, --rungs, --seconds and --trace-reports are for --ladder"),
+        (("--baseline", "bf16"), "--again, --baseline, --rungs, --seconds and --trace-reports are for --ladder"),
+        (("--trace-reports",), "--again, --baseline, --rungs, --seconds and --trace-reports are for --ladder"),
+        (("--seconds", 5), "--again, --baseline, --rungs, --seconds and --trace-reports are for --ladder"),
         (("--trace-stacks",), "--trace-stacks needs --trace-file"),
         (("--ladder", "--disable_quant"), "recipes, --trace-file and --output are for one recipe"),
         (("--ladder", "--recipe", "bf16"), "recipes, --trace-file and --output are for one recipe"),

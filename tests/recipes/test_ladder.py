@@ -19,10 +19,10 @@ from recipes import (
     named,
     parse,
 )
-from recipes.ladder import OPT_IN, description
+from recipes.ladder import NOT_INHERITED, description
 
 NAMES = [change.__name__ for change in LADDER]
-INHERITED = [change.__name__ for change in LADDER if change not in OPT_IN]
+INHERITED = [change.__name__ for change in LADDER if change not in NOT_INHERITED]
 
 
 def climbed(*skipped: str) -> dict[str, Rung]:
@@ -59,9 +59,15 @@ def test_skipped_rung_is_not_inherited(name: str) -> None:
         assert rungs[following[0]].parent == full[name].parent
 
 
-def test_opt_in_rung_is_not_inherited() -> None:
+def test_rungs_for_who_asks_for_them_are_not_inherited() -> None:
     rungs = climbed()
-    assert [name for name, rung in rungs.items() if rung.opt_in] == ["loop_graph"]
+    assert [name for name, rung in rungs.items() if not rung.inherited] == [
+        "max_autotune", "inductor_flags", "loop_graph",
+    ]  # fmt: skip
+    for name in ("max_autotune", "inductor_flags"):
+        (field,) = rungs[name].recipe.differences(rungs[rungs[name].parent].recipe)
+        plain = getattr(Recipe(), field)
+        assert [other for other, rung in rungs.items() if getattr(rung.recipe, field) != plain] == [name]
     assert [name for name, rung in rungs.items() if rung.recipe.loop_graph] == ["loop_graph"]
     assert rungs["loop_graph"].parent == rungs["aoti"].parent == "float8_attention"
     without = climbed("cuda_graph")["loop_graph"]
