@@ -32,6 +32,7 @@ with quiet():
     from benchmark import fresh_process, step_clock
     from benchmark.package_parts import COMPILED, PACKAGES, PARTS, Part
     from benchmark.runner import command_text
+    from export.verify import Error
     from recipes.recipe import Recipe
     from utils import command_line, environment, results
     from utils.errors import Parser, UsageError, UserError, run_command
@@ -182,8 +183,11 @@ def table(found: dict[str, Any]) -> str:
         of_step = steps["relative_error"]["step"]
         rows += [(f"relative error of a step, {name}", f"{error:.2g}") for name, error in of_step.items()]
         for error in steps["relative_error"]["models"]:
-            above = f", above {error['tolerance']:.2g}" if error["value"] > error["tolerance"] else ""
-            rows.append((f"relative error, {error['model']}", f"{error['value']:.2g}{above}"))
+            of = Error(**error)
+            above = f", above {of.tolerance:.2g}" if of.value > of.tolerance else ""
+            if of.over_eager is not None:
+                above += f"; to float32 {of.over_eager:.2f} times eager's"
+            rows.append((f"relative error, {of.model}", f"{of.value:.2g}{above}"))
     name, request = found["recipe"]["name"], results.size(found["request"])
     head = [f"{name}, {found['checkpoint']}, {request}, {found['environment']['device']}", "", "| | |", "|---|--:|"]
     return "\n".join([*head, *(f"| {what} | {figure} |" for what, figure in rows)])

@@ -19,7 +19,7 @@ from export.lora import Adapter
 from export.lora_file import Factors, LoRA
 from export.runtime import BoundModel, PackagedRegion, library_of
 from export.store import Entry, PackageStore
-from export.verify import verify
+from export.verify import TOLERANCE, verify
 from recipes import Recipe
 from utils import checkpoints
 from utils.compile_clock import CompileClock
@@ -227,6 +227,33 @@ def test_bfloat16_draws_the_image_that_eager_draws(tiny: Callable, tmp_path: Pat
     errors = verify(entry, library_of(packaged))
     assert all(error.ok for error in errors), errors
     assert max(error.value for error in errors) > 1e-5, "bfloat16 rounds otherwise somewhere"
+
+
+@pytest.mark.slow
+def test_decoder_that_rounds_otherwise_is_held_to_float32(
+    tiny: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = tiny(torch.bfloat16)
+    recipes.apply(pipe, Recipe(dtype="bfloat16", execution="aoti"), PackageStore(tmp_path))
+    library = library_of(pipe)
+    (decoder,) = [region for region in library.packaged if region.region is regions.DECODER]
+    call = {"sample": torch.randn(1, 16, 8, 8, dtype=torch.bfloat16)}
+    with torch.no_grad():
+        entry, _ = library.build([(decoder, call)])
+    (error,) = verify(entry, library)
+    assert error.ok
+    assert error.over_eager is None
+    monkeypatch.setitem(TOLERANCE, "bfloat16", error.value / 2)
+    (error,) = verify(entry, library)
+    assert error.value > error.tolerance
+    assert 0.2 < error.over_eager < 1.1
+    assert error.ok
+    assert "times eager's (at most 1.1)" in str(error)
+
+    monkeypatch.setattr("export.runtime.BoundModel.__call__", lambda self, inputs: decoder.original(**inputs) * 1.1)
+    (error,) = verify(entry, library)
+    assert error.over_eager > 1.1
+    assert not error.ok
 
 
 @pytest.mark.slow
