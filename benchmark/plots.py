@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from utils import results
+from utils.checkpoints import is_random
 
 _KEPT, _GAIN, _LOSS, _SKIPPED = "#4c78a8", "#54a24b", "#e45756", "#9a9a9a"
 _FROM_FIRST = 0.02  # of the axis, between a bar and its figures
@@ -66,7 +67,7 @@ def image_strip(rungs: list[dict[str, Any]], folder: Path, path: Path) -> None:
 
 def _title(rungs: list[dict[str, Any]]) -> str:
     first = next(r for r in rungs if "skipped" not in r)
-    random = ", random weights" if first["checkpoint"].startswith("random/") else ""
+    random = ", random weights" if is_random(first["checkpoint"]) else ""
     request = first["request"]
     size = f"{request['width']}x{request['height']}, {request['steps']} steps, batch {request['batch']}"
     return f"{first['checkpoint']}{random}, {size}"

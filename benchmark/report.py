@@ -19,6 +19,7 @@ from benchmark.runner import ONCE
 from recipes import LADDER
 from recipes.ladder import description
 from utils import results
+from utils.checkpoints import is_random
 from utils.errors import UserError, run_command
 from utils.files import ROOT, replacing, write_text
 
@@ -106,16 +107,14 @@ _CELLS: tuple[Callable[[dict[str, Any]], str], ...] = (
 def caption(result: dict[str, Any]) -> str:
     """What the figures are of."""
     request, machine = result["request"], result["environment"]
-    weights = " (random weights: times only, nothing is said of image quality)" if is_random(result) else ""
+    weights = (
+        " (random weights: times only, nothing is said of image quality)" if is_random(result["checkpoint"]) else ""
+    )
     return (
         f"`{result['checkpoint']}`{weights}, {request['width']}x{request['height']}, {request['steps']} steps, "
         f"batch {request['batch']}, on {machine['device']}, {machine['cores']} cores, torch {machine['torch']}, "
         f"median of {len(result['latency_s']['runs'])} runs."
     )
-
-
-def is_random(result: dict[str, Any]) -> bool:
-    return result["checkpoint"].startswith("random/")
 
 
 def one_line(result: dict[str, Any]) -> str:

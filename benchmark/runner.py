@@ -24,13 +24,14 @@ from recipes.recipe import Recipe
 from trace_analysis import markdown, tables
 from trace_analysis.load import load
 from trace_analysis.report import report as trace_report
-from utils import environment, results
+from utils import checkpoints, environment, results
 from utils.errors import UsageError, UserError
 from utils.files import replacing, write_text
 from utils.image_metrics import SAME
 from utils.timing import bootstrap_ratio
 
-THUMBNAIL = 256  # pixels, the longer side of the image kept beside a result
+# Pixels, the longer side of the image kept beside a result. What random weights draw is noise, and packs badly.
+THUMBNAIL, THUMBNAIL_OF_NOISE = 256, 96
 ONCE = "at the beginning only"
 _TRACE = "trace.json.gz"
 
@@ -170,9 +171,10 @@ class Runner:
     def _keep(self, name: str, result: dict[str, Any], image: Path) -> dict[str, Any]:
         path = self._path(name)
         path.parent.mkdir(parents=True, exist_ok=True)
+        side = THUMBNAIL_OF_NOISE if checkpoints.is_random(result["checkpoint"]) else THUMBNAIL
         # The image first: a result that is there is complete.
         with Image.open(image) as full, replacing(path.with_suffix(".png")) as temporary:
-            full.thumbnail((THUMBNAIL, THUMBNAIL))
+            full.thumbnail((side, side))
             full.save(temporary)
         results.write(path, result)
         return result

@@ -110,6 +110,11 @@ def defaults(checkpoint: str) -> Defaults:
     return base
 
 
+def is_random(checkpoint: str) -> bool:
+    """Whether its weights are random: for timing, and what it draws is noise."""
+    return checkpoint.startswith("random/")
+
+
 def load(checkpoint: str, dtype: torch.dtype, device: torch.device, progress: bool = True) -> DiffusionPipeline:
     """The pipeline with its weights as `dtype` on `device`; `progress` shows bars while loading.
 
@@ -119,7 +124,7 @@ def load(checkpoint: str, dtype: torch.dtype, device: torch.device, progress: bo
     """
     known = defaults(checkpoint)
     kind = _kind(known)
-    if checkpoint.startswith("random/"):
+    if is_random(checkpoint):
         pipe = random_weights.build(kind, known.guidance > 0, dtype, device, _RANDOM_SEED, TINY_FOLDER)
     else:
         pipe = _from_pretrained(kind, checkpoint, dtype, progress).to(device)
@@ -135,7 +140,7 @@ def folder(checkpoint: str) -> Path:
         UserError: it could not be downloaded.
     """
     known = defaults(checkpoint)
-    if checkpoint.startswith("random/"):
+    if is_random(checkpoint):
         raise UsageError(f"{checkpoint} has no files to read weights from: use a folder or a hub id")
     local = TINY_FOLDER if checkpoint == "tiny" else Path(checkpoint)
     return local if local.exists() else Path(_download(_kind(known), checkpoint))
