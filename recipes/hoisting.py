@@ -9,6 +9,7 @@ Source: FluxTransformer2DModel.forward of diffusers.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections import deque
 from collections.abc import Callable
@@ -78,8 +79,12 @@ def forget(transformer: FluxTransformer2DModel) -> None:
 
 def by_name(args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
     """All arguments of a call of the transformer by name."""
-    names = list(inspect.signature(FluxTransformer2DModel.forward).parameters)[1:]
-    return {**dict(zip(names, args, strict=False)), **kwargs}
+    return {**dict(zip(_names(), args, strict=False)), **kwargs}
+
+
+@functools.cache  # the host would spend a twentieth of a step on it
+def _names() -> tuple[str, ...]:
+    return tuple(inspect.signature(FluxTransformer2DModel.forward).parameters)[1:]
 
 
 def step(self: FluxTransformer2DModel, *args: Any, **kwargs: Any) -> Any:

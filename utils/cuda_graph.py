@@ -120,7 +120,7 @@ class Captured:
         self.graph = torch.cuda.CUDAGraph(keep_graph=True)
         # thread_local: another thread's work, such as a compiler's, is none of this capture's business.
         with torch.cuda.graph(self.graph, pool=pool, stream=side, capture_error_mode="thread_local"):
-            self.outputs = function(*args, **kwargs)
+            self.outputs, self.structure = pytree.tree_flatten(function(*args, **kwargs))
         replace_memsets(self.graph, side)
         self.graph.instantiate()
 
@@ -128,7 +128,8 @@ class Captured:
         """The function's result for `tensors`, in memory of its own. Waits for nothing."""
         torch._foreach_copy_(self.inputs, tensors)
         self.graph.replay()
-        return pytree.tree_map_only(torch.Tensor, torch.clone, self.outputs)
+        outputs = [x.clone() if isinstance(x, torch.Tensor) else x for x in self.outputs]
+        return pytree.tree_unflatten(outputs, self.structure)
 
 
 class Graphed:

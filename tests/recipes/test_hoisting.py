@@ -18,7 +18,7 @@ import recipes
 from export.store import PackageStore
 from recipes import Recipe
 from recipes.hoisting import Remembered, modulated
-from recipes.modulation import Precomputed
+from recipes.modulation import Precomputed, _at, _found, _position
 from utils.compile_clock import CompileClock
 from utils.errors import UserError
 from utils.ranges import watch
@@ -192,16 +192,39 @@ def test_transformer_called_by_hand_after_an_interrupted_call(
     assert type(hoisted).__name__ == kind.__name__
 
 
-def test_timestep_that_is_not_the_schedulers_is_an_error(tiny: Callable, draw: Callable, predict: Callable) -> None:
+@pytest.mark.parametrize(
+    ("tell", "words"),
+    [
+        (lambda timestep: timestep, "another timestep than the one that the pipeline is at"),
+        (torch.clone, "a timestep that isn't the scheduler's"),
+    ],
+    ids=["one-of-the-schedulers", "a-tensor-of-its-own"],
+)
+def test_timestep_that_is_not_the_pipelines_is_an_error(
+    tiny: Callable, draw: Callable, predict: Callable, tell: Callable, words: str
+) -> None:
     pipe = tiny()
     recipes.apply(pipe, MODULATION)
 
     def callback(pipe: Any, index: int, timestep: torch.Tensor, tensors: dict) -> dict:
+        pipe._current_timestep = tell(timestep)
         predict(pipe)
         return {}
 
-    with pytest.raises(RuntimeError, match="a timestep that isn't the scheduler's"):
+    with pytest.raises(RuntimeError, match=words):
         draw(pipe, steps=3, callback_on_step_end=callback)
+
+
+def test_timesteps_are_found_by_their_place_or_by_their_value() -> None:
+    steps = torch.tensor([9.0, 6.0, 4.0])
+    views = list(steps)
+    assert [_position(view, steps) for view in views] == [0, 1, 2]
+    assert [_position(view, steps[1:]) for view in views] == [None, 0, 1]
+    assert [_position(other, steps) for other in (torch.tensor(6.0), 6.0, steps[:2], views[0].int())] == [None] * 4
+    table = torch.arange(12.0).view(3, 1, 4)
+    for position in range(3):
+        torch.testing.assert_close(_at(position, steps, table, steps[position, None]), table[position])
+        torch.testing.assert_close(_found(steps, table, steps[position, None]), table[position])
 
 
 @ALL
