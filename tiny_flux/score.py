@@ -140,11 +140,14 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=PROMPTS)
     parser.add_argument("--seed", type=int, default=SEED, help="of prompts and noise")
     parser.add_argument("--batch", type=int, default=10)
+    parser.add_argument("--shift", type=float, help="of the noise levels, towards noise (default: the checkpoint's)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, required=True, help="folder for scores.json and a grid for each --steps")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     pipe = checkpoints.load(arguments.checkpoint, torch.float32, device)
+    if arguments.shift is not None:
+        pipe.scheduler.set_shift(arguments.shift)
     prompts = held_out_prompts(arguments.prompts, arguments.seed)
     noise = range(arguments.seed, arguments.seed + len(prompts))
     arguments.output.mkdir(parents=True, exist_ok=True)
@@ -153,6 +156,7 @@ def main() -> None:
         "checkpoint": arguments.checkpoint,
         "prompts": len(prompts),
         "seed": arguments.seed,
+        "shift": pipe.scheduler.shift,
         "held_out_combinations": unseen,
         "environment": environment.capture(device),
         "steps": {},

@@ -18,6 +18,7 @@ class Settings:
     reward_categories: half of these prompts are of these categories alone, if any are given.
     reward_beta: how much of the way from the model that drew counts; less lets it go farther at once.
     reward_anchor: how strongly it is held to the model before this stage.
+    reward_share: of what this stage changed in the weights, how much is kept.
     only_right: of reflow's pairs, keep those where the checker finds every claim of the caption in the image.
     """
 
@@ -51,6 +52,7 @@ class Settings:
     reward_beta: float = 0.5
     reward_anchor: float = 0.1
     reward_ema: float = 0.98
+    reward_share: float = 0.5
     reflow_pairs: int = 40_000
     reflow_sampling_steps: int = 28
     only_right: int = 1

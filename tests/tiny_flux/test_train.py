@@ -72,6 +72,14 @@ def test_killed_and_resumed_it_makes_the_same_weights(undisturbed: Path, tmp_pat
     assert steps[0] == steps[1], "each step once"
 
 
+def test_share_of_what_reward_fine_tuning_changed(undisturbed: Path, tmp_path: Path) -> None:
+    """None of it leaves the weights as they were; half of it moved them."""
+    before, after = (contents(undisturbed / "work" / f"after-{stage}") for stage in ("guidance", "reward"))
+    assert before != after
+    train(tmp_path, "--reward-share", "0", "--stop-after", "reward")
+    assert contents(tmp_path / "work" / "after-reward") == before
+
+
 def test_other_data_is_refused(undisturbed: Path) -> None:
     ended = subprocess.run(command(undisturbed, "--seed", "1"), cwd=ROOT, capture_output=True, text=True)
     assert ended.returncode == 1
