@@ -8,6 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from PIL import Image
 
+from recipes.ladder import NOT_INHERITED
 from utils import results
 from utils.checkpoints import is_random
 
@@ -16,11 +17,16 @@ _FROM_FIRST = 0.02  # of the axis, between a bar and its figures
 
 
 def waterfall(rungs: list[dict[str, Any]], path: Path) -> None:
-    """Seconds a call by rung: a bar each, what it gained (green) or lost (red) against its parent beside it."""
+    """Seconds a call by rung: a bar each, what it gained (green) or lost (red) against its parent beside it.
+
+    Where that wasn't measured, against the last one before it that was, and that later ones inherit.
+    """
     figure = Figure(figsize=(9, 0.42 * len(rungs) + 1.5), layout="constrained")
     axes = figure.subplots()
     medians = {r["recipe"]["name"]: r["latency_s"]["median"] for r in rungs if "skipped" not in r}
     longest = max(medians.values())
+    for_who_asks = {change.__name__ for change in NOT_INHERITED}
+    last: float | None = None
     for row, rung in enumerate(rungs):
         name, parent = rung["recipe"]["name"], rung["recipe"]["parent"]
         if name not in medians:
@@ -28,7 +34,9 @@ def waterfall(rungs: list[dict[str, Any]], path: Path) -> None:
                 _FROM_FIRST * longest, row, f"skipped: {rung['skipped']}", va="center", fontsize=8, color=_SKIPPED
             )
             continue
-        now, before = medians[name], medians.get(parent, medians[name])
+        now = medians[name]
+        before = medians.get(parent, now if last is None else last)
+        last = last if name in for_who_asks else now
         axes.barh(row, min(now, before), color=_KEPT, height=0.7)
         axes.barh(row, abs(before - now), left=min(now, before), color=_GAIN if now < before else _LOSS, height=0.7)
         ratio = rung["ratio_to_baseline"]
@@ -38,7 +46,7 @@ def waterfall(rungs: list[dict[str, Any]], path: Path) -> None:
     axes.set_xlim(0, 1.25 * longest)
     axes.invert_yaxis()
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set_xlabel("seconds a call (median); green: gained on the rung before, red: lost")
+    axes.set_xlabel("seconds a call (median); green: gained on the rung it stands on, red: lost")
     axes.set_title(_title(rungs), fontsize=10)
     # A fixed date and salt: the same results give the same file.
     metadata = {"Date": None} if path.suffix == ".svg" else None

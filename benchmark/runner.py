@@ -24,6 +24,7 @@ from recipes.recipe import Recipe
 from trace_analysis import markdown, tables
 from trace_analysis.load import load
 from trace_analysis.report import report as trace_report
+from trace_analysis.steps import DENOISING_LOOP, DENOISING_STEP
 from utils import checkpoints, environment, results
 from utils.errors import UsageError, UserError
 from utils.files import replacing, write_text
@@ -182,7 +183,8 @@ class Runner:
     def _keep_report(self, rung: recipes.Rung, trace: Path) -> None:
         path = self.folder / "traces" / self._path(rung.name).with_suffix(".md").name
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, markdown.document(f"{rung.name}, one call", tables.report_tables(trace_report(load(trace)))))
+        found = trace_report(load(trace), DENOISING_LOOP if rung.recipe.loop_graph else DENOISING_STEP)
+        write_text(path, markdown.document(f"{rung.name}, one call", tables.report_tables(found)))
 
     def _keep_skipped(self, rung: recipes.Rung) -> None:
         path = self._path(rung.name)

@@ -129,7 +129,7 @@ def _position(timestep: Any, timesteps: torch.Tensor) -> int | None:
         return None
     if timestep.untyped_storage().data_ptr() != timesteps.untyped_storage().data_ptr():
         return None
-    position = timestep.storage_offset() - timesteps.storage_offset()
+    position = int(timestep.storage_offset()) - int(timesteps.storage_offset())
     return position if timesteps.is_contiguous() and 0 <= position < len(timesteps) else None
 
 

@@ -10,7 +10,8 @@ from tiny_flux.scenes import IMAGE_SIZE
 from tiny_flux.tokenizers import CLIP_LENGTH
 
 HIDDEN = 256
-SHIFT = 6.0  # FLUX.1-dev's is 3.2 at 1024x1024; with less few steps find fewer objects (results/tiny-flux/development.json)
+# FLUX.1-dev's is 3.2 at 1024x1024. With less, few steps find fewer objects (results/tiny-flux/development.json).
+SHIFT = 6.0
 
 
 def new_pipeline(clip_tokenizer: CLIPTokenizer, t5_tokenizer: T5Tokenizer, seed: int) -> FluxPipeline:

@@ -147,6 +147,22 @@ def test_waterfall_draws_gains_losses_and_skips(monkeypatch: pytest.MonkeyPatch,
     assert moved[0][2] == moved[2][2] != moved[1][2], "gained, lost, gained"
 
 
+def test_waterfall_of_a_rung_whose_parent_was_not_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Against the last one that later rungs inherit."""
+    from matplotlib.figure import Figure
+
+    from benchmark import plots
+
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: figures.append(self))
+    rungs = [
+        result("bf16", "fp32", 4.0), result("max_autotune", "compiled", 3.0), result("float8", "channels_last", 2.0),
+    ]  # fmt: skip
+    plots.waterfall(rungs, tmp_path / "a.svg")
+    ends = [bar.get_x() + bar.get_width() for bar in figures[0].axes[0].patches if bar.get_x() > 0]
+    assert ends == [4.0, 4.0, 4.0]
+
+
 def test_nothing_measured_is_said(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no rung was measured"):
         report.table(report.load(tmp_path))
