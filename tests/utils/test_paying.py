@@ -34,10 +34,10 @@ def write(
 
 def test_the_default_recipe_leaves_out_what_does_not_pay() -> None:
     cpu = torch.device("cpu")
-    assert recipes.fastest(cpu).inductor_flags.options()
-    fastest = recipes.fastest(cpu, {"inductor_flags"})
-    assert not fastest.inductor_flags.options()
-    assert fastest.fused_qkv
+    assert recipes.fastest(cpu).fused_qkv
+    fastest = recipes.fastest(cpu, {"fused_qkv"})
+    assert not fastest.fused_qkv
+    assert fastest.hoisted_embeddings
 
 
 def test_committed_results_are_read() -> None:
