@@ -80,7 +80,9 @@ def test_keeps_every_image(tiny: Callable, draw: Callable, recipe: Recipe) -> No
             expected = draw(plain, **arguments)
             if "generator" in arguments:
                 arguments["generator"] = torch.Generator().manual_seed(0)
-            torch.testing.assert_close(draw(hoisted, **arguments), expected, atol=2e-5, rtol=0, msg=name)
+            # Of the largest value: guidance doubles them, and float32 itself is 2.6e-5 from float64 then.
+            atol = 2e-5 * expected.abs().max().item()
+            torch.testing.assert_close(draw(hoisted, **arguments), expected, atol=atol, rtol=0, msg=name)
 
 
 @ALL
