@@ -64,7 +64,7 @@ TINY = Defaults(
     height=256,
     width=256,
     baseline="fp32",
-    prompt="a red circle left of a blue square",
+    prompt="a red triangle left of a blue square",
     vocabulary="scenes",
 )
 CHECKPOINTS: dict[str, Defaults] = {
