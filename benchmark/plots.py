@@ -67,7 +67,8 @@ def image_strip(rungs: list[dict[str, Any]], folder: Path, path: Path) -> None:
         name = rung["recipe"]["name"]
         picture = folder / Path(results.file_name(name, rung["request"])).with_suffix(".png").name
         with Image.open(picture) as image:
-            panel.imshow(image.convert("RGB"))
+            # Noise packs well as squares, and not blurred into each other.
+            panel.imshow(image.convert("RGB"), interpolation="nearest" if is_random(rung["checkpoint"]) else None)
         panel.set_title(name, fontsize=8)
     figure.suptitle(f"{_title(rungs)}, “{drawn[0]['request']['prompt']}”", fontsize=9)
     figure.savefig(path, dpi=120)

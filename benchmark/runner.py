@@ -188,13 +188,13 @@ class Runner:
 
     def _keep_skipped(self, rung: recipes.Rung) -> None:
         path = self._path(rung.name)
-        if path.exists() and results.read(path).get("skipped") == rung.skipped:
-            return
         recipe = {"name": rung.name, "hash": rung.recipe.hash, "parent": rung.parent, **rung.recipe.to_dict()}
+        about: dict[str, Any] = {"recipe": recipe, "checkpoint": self.template.checkpoint, "skipped": rung.skipped}
+        about["request"] = self._request()
+        if path.exists() and about.items() <= results.read(path).items():
+            return
         where = environment.capture(torch.device(self.template.device), self.template.commit)
-        about = {"recipe": recipe, "checkpoint": self.template.checkpoint, "request": self._request()}
-        about["environment"] = where
-        results.write(path, {**about, "skipped": rung.skipped, "command": self.template.command})
+        results.write(path, {**about, "environment": where, "command": self.template.command})
 
     def _is_kept(self, rung: recipes.Rung, baseline: str) -> bool:
         """Whether the rung was measured on this machine, with this recipe, parent and baseline, and isn't to be again.
