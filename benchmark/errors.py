@@ -36,7 +36,7 @@ with quiet():
     from utils import checkpoints
     from utils.errors import Parser, UsageError, UserError, run_command
     from utils.relative_error import relative_error
-    from utils.request import Request
+    from utils.request import Request, noise
 
 EXACT, BASELINE = "fp32", "bf16"
 LIMIT = 1.1
@@ -60,17 +60,13 @@ class Inputs:
 
     @classmethod
     def of(cls, pipe: DiffusionPipeline, request: Request) -> Inputs:
-        """Embeddings by `pipe`'s text encoders; noise as the pipeline itself would draw it."""
-        channels = pipe.transformer.config.in_channels // 4
-        height, width = (2 * (side // (2 * pipe.vae_scale_factor)) for side in (request.height, request.width))
-        random = torch.Generator("cpu").manual_seed(request.seed)
-        noise = torch.randn(1, channels, height, width, generator=random)
+        """Noise and embeddings by `pipe`'s text encoders, for the request's first image."""
         with torch.no_grad():
             embeds, pooled, _ = pipe.encode_prompt(
                 request.prompt, None, pipe.device, max_sequence_length=request.max_sequence_length
             )
-        packed = pipe._pack_latents(noise, 1, channels, height, width)
-        return cls(request, *(x.cpu().bfloat16().float() for x in (packed, embeds, pooled)))
+        first = noise(pipe, request.height, request.width, [request.seed])
+        return cls(request, *(x.cpu().bfloat16().float() for x in (first, embeds, pooled)))
 
 
 def load(checkpoint: str, device: torch.device) -> DiffusionPipeline:
@@ -92,7 +88,7 @@ def results(pipe: DiffusionPipeline, dtype: torch.dtype, inputs: Inputs) -> dict
     def on_device(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(pipe.device, dtype)
 
-    arguments = {**inputs.request.arguments(), "latents": on_device(inputs.noise), "output_type": "latent"}
+    arguments = {**inputs.request.arguments(pipe), "latents": on_device(inputs.noise), "output_type": "latent"}
     embedded = {name: on_device(getattr(inputs, name)) for name in ("prompt_embeds", "pooled_prompt_embeds")}
     given: list[torch.Tensor] = []
     hook = pipe.transformer.register_forward_hook(lambda module, args, output: given.append(output[0].float().cpu()))

@@ -249,9 +249,13 @@ def step_ms(part: Part, pipes: dict[str, DiffusionPipeline], clocks: dict[str, S
 
 @dataclass
 class HostTimer:
-    """Seconds that the host takes for a denoising step, of which it waits for the device only before it begins."""
+    """Seconds that the host takes for a denoising step.
+
+    empty: wait, outside the time, until the device has done all before it; else before a call's first step alone.
+    """
 
     device: torch.device
+    empty: bool
     seconds: list[float] = field(default_factory=list)
 
     @contextmanager
@@ -259,7 +263,8 @@ class HostTimer:
         if stage != "denoising_step":
             yield
             return
-        synchronize(self.device)
+        if self.empty or not self.seconds:
+            synchronize(self.device)
         started = time.perf_counter()
         yield
         self.seconds.append(time.perf_counter() - started)
@@ -270,19 +275,21 @@ def host_ms(part: Part, pipes: dict[str, DiffusionPipeline], device: torch.devic
 
     That is the time to launch all of a step's work: the transformer's call, the scheduler's step and the pipeline's
     Python around them. Before each step the device is waited for, outside the time, so that the launch queue is empty
-    and the host is never held up by a full one; after it nothing is waited for, unless the loop itself waits. Without
-    the first step of a call, which also holds what is hoisted out of the others.
+    and the host is never held up by a full one; after it nothing is waited for, unless the loop itself waits. Beside
+    it, as `in_a_row`, without that: as a loop runs, warm caches and all, and with what a full queue costs, if it fills.
+    Without the first step of a call, which also holds what is hoisted out of the others.
     """
-    figures = {}
-    for name, pipe in pipes.items():
-        of_pipe: list[float] = []
+
+    def of(pipe: DiffusionPipeline, empty: bool) -> dict[str, float]:
+        milliseconds: list[float] = []
         for number in range(_HOST_CALLS):
-            timer = HostTimer(device)
+            timer = HostTimer(device, empty)
             with ranges.watch(pipe, timer.range):
                 latents(pipe, numbered(part.checkpoint, part.request, number))
-            of_pipe += [1000 * seconds for seconds in timer.seconds[1:]]
-        figures[name] = summary(of_pipe)
-    return figures
+            milliseconds += [1000 * seconds for seconds in timer.seconds[1:]]
+        return summary(milliseconds)
+
+    return {name: {**of(pipe, empty=True), "in_a_row": of(pipe, empty=False)} for name, pipe in pipes.items()}
 
 
 @torch.no_grad()

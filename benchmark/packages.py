@@ -176,9 +176,11 @@ def table(found: dict[str, Any]) -> str:
         interval = f"{ratio['value']:.4f} ({ratio['low']:.4f} to {ratio['high']:.4f})"
         rows.append(("step, packages / compiled, 95 %", interval))
     if "host_ms" in steps:
-        rows += [
-            (f"host a step, {name}, ms", f"{steps['host_ms'][name]['median']:.3f}") for name in (PACKAGES, COMPILED)
-        ]
+        for name in (PACKAGES, COMPILED):
+            host = steps["host_ms"][name]
+            rows.append((f"host a step, {name}, ms", f"{host['median']:.3f}"))
+            if "in_a_row" in host:
+                rows.append((f"host a step, {name}, steps in a row, ms", f"{host['in_a_row']['median']:.3f}"))
     if "relative_error" in steps:
         of_step = steps["relative_error"]["step"]
         rows += [(f"relative error of a step, {name}", f"{error:.2g}") for name, error in of_step.items()]

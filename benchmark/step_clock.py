@@ -48,7 +48,7 @@ class StepClock:
 def latents(pipe: DiffusionPipeline, request: Request) -> torch.Tensor:
     """What the pipeline's loop ends with for `request`, not decoded."""
     with quiet():
-        return pipe(**{**request.arguments(), "output_type": "latent"}).images
+        return pipe(**{**request.arguments(pipe), "output_type": "latent"}).images
 
 
 def numbered(checkpoint: str, request: Request, number: int) -> Request:

@@ -77,7 +77,7 @@ def called(pipe: DiffusionPipeline, library: Library, requests: list[Request]) -
         for request in requests:
             tokens = f"{request.max_sequence_length} text tokens"
             print(f"calling {request.height}x{request.width}, batch {request.batch}, {tokens}", file=sys.stderr)
-            pipe(**arguments(request, takes_image))
+            pipe(**arguments(pipe, request, takes_image))
     return list(calls.values())
 
 
@@ -93,9 +93,9 @@ def pipeline(checkpoint: str, recipe: Recipe, folder: Path, device: torch.device
     return pipe, library
 
 
-def arguments(request: Request, takes_image: bool) -> dict:
+def arguments(pipe: DiffusionPipeline, request: Request, takes_image: bool) -> dict:
     """The pipeline call's keyword arguments; to be edited, a blank image of the request's size."""
-    given = request.arguments()
+    given = request.arguments(pipe)
     if takes_image:
         blank = Image.new("RGB", (request.width, request.height))
         given |= {"image": blank, "max_area": request.height * request.width, "_auto_resize": False}

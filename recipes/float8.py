@@ -45,8 +45,10 @@ def _check_shapes(linears: dict[str, nn.Linear]) -> None:
             )
 
 
-def needs(recipe: Recipe) -> Needs:
-    return Needs(capability=(8, 9), packages=("torchao",))
+def needs(quantization: str) -> Needs:
+    """Before PyTorch 2.12 a CPU's torch._scaled_mm takes one scale for all rows."""
+    torch_on_cpu = (2, 12) if quantization == "float8_per_row" else (2, 11)
+    return Needs(capability=(8, 9), torch_on_cpu=torch_on_cpu, packages=("torchao",))
 
 
 def not_timed(device: torch.device) -> str | None:
@@ -89,5 +91,9 @@ def _apply(pipe: DiffusionPipeline, recipe: Recipe) -> str:
 
 
 OPTIMIZATION = Optimization(
-    field="quantization", needs=needs, lossless=lambda recipe: False, apply=_apply, not_timed=not_timed
+    field="quantization",
+    needs=lambda recipe: needs(recipe.quantization),
+    lossless=lambda recipe: False,
+    apply=_apply,
+    not_timed=not_timed,
 )

@@ -21,7 +21,7 @@ def _apply(pipe: DiffusionPipeline, recipe: Recipe) -> str:
 
 OPTIMIZATION = Optimization(
     field="float8_text_encoder",
-    needs=float8.needs,
+    needs=lambda recipe: float8.needs("float8_per_row"),
     lossless=lambda recipe: False,
     apply=_apply,
     not_timed=float8.not_timed,

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch.torch_version import TorchVersion
 
 from recipes.recipe import Recipe, default
 
@@ -19,12 +20,14 @@ from recipes.recipe import Recipe, default
 class Needs:
     """What must be there: a kind of device, a CUDA compute capability (at least, and below), packages, a compiler.
 
-    One of `packages` is enough. loading_error(): why what they load can't be had, in one line; asked last.
+    torch_on_cpu: the PyTorch that a CPU needs, at least. One of `packages` is enough. loading_error(): why what they
+    load can't be had, in one line; asked last.
     """
 
     device: str | None = None
     capability: tuple[int, int] | None = None
     capability_below: tuple[int, int] | None = None
+    torch_on_cpu: tuple[int, int] = (2, 11)
     packages: tuple[str, ...] = ()
     compiler: bool = False
     loading_error: Callable[[], str | None] = lambda: None
@@ -40,6 +43,8 @@ class Needs:
                 wanted += f" to below {_dotted(self.capability_below)}" if self.capability_below else ""
                 name = torch.cuda.get_device_name(device)
                 return f"needs compute capability {wanted}, {name} has {_dotted(have)}"
+        if device.type == "cpu" and TorchVersion(torch.__version__) < _dotted(self.torch_on_cpu):
+            return f"needs PyTorch {_dotted(self.torch_on_cpu)} or newer on a CPU, this is {torch.__version__}"
         if self.packages and not any(importlib.util.find_spec(package) for package in self.packages):
             return f"needs the package {' or '.join(self.packages)}, not installed (see requirements-gpu.txt)"
         if error := self.loading_error():
@@ -86,5 +91,5 @@ def _missing_for_compiling(device: torch.device) -> str | None:
     return None
 
 
-def _dotted(capability: tuple[int, int]) -> str:
-    return f"{capability[0]}.{capability[1]}"
+def _dotted(version: tuple[int, int]) -> str:
+    return f"{version[0]}.{version[1]}"

@@ -29,6 +29,7 @@ from tiny_flux.scenes import CATEGORIES, Description, is_held_out, sample_descri
 from utils import checkpoints, environment
 from utils.errors import run_command
 from utils.files import replacing, write_text
+from utils.request import noise
 
 PROMPTS = 500
 SEED = 20_000
@@ -61,13 +62,12 @@ def held_out_prompts(count: int = PROMPTS, seed: int = SEED) -> list[Prompt]:
 
 
 def draw(
-    pipe: DiffusionPipeline, prompts: Sequence[Prompt], noise: Sequence[int], steps: int, batch: int
+    pipe: DiffusionPipeline, prompts: Sequence[Prompt], seeds: Sequence[int], steps: int, batch: int
 ) -> Iterator[Image.Image]:
-    """One image a prompt, as they come; `noise` holds each one's seed, so that it is the same whatever the batch."""
+    """One image a prompt, as they come; `seeds` holds one of each, so that it is the same whatever the batch."""
     pipe.set_progress_bar_config(disable=True)
     known = checkpoints.TINY
     for start in tqdm(range(0, len(prompts), batch), desc=f"{steps} steps"):
-        seeds = noise[start : start + batch]
         yield from pipe(
             prompt=[prompt.text for prompt in prompts[start : start + batch]],
             num_inference_steps=steps,
@@ -75,7 +75,7 @@ def draw(
             height=known.height,
             width=known.width,
             max_sequence_length=known.max_sequence_length,
-            generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+            latents=noise(pipe, known.height, known.width, seeds[start : start + batch]),
         ).images
 
 
@@ -149,7 +149,7 @@ def main() -> None:
     if arguments.shift is not None:
         pipe.scheduler.set_shift(arguments.shift)
     prompts = held_out_prompts(arguments.prompts, arguments.seed)
-    noise = range(arguments.seed, arguments.seed + len(prompts))
+    seeds = range(arguments.seed, arguments.seed + len(prompts))
     arguments.output.mkdir(parents=True, exist_ok=True)
     unseen = sum(is_held_out(prompt.description) for prompt in prompts) / len(prompts)
     result: dict[str, Any] = {
@@ -162,7 +162,7 @@ def main() -> None:
         "steps": {},
     }
     for steps in arguments.steps:
-        images = list(draw(pipe, prompts, noise, steps, arguments.batch))
+        images = list(draw(pipe, prompts, seeds, steps, arguments.batch))
         result["steps"][str(steps)] = scored = score(prompts, images)
         for name, figures in scored["categories"].items():
             interval = f"({figures['low']:.1%} to {figures['high']:.1%})"

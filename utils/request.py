@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,8 +74,8 @@ class Request:
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise UsageError(f"--image {self.image} can't be read as an image ({error})") from None
 
-    def arguments(self) -> dict[str, Any]:
-        """The pipeline call's keyword arguments. Noise is drawn on the CPU: the same image on every device."""
+    def arguments(self, pipe: DiffusionPipeline) -> dict[str, Any]:
+        """The keyword arguments of `pipe`'s call."""
         arguments: dict[str, Any] = {
             "prompt": self.prompt,
             "height": self.height,
@@ -83,7 +84,7 @@ class Request:
             "guidance_scale": self.guidance,
             "max_sequence_length": self.max_sequence_length,
             "num_images_per_prompt": self.batch,
-            "generator": [torch.Generator("cpu").manual_seed(self.seed + i) for i in range(self.batch)],
+            "latents": noise(pipe, self.height, self.width, range(self.seed, self.seed + self.batch)),
         }
         if self.image is not None:
             # Kontext would scale the output and the image to about a megapixel: take the sizes that were asked for.
@@ -92,7 +93,19 @@ class Request:
 
     def run(self, pipe: DiffusionPipeline) -> list[Image.Image]:
         with quiet():  # of tokens that were cut, `warn_of_cut_tokens` tells in a line
-            return pipe(**self.arguments()).images
+            return pipe(**self.arguments(pipe)).images
+
+
+def noise(pipe: DiffusionPipeline, height: int, width: int, seeds: Sequence[int]) -> torch.Tensor:
+    """What the denoising of images of `height` x `width` pixels begins with, one a seed: float32 [n, tokens, 64].
+
+    On the CPU and in float32, whatever the pipeline's: the same image on every device and in every dtype. The pipeline
+    would draw in its own dtype, and PyTorch 2.11 draws other numbers in bfloat16 than in float32.
+    """
+    channels = pipe.transformer.config.in_channels // 4  # a token is 2 x 2 places
+    rows, columns = (2 * (side // (2 * pipe.vae_scale_factor)) for side in (height, width))
+    drawn = [torch.randn(1, channels, rows, columns, generator=torch.Generator("cpu").manual_seed(s)) for s in seeds]
+    return pipe._pack_latents(torch.cat(drawn), len(drawn), channels, rows, columns)
 
 
 def warn_of_cut_tokens(pipe: DiffusionPipeline, request: Request) -> None:

@@ -127,6 +127,17 @@ def with_transformer(pipe: object, **config: object) -> object:
     return pipe
 
 
+@pytest.mark.parametrize("asked", ["bf16,quantization=float8_per_row", "bf16,float8_text_encoder=true"])
+def test_a_cpus_older_torch_has_no_scale_per_row(asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Elsewhere torch._scaled_mm would fail at the first step, on an internal assertion."""
+    monkeypatch.setattr(torch, "__version__", "2.11.0+cu130")
+    with pytest.raises(RecipeError, match=r"needs PyTorch 2\.12 or newer on a CPU, this is 2\.11\.0\+cu130.*bf16"):
+        recipes.check(recipes.parse(asked), torch.device("cpu"))
+    recipes.check(recipes.parse("bf16,quantization=float8_per_tensor"), torch.device("cpu"))
+    monkeypatch.setattr(torch, "__version__", "2.12.0")
+    recipes.check(recipes.parse(asked), torch.device("cpu"))
+
+
 def test_float8_per_tensor_refuses_what_torchao_would_misread(
     tiny: Callable, predict: Callable, error_of: Callable
 ) -> None:

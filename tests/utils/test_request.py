@@ -1,0 +1,28 @@
+import itertools
+
+import pytest
+import torch
+
+from utils.request import Request, noise
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (48, 80)])
+def test_noise_is_what_the_pipeline_draws_in_float32(tiny, height: int, width: int) -> None:
+    pipe = tiny()
+    drawn = noise(pipe, height, width, [3, 4])
+    assert (drawn.shape, drawn.dtype, drawn.device.type) == ((2, height * width // 256, 64), torch.float32, "cpu")
+    generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
+    own, _ = pipe.prepare_latents(2, 16, height, width, torch.float32, pipe.device, generators)
+    assert torch.equal(drawn, own)
+
+
+def test_every_dtype_draws_the_same_image(tiny) -> None:
+    """PyTorch 2.11's own noise in bfloat16 would make this two images."""
+    request = Request("a red circle", 64, 64, 2, 0.0, 64, batch=2, seed=3)
+    single, half = (
+        tiny(dtype)(**request.arguments(tiny(dtype)) | {"output_type": "latent"}).images.float()
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    for (i, a), (j, b) in itertools.product(enumerate(single), enumerate(half)):
+        error = (a - b).norm() / a.norm()
+        assert error < 0.1 if i == j else error > 0.5
