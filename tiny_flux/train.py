@@ -15,7 +15,8 @@ Six stages, each resumed where it was stopped when the command is given again wi
    checker finds the image right. It straightens the model's paths, so that few steps suffice (arXiv 2209.03003,
    section 2.2).
 
-`--init FOLDER` starts from a trained pipeline instead of random weights; with `--vae-steps 0` its autoencoder is kept.
+`--init CHECKPOINT` starts from a trained pipeline instead of random weights; with `--vae-steps 0` its autoencoder is
+kept.
 
 The weights saved are an exponential moving average, in bfloat16. Written for one GPU (most of an hour on
 an H200) or several of one machine (`tiny_flux.ranks`); runs on a CPU too, as the tests do with `--preset smoke`.
@@ -48,6 +49,7 @@ from tiny_flux.reflow import train_reflow
 from tiny_flux.reward import train_reward
 from tiny_flux.settings import PRESETS, Settings
 from tiny_flux.tokenizers import clip_tokenizer, t5_tokenizer
+from utils import checkpoints
 from utils.errors import UsageError, UserError, run_command
 from utils.files import write_text
 
@@ -117,13 +119,13 @@ def train(
     work: Path,
     out: Path,
     device: torch.device,
-    init: Path | None = None,
+    init: str | None = None,
     stop_after: str | None = None,
 ) -> None:
     """All stages, or those up to `stop_after`, into `work`: a pipeline after each, losses and settings; at last `out`.
 
     Raises:
-        UsageError: settings that don't go together.
+        UsageError: settings that don't go together, or an `init` that is no checkpoint.
         UserError: `work` holds a run on other data.
     """
     if settings.reward_steps and settings.save_every % settings.reward_updates:
@@ -135,7 +137,7 @@ def train(
     _check_data(settings, work)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.backends.cuda.enable_cudnn_sdp(False)  # FlashAttention's backward: cuDNN's is a suspect in a crash seen
-    pipe = FluxPipeline.from_pretrained(init, dtype=torch.float32) if init else fresh_pipeline(settings.seed)
+    pipe = checkpoints.load(init, torch.float32, device, progress=False) if init else fresh_pipeline(settings.seed)
     pipe.scheduler = new_scheduler()
     pipe.to(device)
     seed = ranks.own_seed(settings.seed)
@@ -190,7 +192,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for the trained pipeline")
     parser.add_argument("--work", type=Path, default=Path("work/tiny-flux"), help="checkpoints; resumed from if there")
-    parser.add_argument("--init", type=Path, help="trained pipeline to start from")
+    parser.add_argument("--init", help="trained checkpoint to start from: a folder, or tiny")
     parser.add_argument("--preset", choices=PRESETS, default="full")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(

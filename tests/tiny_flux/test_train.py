@@ -80,6 +80,18 @@ def test_share_of_what_reward_fine_tuning_changed(undisturbed: Path, tmp_path: P
     assert contents(tmp_path / "work" / "after-reward") == before
 
 
+def test_starts_from_a_trained_pipeline(tmp_path: Path) -> None:
+    """With nothing to train, what comes out is what went in."""
+    stages = ("vae", "decoder", "flow", "guidance", "reward", "reflow")
+    train(tmp_path, "--init", "tiny", *itertools.chain(*((f"--{stage}-steps", "0") for stage in stages)))
+    weights = [
+        {name: data for name, data in contents(folder).items() if name.endswith(".safetensors")}
+        for folder in (ROOT / "assets" / "tiny-flux", tmp_path / "out")
+    ]
+    assert {name.split("/")[0] for name in weights[0]} == {"text_encoder", "text_encoder_2", "transformer", "vae"}
+    assert weights[0] == weights[1]
+
+
 def test_other_data_is_refused(undisturbed: Path) -> None:
     ended = subprocess.run(command(undisturbed, "--seed", "1"), cwd=ROOT, capture_output=True, text=True)
     assert ended.returncode == 1
@@ -91,11 +103,10 @@ def test_other_data_is_refused(undisturbed: Path) -> None:
     [
         (("--save-every", "3"), "--save-every 3: give a multiple of --reward-updates 2"),
         (("--reward-categories", "blobs"), "there is no category 'blobs'"),
+        (("--init", "nowhere"), "unknown checkpoint 'nowhere'"),
     ],
 )
-def test_settings_of_rewards_are_refused_before_training(
-    tmp_path: Path, options: tuple[str, ...], message: str
-) -> None:
+def test_refused_before_training(tmp_path: Path, options: tuple[str, ...], message: str) -> None:
     ended = subprocess.run(command(tmp_path, *options), cwd=ROOT, capture_output=True, text=True)
     assert ended.returncode == 2
     assert message in ended.stderr.splitlines()[-1]
