@@ -21,7 +21,7 @@ from torch import nn
 from torch.export.pt2_archive import _package as pt2
 from torch.utils import _pytree as pytree
 
-from export import regions, sizes, weights
+from export import host_code, regions, sizes, weights
 from export.manifest import SCHEMA, Built, Identity, Manifest, Model, Range, TensorSpec
 from export.regions import Inputs, Region
 from utils.compile_clock import compilation
@@ -134,6 +134,7 @@ def compile_call(call: Call, options: dict[str, Any], embed_weights: bool) -> li
     Raises:
         UserError: a graph for a range of sizes can't be had. Of fixed sizes whatever the compiler raises.
     """
+    (device,) = {leaf.device for leaf in pytree.tree_leaves(call.inputs) if isinstance(leaf, torch.Tensor)}
     configuration = {
         **options,
         "aot_inductor.package": True,
@@ -144,11 +145,11 @@ def compile_call(call: Call, options: dict[str, Any], embed_weights: bool) -> li
     }
     shapes = sizes.dynamic_shapes(call.inputs, call.ranges, sizes.of(input_specs(call.inputs)))
     try:
-        with torch.no_grad():
+        with torch.no_grad(), host_code.portable(device) as entries:
             exported = torch.export.export(call.module, (), call.inputs, dynamic_shapes=shapes, strict=False)
             graph = exported.module(check_guards=False)
             known = _taken_for_given(graph)
-            files = torch._inductor.aot_compile(graph, (), call.inputs, options=configuration)
+            files = torch._inductor.aot_compile(graph, (), call.inputs, options={**configuration, **entries})
             # A model doesn't check its inputs: what holds of the example's size alone would be wrong in silence.
             if assumed := [guard for guard in _taken_for_given(graph) if guard not in known]:
                 raise ValueError(f"the compiler takes for given that {assumed[0]}")

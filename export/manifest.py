@@ -41,7 +41,7 @@ _NOT_SHAPING = (
     *("recipes/step_cache.py", "recipes/text_encoders.py", "recipes/float8_text_encoder.py", "recipes/cuda_graph.py"),
     *("recipes/loop_graph.py", "recipes/weights.py"),
 )
-_SHAPING_OF_EXPORT = ("export/regions.py", "export/sizes.py", "export/build.py")
+_SHAPING_OF_EXPORT = ("export/regions.py", "export/sizes.py", "export/build.py", "export/host_code.py")
 # What the decoder's graph depends on; the rest of the VAE's configuration is the encoder's and the pipeline's.
 _OF_DECODER = (
     *("latent_channels", "out_channels", "up_block_types", "block_out_channels", "layers_per_block", "act_fn"),
@@ -95,9 +95,9 @@ class Model:
 class Identity:
     """What a package fits, apart from shapes; of a pipeline on a machine, what it needs.
 
-    architecture: configuration fields by part of the pipeline. arch: the GPU's compute capability, or the CPU's kind
-    and instruction sets. triton: on a GPU only; torchao, cudnn_frontend, flash_attention: where the recipe uses them.
-    sources: a hash of the files of this repository that shape the graphs.
+    architecture: configuration fields by part of the pipeline. arch: the GPU's compute capability and the host's kind,
+    or the CPU's kind and instruction sets. triton: on a GPU only; torchao, cudnn_frontend, flash_attention: where the
+    recipe uses them. sources: a hash of the files of this repository that shape the graphs.
     """
 
     architecture: dict[str, dict[str, Any]]
@@ -245,7 +245,7 @@ def identify(pipe: DiffusionPipeline, recipe: Recipe) -> Identity:
         recipe=_plain(recipe.to_dict()),
         dtype=str(pipe.transformer.dtype).removeprefix("torch."),
         device=device.type,
-        arch=gpu_arch(device) if cuda else cpu_arch(),
+        arch=f"{gpu_arch(device)} {platform.machine()}" if cuda else cpu_arch(),
         torch=str(torch.__version__),
         cuda=torch.version.cuda if cuda else None,
         triton=environment.version("triton") if cuda else None,
@@ -271,10 +271,12 @@ def gpu_arch(device: torch.device) -> str:
 
 
 def cpu_arch() -> str:
-    """The kind of machine and the instruction sets that Inductor compiles for: "x86_64 AVX512 VNNI AMX"."""
+    """The kind of machine and the instruction sets that Inductor compiles for: "x86_64 AVX512 BF16 VNNI AMX"."""
     words = [platform.machine(), torch.backends.cpu.get_cpu_capability()]
+    words += ["BF16"] if torch.cpu._is_avx512_bf16_supported() else []
     words += ["VNNI"] if torch.cpu._is_vnni_supported() else []
     words += ["AMX"] if torch.cpu._is_amx_tile_supported() else []
+    words += ["AMX-FP16"] if torch.cpu._is_amx_fp16_supported() else []
     return " ".join(words)
 
 

@@ -6,6 +6,7 @@ rounding to bfloat16 and to float8, which each way does for itself.
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -98,7 +99,7 @@ def test_models_and_identity(pair: Pair, predict: Callable) -> None:
     uses_cudnn = pair.recipe.attention == "cudnn_fp8"
     assert identity.cudnn_frontend == (environment.version("nvidia-cudnn-frontend") if uses_cudnn else None)
     assert identity.triton == environment.version("triton")
-    assert identity.arch == "sm_{}{}".format(*torch.cuda.get_device_capability())
+    assert identity.arch == "sm_{}{} {}".format(*torch.cuda.get_device_capability(), platform.machine())
     errors = verify(entry, library)
     assert {error.model.rsplit("-", 1)[0] for error in errors} == {"before", "double_block", "single_block", "after"}
     assert all(error.ok for error in errors), errors
