@@ -31,7 +31,7 @@ from export.card import MARK, card
 from export.checks import refusal
 from export.manifest import Beside, Manifest, parse_beside
 from export.store import Entry, PackageStore, sha256
-from export.tables import recipe_name
+from recipes.recipe import Recipe
 from utils.errors import UsageError, UserError, one_line
 from utils.files import check_folder
 
@@ -161,7 +161,7 @@ class _Contents:
         fetched = self.fetch(file)
         try:
             beside = parse_beside(fetched.read_text())
-            recipe_name(Entry(Path(name), beside))
+            Recipe.from_dict(beside.manifest.identity.recipe)
         except (ValueError, UsageError) as error:
             raise UserError(f"{self.repo}/{file} is damaged, or of another version of this program ({error})") from None
         return beside

@@ -9,10 +9,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import platform
 import types
 import typing
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,18 +30,24 @@ if TYPE_CHECKING:  # recipes import export, to execute what it builds
     from recipes.recipe import Recipe
 
 SCHEMA = 2
+_MISSING = object()
 
 # How a pipeline runs, and not what its graphs compute: any value of these fields takes the same package.
 _NOT_IN_THE_GRAPH = (
     *("scheduler_sync_removal", "execution", "compiled_text_encoders", "float8_text_encoder", "cuda_graph"),
-    *("loop_graph", "cache"),
+    *("loop_graph", "cache", "device_postprocessing"),
 )
+# Nor do these what the other component's graphs compute.
+_OF_ONE_COMPONENT = {
+    "transformer": ("compile_scope", "attention", "quantization", "fused_kernels", "modulation", "hoisted_embeddings"),
+    "vae": ("channels_last", "fused_group_norm"),
+}
 # Sources that no graph is made of. Any other file counts, one that is added later too.
 _NOT_SHAPING = (
     *("recipes/__init__.py", "recipes/apply.py", "recipes/ladder.py", "recipes/flux_fast_flags.py"),
     *("recipes/optimization.py", "recipes/recipe.py", "recipes/execution.py", "recipes/scheduler_sync.py"),
     *("recipes/step_cache.py", "recipes/text_encoders.py", "recipes/float8_text_encoder.py", "recipes/cuda_graph.py"),
-    *("recipes/loop_graph.py", "recipes/weights.py"),
+    *("recipes/loop_graph.py", "recipes/weights.py", "recipes/device_postprocessing.py"),
 )
 _SHAPING_OF_EXPORT = ("export/regions.py", "export/sizes.py", "export/build.py", "export/host_code.py")
 # What the decoder's graph depends on; the rest of the VAE's configuration is the encoder's and the pipeline's.
@@ -114,26 +122,36 @@ class Identity:
     flash_attention: str | None
     sources: str
 
+    def of(self, components: Collection[str]) -> Identity:
+        """What of it shapes the graphs of these parts of the pipeline, "transformer" and "vae"."""
+        others = [names for component, names in _OF_ONE_COMPONENT.items() if component not in components]
+        without = {*_NOT_IN_THE_GRAPH, *itertools.chain(*others)}
+        recipe = {name: value for name, value in self.recipe.items() if name not in without}
+        if recipe.get("modulation") == "offloaded":  # elsewhere, and the same in the graph
+            recipe["modulation"] = "hoisted"
+        architecture = {component: self.architecture.get(component, {}) for component in components}
+        part = dataclasses.replace(self, recipe=recipe, architecture=architecture)
+        if "transformer" in components:
+            return part
+        return dataclasses.replace(part, torchao=None, cudnn_frontend=None, flash_attention=None)
+
     def refusal(self, here: Identity, component: str) -> str | None:
         """Why a package of this identity doesn't fit `here`, naming both sides; None if it does.
 
         component: the part of the pipeline that it is wanted for.
         """
-        for name, value in shaping(self.recipe).items():
-            if value != shaping(here.recipe).get(name):
-                return f"was built for {name}={_word(value)}, the recipe here has {_word(here.recipe.get(name))}"
-        ours, theirs = here.architecture[component], self.architecture.get(component, {})
-        for name in sorted({*ours, *theirs}):
-            if ours.get(name) != theirs.get(name):
-                return (
-                    f"was built for a {component} with {name}={_word(theirs.get(name))}, "
-                    f"this one has {_word(ours.get(name))}"
-                )
-        for field in dataclasses.fields(self):
-            there, wanted = getattr(self, field.name), getattr(here, field.name)
-            if field.name not in ("architecture", "recipe") and there != wanted:
-                what = "other sources of this repository" if field.name == "sources" else field.name
-                return f"was built for {what} {_word(there)[:40]}, this is {_word(wanted)[:40]}"
+        theirs, ours = self.of([component]), here.of([component])
+        if (name := _first_different(theirs.recipe, ours.recipe)) is not None:
+            there, wanted = (_word(recipe.get(name)) for recipe in (theirs.recipe, ours.recipe))
+            return f"was built for {name}={there}, the recipe here has {wanted}"
+        parts = theirs.architecture[component], ours.architecture[component]
+        if (name := _first_different(*parts)) is not None:
+            there, wanted = (_word(part.get(name)) for part in parts)
+            return f"was built for a {component} with {name}={there}, this one has {wanted}"
+        if (name := _first_different(vars(theirs), vars(ours))) is not None:
+            there, wanted = (_word(vars(identity)[name])[:40] for identity in (theirs, ours))
+            what = "other sources of this repository" if name == "sources" else name
+            return f"was built for {what} {there}, this is {wanted}"
         return None
 
 
@@ -280,11 +298,6 @@ def cpu_arch() -> str:
     return " ".join(words)
 
 
-def shaping(recipe: dict[str, Any]) -> dict[str, Any]:
-    """The recipe's fields that shape the graphs."""
-    return {name: value for name, value in recipe.items() if name not in _NOT_IN_THE_GRAPH}
-
-
 @functools.cache
 def sources() -> str:
     """A hash of the code that shapes the graphs: what is exported is partly this repository's own."""
@@ -295,13 +308,22 @@ def sources() -> str:
     return digest.hexdigest()
 
 
-def content_key(identity: Identity, models: dict[str, Model]) -> str:
-    """Sixteen hex digits over all that decides what a package's code is, known before it is compiled."""
+def content_key(identity: Identity, components: Collection[str], models: dict[str, Model]) -> str:
+    """Sixteen hex digits over all that decides what a package's code is, known before it is compiled.
+
+    components: the parts of the pipeline whose models they are.
+    """
     contents = {
-        "identity": {**dataclasses.asdict(identity), "recipe": shaping(identity.recipe)},
+        "identity": dataclasses.asdict(identity.of(components)),
         "models": {name: {**dataclasses.asdict(model), "bound": ()} for name, model in models.items()},
     }
     return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _first_different(one: dict[str, Any], other: dict[str, Any]) -> str | None:
+    """The first name whose values differ, or that only one has."""
+    names = dict.fromkeys((*other, *one))
+    return next((n for n in names if one.get(n, _MISSING) != other.get(n, _MISSING)), None)
 
 
 def _plain(value: Any) -> Any:

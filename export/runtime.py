@@ -193,8 +193,9 @@ class Library:
             for region, _ in calls:
                 stack.enter_context(region.unpackaged())
             models = build.planned(planned.values(), embed_weights)
-            kind = "vae_decoder" if all(c.region is regions.DECODER for c in planned.values()) else "transformer"
-            name = f"{kind}-{content_key(self.identity, models)}"
+            components = {call.region.component for call in planned.values()}
+            kind = regions.DECODER.name if components == {regions.DECODER.component} else "transformer"
+            name = f"{kind}-{content_key(self.identity, components, models)}"
 
             def make(path: Path) -> Manifest:
                 return build.build(path, self.identity, planned, models, self.options, self.checkpoint)

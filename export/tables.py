@@ -8,7 +8,7 @@ from export import sizes
 from export.manifest import Model
 from export.store import Entry
 from recipes.ladder import command_line_name
-from recipes.recipe import Recipe
+from recipes.recipe import Recipe, RecipeError
 
 
 def line(entry: Entry) -> str:
@@ -45,8 +45,11 @@ def description(entry: Entry) -> str:
 
 
 def recipe_name(entry: Entry) -> str:
-    """The recipe's name on the command line. Raises RecipeError: it is none of this program's recipes."""
-    return command_line_name(Recipe.from_dict(entry.manifest.identity.recipe))
+    """The recipe's name on the command line, or why it has none here."""
+    try:
+        return command_line_name(Recipe.from_dict(entry.manifest.identity.recipe))
+    except RecipeError as error:
+        return f"a recipe of another version of this program ({error})"
 
 
 def _weights(model: Model) -> str:

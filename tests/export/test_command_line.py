@@ -124,6 +124,16 @@ def test_doctor_without_a_compiler(export: Callable, tmp_path: Path, monkeypatch
 
 
 @pytest.mark.slow
+def test_list_with_a_recipe_of_another_version(export: Callable, damaged: Path, package: Entry) -> None:
+    shutil.copy(package.path, damaged.parent / "z.pt2")
+    shutil.copy(package.path.with_suffix(".json"), damaged.parent / "z.json")
+    forge(damaged, lambda manifest: manifest["identity"]["recipe"].update(tiling=True))
+    other, known = export("list", damaged.parent).out.splitlines()
+    assert "a recipe of another version of this program (a recipe has no field 'tiling')" in other
+    assert "fp32,execution=aoti, cpu" in known
+
+
+@pytest.mark.slow
 def test_package_of_another_version(
     export: Callable, library: Library, after: PackagedRegion, damaged: Path, package: Entry
 ) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from export import build
-from export.manifest import Identity
+from export.manifest import Identity, content_key
 from export.runtime import Library, PackagedRegion
 from export.store import Entry, PackageStore, of_file
 from export.verify import verify
@@ -136,6 +136,10 @@ def test_every_field_of_the_manifest_beside(refuse: Callable, damaged: Path) -> 
         put(changed, path, {"another": "type"})
         beside.write_text(json.dumps(changed))
         refuse(damaged.parent)
+        changed = json.loads(text)
+        del get(changed, path[:-1])[path[-1]]
+        beside.write_text(json.dumps(changed))
+        refuse(damaged.parent)
 
 
 IDENTITY = [field.name for field in fields(Identity) if field.name not in ("architecture", "recipe")]
@@ -159,8 +163,40 @@ def test_package_of_another_recipe(refuse: Callable, damaged: Path, library: Lib
     forge(damaged, lambda manifest: manifest["identity"]["recipe"].update(of_graphs))
     fresh = replace(library, store=PackageStore(damaged.parent, build=False))
     assert fresh.find(after.region, inputs_of_after()) is not None, "these fields shape no graph"
+    forge(damaged, lambda manifest: manifest["identity"]["recipe"].update(channels_last=True, fused_group_norm=True))
+    assert fresh.find(after.region, inputs_of_after()) is not None, "these fields shape the decoder's graph alone"
     forge(damaged, lambda manifest: manifest["identity"]["recipe"].update(fused_qkv=True))
     assert "was built for fused_qkv=true, the recipe here has false" in refuse(damaged.parent)
+    forge(damaged, lambda manifest: manifest["identity"]["recipe"].pop("fused_qkv"))
+    assert "was built for fused_qkv=null, the recipe here has false" in refuse(damaged.parent)
+
+
+def test_what_shapes_a_components_graph(library: Library) -> None:
+    """What doesn't, takes the same package: no one waits for a compiler for its sake."""
+
+    def with_(**changes: Any) -> Identity:
+        return replace(library.identity, recipe={**library.identity.recipe, **changes})
+
+    here = with_(modulation="hoisted")
+    offloaded, rounded, float8 = (
+        with_(**{"modulation": "hoisted", **changes})
+        for changes in (
+            {"modulation": "offloaded"},
+            {"device_postprocessing": True},
+            {"quantization": "float8_per_row"},
+        )
+    )
+    other_packages = replace(float8, torchao="0.1", cudnn_frontend="1.0", flash_attention="3.0")
+    for component in ("transformer", "vae"):
+        for same in (offloaded, rounded):
+            assert same.refusal(here, component) is None
+            assert content_key(same, {component}, {}) == content_key(here, {component}, {})
+    assert other_packages.refusal(here, "vae") is None
+    assert content_key(other_packages, {"vae"}, {}) == content_key(here, {"vae"}, {})
+    assert other_packages.refusal(here, "transformer") is not None
+    assert content_key(float8, {"transformer"}, {}) != content_key(here, {"transformer"}, {})
+    both = {"vae", "transformer"}
+    assert content_key(float8, both, {}) != content_key(here, both, {})
 
 
 @pytest.mark.parametrize("inputs", [{"batch": 2}, {"tokens": 24}])
