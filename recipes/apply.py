@@ -28,7 +28,7 @@ from recipes import (
     step_cache,
     text_encoders,
 )
-from recipes.ladder import NOT_BY_DEFAULT, Rung, climb, command_line_name
+from recipes.ladder import Rung, climb, command_line_name
 from recipes.optimization import Optimization
 from recipes.recipe import Recipe, RecipeError
 
@@ -115,11 +115,10 @@ def is_lossless(recipe: Recipe) -> bool:
 
 def fastest(device: torch.device, not_paying: Collection[str] = ()) -> Recipe:
     """The ladder's top on `device`: every rung that it supports (not merely emulates), without those `not_paying` and
-    those that are for who asks for them (`ladder.NOT_INHERITED`, `ladder.NOT_BY_DEFAULT`)."""
-    left_out = {*not_paying, *(change.__name__ for change in NOT_BY_DEFAULT)}
+    those that are for who asks for them (`ladder.NOT_INHERITED`)."""
 
     def skip(rung: Rung) -> str | None:
-        pays_not = "does not pay" if rung.name in left_out else None
+        pays_not = "does not pay" if rung.name in not_paying else None
         return pays_not or refusal(rung.recipe, device) or not_timed(rung.recipe, device)
 
     return [rung.recipe for rung in climb(skip) if rung.skipped is None and rung.inherited][-1]
