@@ -69,7 +69,7 @@ def main() -> None:
             with replacing(path) as temporary:
                 image.save(temporary)
         drawing = ended - loaded - clock.seconds
-        what = f"{request.steps} steps, {request.width}x{request.height}"
+        what = f"{request.steps} steps, {request.height}x{request.width}"
         times = f"loading {loaded - started:.1f} s, compiling {clock.seconds:.1f} s, drawing {drawing:.2f} s"
         print(f"{', '.join(map(str, paths))}: {times} ({what})")
 

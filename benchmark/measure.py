@@ -73,8 +73,13 @@ def measure(job: Job) -> dict[str, Any]:
         synchronize(device)
         start_s = start_s or time.perf_counter() - loaded
 
-    with CompileClock(progress=True) as clock:
-        warm = warm_up(warming, device)
+    with CompileClock(progress=True) as clock, tqdm(desc=f"{job.name}: warm-up", unit=" calls", delay=60) as bar:
+
+        def warming_shown(number: int) -> None:
+            warming(number)
+            bar.update()
+
+        warm = warm_up(warming_shown, device)
     before = environment.device_state(device)
     bar = tqdm(range(job.runs), desc=job.name, unit=" runs")
     latencies = [timed(partial(call, fresh(number)), device) for number in bar]

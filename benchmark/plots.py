@@ -44,6 +44,7 @@ def waterfall(rungs: list[dict[str, Any]], path: Path) -> None:
         axes.text(max(now, before) + _FROM_FIRST * longest, row, words, va="center", fontsize=9)
     axes.set_yticks(range(len(rungs)), [r["recipe"]["name"] for r in rungs])
     axes.set_xlim(0, 1.25 * longest)
+    axes.set_ylim(-0.7, len(rungs) - 0.3)
     axes.invert_yaxis()
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_xlabel("seconds a call (median); green: gained on the rung it stands on, red: lost")

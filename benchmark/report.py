@@ -15,13 +15,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmark.runner import ONCE
-from recipes import LADDER
-from recipes.ladder import description
-from utils import results
-from utils.checkpoints import is_random
-from utils.errors import UserError, run_command
-from utils.files import ROOT, replacing, write_text
+from utils.quiet import quiet
+
+with quiet():
+    from benchmark.runner import ONCE
+    from recipes import LADDER
+    from recipes.ladder import description
+    from utils import results
+    from utils.checkpoints import is_random
+    from utils.errors import UserError, run_command
+    from utils.files import ROOT, replacing, write_text
 
 README = ROOT / "README.md"
 _BLOCK = re.compile(r"(<!-- results: (\S+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
@@ -172,7 +175,8 @@ def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     for folder in sorted(path for path in results.RESULTS.glob("*/*") if path.is_dir()):
         if sizes(folder):
-            print(f"{folder.relative_to(ROOT)}\n{write_folder(folder)}")
+            write_folder(folder)
+            print(f"{folder.relative_to(ROOT)}: {len(load(folder))} rungs, tables and pictures written", flush=True)
 
 
 if __name__ == "__main__":

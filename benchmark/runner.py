@@ -133,7 +133,12 @@ class Runner:
                 report(f"{rung.name}: skipped, {rung.skipped}")
                 self._keep_skipped(rung)
         if not measured:
-            report("nothing to measure: every rung has its result or its reason; --again measures anew")
+            known = (results.read(path).get("started_at") for path in results.files(self.folder))
+            last_time = max((started[:10] for started in known if started), default="never")
+            report(
+                "nothing to measure: every rung has its result or its reason, from a machine like this one "
+                f"(last measured {last_time}, in {self.folder.parent.name}/{self.folder.name}): --again measures anew"
+            )
             return failed
         report(f"{baseline}: the baseline, second time")
         last, _ = self._measure(bottom, scratch / "last", None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Collection
 from functools import partial
 
@@ -86,7 +87,7 @@ def check(recipe: Recipe, device: torch.device) -> None:
     """Raise RecipeError, with the nearest recipe that can, unless `recipe` can be applied on `device`."""
     reason = refusal(recipe, device)
     if reason is not None:
-        name = command_line_name(nearest(recipe, device))
+        name = shlex.quote(command_line_name(nearest(recipe, device)))
         raise RecipeError(f"{reason}; the nearest recipe that runs here: --recipe {name}")
 
 

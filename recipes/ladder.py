@@ -228,7 +228,9 @@ def _parse_change(change: str) -> tuple[str, Any]:
     name, equals, value = change.partition("=")
     hints = typing.get_type_hints(Recipe)
     if not equals or name not in hints:
-        raise RecipeError(f"{change!r} is not FIELD=VALUE with a FIELD among {', '.join(hints)}")
+        close = difflib.get_close_matches(name, hints, n=1)
+        hint = f"did you mean {close[0]}? " if close and equals else ""
+        raise RecipeError(f"{change!r} is not FIELD=VALUE: {hint}The fields are {', '.join(hints)}")
     if value in ("true", "false", "null"):
         return name, json.loads(value)
     if name not in ("inductor_flags", "cache"):

@@ -81,6 +81,7 @@ def test_says_which_recipe_it_chose(main: Callable, tmp_path: Path, monkeypatch:
         (["--recipe", "bf16,attention=fa3_fp8"], "needs a cuda device, this is cpu; the nearest recipe that runs here"),
         (["--recipe", "bf16", "--disable_quant"], "--recipe and flux-fast's flags both choose a recipe"),
         (["--fast"], "unrecognized arguments: --fast"),
+        (["--promt", "x"], "unrecognized arguments: --promt x: did you mean --prompt?"),
         (["--output", "missing/out.png"], "the folder missing does not exist: create it with `mkdir -p missing`"),
         (["--output", "/proc/out.png"], "the folder /proc is not writable"),
         (["--output", "."], "no image format is called"),

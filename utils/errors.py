@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -27,7 +29,10 @@ class Parser(argparse.ArgumentParser):
     """Its errors are one line, with exit code 2."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message} (--help shows the options)\n")
+        unknown = re.match(r"unrecognized arguments: (--[^ =]+)", message)
+        close = difflib.get_close_matches(unknown[1], self._option_string_actions, n=1) if unknown else []
+        hint = f": did you mean {close[0]}?" if close else ""
+        self.exit(2, f"error: {message}{hint} (--help shows the options)\n")
 
 
 def one_line(error: BaseException) -> str:

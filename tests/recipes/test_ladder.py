@@ -148,6 +148,7 @@ def test_parse_reads_every_kind_of_value() -> None:
         ("", "unknown recipe ''"),
         ("bf16,colour=red", "'colour=red' is not FIELD=VALUE"),
         ("bf16,fused_qkv", "'fused_qkv' is not FIELD=VALUE"),
+        ("bf16,atention=native", "'atention=native' is not FIELD=VALUE: did you mean attention?"),
         ("bf16,fused_qkv=yes", "fused_qkv is true or false"),
         ("bf16,max_autotune=true", "no effect with execution=eager"),
         ('bf16,cache={"limit":1}', "cache takes a JSON object"),
