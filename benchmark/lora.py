@@ -43,6 +43,7 @@ with quiet():
     from export.store import PackageStore
     from export.weights import exported_tensors, fingerprint
     from recipes.dtype import torch_dtype
+    from recipes.recipe import Recipe
     from utils import checkpoints, command_line, environment, results
     from utils.compile_clock import CompileClock
     from utils.errors import Parser, UsageError, UserError, run_command
@@ -74,40 +75,27 @@ def parser() -> Parser:
 class Running:
     """A pipeline that has all it needs compiled, and how it is without a LoRA.
 
-    weights: of each parameter and buffer of the transformer, where it lies and the sha256 of its bytes.
+    adapter: with no LoRA loaded. file: of the LoRA that is to be. weights: of each parameter and buffer of the
+    transformer, where it lies and the sha256 of its bytes. compilations: so far.
     """
 
     pipe: DiffusionPipeline
     adapter: Adapter
+    file: Path
     request: Request
     device: torch.device
     latents: torch.Tensor
     weights: dict[str, tuple[int, str]]
+    compilations: int
 
-    @classmethod
-    def warm(cls, pipe: DiffusionPipeline, adapter: Adapter, request: Request, device: torch.device) -> Running:
-        """Call the pipeline until nothing is new to it.
-
-        Raises:
-            UserError: two calls with the same arguments don't come to the same.
-        """
-        for _ in range(_WARM_UP):
-            before = step_clock.latents(pipe, request)
-        latents = step_clock.latents(pipe, request)
-        if not torch.equal(before, latents):
-            raise UserError("without a LoRA, two calls with the same arguments end in different latents already")
-        return cls(pipe, adapter, request, device, latents, snapshot(pipe))
-
-    def cycle(
-        self, file: Path, figure: Callable[[Callable[[], None]], Figure]
-    ) -> tuple[dict[str, Figure], list[float]]:
+    def cycle(self, figure: Callable[[Callable[[], None]], Figure]) -> tuple[dict[str, Figure], list[float]]:
         """Load the LoRA, change its scale and remove it: the `figure` of each, and how far the latents went with it.
 
         Raises:
             UserError: it isn't as it should be meanwhile or afterwards.
         """
         doing: dict[str, Callable[[], None]] = {
-            LOAD: partial(self.adapter.load, file, SCALES[LOAD]),
+            LOAD: partial(self.adapter.load, self.file, SCALES[LOAD]),
             SCALE: partial(self.adapter.scale, SCALES[SCALE]),
             REMOVE: self.adapter.remove,
         }
@@ -144,8 +132,37 @@ def snapshot(pipe: DiffusionPipeline) -> dict[str, tuple[int, str]]:
         return tensor.data_ptr(), fingerprint({name: tensor})
 
     tensors = exported_tensors(pipe.transformer)
-    with ThreadPoolExecutor(_HASHING) as threads:  # one alone takes half a minute for 24 GB
+    with ThreadPoolExecutor(_HASHING) as threads:  # one alone hashes 1 to 2 GB a second
         return dict(zip(tensors, threads.map(of_one, tensors, tensors.values()), strict=True))
+
+
+def start(
+    arguments: argparse.Namespace, recipe: Recipe, request: Request, device: torch.device, scratch: Path
+) -> Running:
+    """The pipeline, called until nothing is new to it, and a LoRA's file in `scratch`.
+
+    Raises:
+        UserError: there is too little room on the disk, or two calls with the same arguments don't come to the same.
+    """
+    source = arguments.checkpoint
+    if checkpoints.is_random(source):
+        lora_inputs.check_disk(source, torch_dtype(recipe), scratch)
+    pipe = checkpoints.load(source, torch_dtype(recipe), device, progress=False)
+    pipe.set_progress_bar_config(disable=True)
+    file = lora_inputs.write_lora(pipe.transformer, arguments.rank, scratch / "lora")
+    if checkpoints.is_random(source):
+        report(f"writing the weights of {source} to {scratch}")
+        source = str(scratch / "checkpoint")
+        lora_inputs.write_checkpoint(pipe, Path(source))
+    recipes.apply(pipe, recipe, PackageStore(arguments.packages or scratch / "packages"))
+    with CompileClock(progress=True) as clock:
+        for _ in range(_WARM_UP):
+            before = step_clock.latents(pipe, request)
+        latents = step_clock.latents(pipe, request)
+    if not torch.equal(before, latents):
+        raise UserError("without a LoRA, two calls with the same arguments end in different latents already")
+    adapter = Adapter(pipe, source)
+    return Running(pipe, adapter, file, request, device, latents, snapshot(pipe), clock.compilations)
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -153,7 +170,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
     Raises:
         UsageError: an option is wrong.
-        UserError: there is too little room on the disk, or what is timed doesn't do what it should.
+        UserError: as `start`'s, or what is timed doesn't do what it should.
     """
     begun = time.monotonic()
     device = command_line.device(arguments)
@@ -167,25 +184,13 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     recipes.check(recipe, device)
     machine = environment.capture(device, arguments.commit)
     with tempfile.TemporaryDirectory(prefix="flux-fast-", dir=arguments.scratch) as name:
-        scratch, source = Path(name), arguments.checkpoint
-        if checkpoints.is_random(source):
-            lora_inputs.check_disk(source, torch_dtype(recipe), scratch)
-        pipe = checkpoints.load(arguments.checkpoint, torch_dtype(recipe), device, progress=False)
-        pipe.set_progress_bar_config(disable=True)
-        file = lora_inputs.write_lora(pipe.transformer, arguments.rank, scratch / "lora")
-        if checkpoints.is_random(source):
-            source = str(scratch / "checkpoint")
-            report(f"writing the weights of {arguments.checkpoint} to {source}")
-            lora_inputs.write_checkpoint(pipe, Path(source))
-        recipes.apply(pipe, recipe, PackageStore(arguments.packages or scratch / "packages"))
-        with CompileClock(progress=True) as before:
-            running = Running.warm(pipe, Adapter(pipe, source), request, device)
+        running = start(arguments, recipe, request, device, Path(name))
         runs: list[dict[str, float]] = []
         with CompileClock() as meanwhile:
             report("a first run, for memory and the bytes read")
-            sizes, effects = running.cycle(file, partial(bytes_of, running))
+            sizes, effects = running.cycle(partial(bytes_of, running))
             while len(runs) < arguments.runs and (not runs or time.monotonic() - begun <= arguments.seconds):
-                seconds, _ = running.cycle(file, partial(timed, device=device))
+                seconds, _ = running.cycle(partial(timed, device=device))
                 runs.append(seconds)
                 report(", ".join(f"{name} {of_one:.2f} s" for name, of_one in seconds.items()))
         if meanwhile.compilations:
@@ -194,8 +199,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             )
         if len(runs) < arguments.runs:
             report(f"no time left of {arguments.seconds:.0f} s: {len(runs)} runs instead of {arguments.runs}")
-        layers = len(lora_file.read(file).layers)
-        lora_bytes = file.stat().st_size
+        layers = len(lora_file.read(running.file).layers)
+        lora_bytes = running.file.stat().st_size
     return {
         "recipe": {"name": recipes.command_line_name(recipe), "hash": recipe.hash, **recipe.to_dict()},
         "checkpoint": arguments.checkpoint,
@@ -213,7 +218,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         },
         "seconds": {name: {**summary(of_one := [run[name] for run in runs]), "runs": of_one} for name in runs[0]},
         "bytes": sizes,
-        "compilations": {"before": before.compilations, "meanwhile": meanwhile.compilations},
+        "compilations": {"before": running.compilations, "meanwhile": meanwhile.compilations},
         "latents_relative_change": dict(zip(SCALES, effects, strict=True)),
         "weights_restored": len(running.weights),
     }

@@ -20,6 +20,7 @@ from benchmark import lora_inputs
 from export import lora_file
 from export.lora import Adapter
 from recipes.weights import Weight
+from utils import request
 from utils.checkpoints import TINY_FOLDER
 
 SMALL = ("--height", 64, "--width", 48, "--steps", 2, "--device", "cpu")
@@ -91,9 +92,8 @@ def test_under_a_cuda_graph(main: Callable, tmp_path: Path) -> None:
     assert ended.code == 0, ended.err
     found = json.loads(output.read_text())
     assert found["compilations"]["before"] > 0
-    for sizes in found["bytes"].values():
-        # Two weights at a time, in float32 and as they are: far from the checkpoint's size.
-        assert sizes["peak"] - sizes["at_rest"] < 64 * 2**20
+    assert found["compilations"]["meanwhile"] == 0
+    assert all(0 < sizes["at_rest"] <= sizes["peak"] for sizes in found["bytes"].values())
 
 
 def test_random_weights_are_written_and_read_again(main: Callable, small_random: None, tmp_path: Path) -> None:
@@ -151,6 +151,26 @@ def leaves_a_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Adapter, "remove", remove)
 
 
+def leaves_a_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Adapter.remove
+
+    def remove(self: Adapter) -> None:
+        real(self)
+        self._pipe.transformer.register_buffer("left", torch.ones(1))
+
+    monkeypatch.setattr(Adapter, "remove", remove)
+
+
+def overflows(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Adapter.scale
+    monkeypatch.setattr(Adapter, "scale", lambda self, scale: real(self, 1e38))
+
+
+def draws_as_it_likes(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = request.noise
+    monkeypatch.setattr(request, "noise", lambda *arguments: torch.randn_like(real(*arguments)))
+
+
 def moves_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     def write(self: Weight, plain: torch.Tensor) -> None:
         self.module.weight = nn.Parameter(plain.clone(), requires_grad=False)
@@ -183,6 +203,9 @@ def leaves_the_latents_changed(monkeypatch: pytest.MonkeyPatch) -> None:
         (compiles, r"\d+ graphs were compiled while the LoRA came and went"),
         (leaves_a_trace, r"transformer_blocks.* is not, bit for bit, as before the LoRA \(44 of \d+ weights\)"),
         (leaves_a_bit, r"after the removal norm_out\.linear\.bias is not, bit for bit, as .* \(1 of \d+ weights\)"),
+        (draws_as_it_likes, "without a LoRA, two calls with the same arguments end in different latents already"),
+        (leaves_a_buffer, "after the removal there are other weights: left"),
+        (overflows, "with the LoRA at scale 0.5 the latents aren't finite"),
         (moves_weights, r"after the removal .*transformer_blocks.* lies elsewhere than before the LoRA"),
         (does_nothing, "the LoRA at scale 1 has no effect"),
         (ignores_the_scale, "the LoRA at scale 0.5 has no effect"),
