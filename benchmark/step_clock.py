@@ -58,9 +58,14 @@ def numbered(checkpoint: str, request: Request, number: int) -> Request:
 
 def add_options(parser: argparse.ArgumentParser, calls: int) -> None:
     """What both commands that time steps take; `calls`: the default of --calls."""
+    add_request_options(parser)
+    parser.add_argument("--calls", type=int, default=calls, help="timed calls of each recipe (default: %(default)s)")
+
+
+def add_request_options(parser: argparse.ArgumentParser) -> None:
+    """What `requested` takes, and where to measure it and write the figures."""
     parser.add_argument("--checkpoint", default="tiny")
     parser.add_argument("--output", type=Path, required=True, help="the figures, as JSON")
-    parser.add_argument("--calls", type=int, default=calls, help="timed calls of each recipe (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=8, help="denoising steps a call (default: %(default)s)")
     parser.add_argument("--height", type=int)
     parser.add_argument("--width", type=int)
@@ -71,16 +76,28 @@ def add_options(parser: argparse.ArgumentParser, calls: int) -> None:
 
 
 def request(arguments: argparse.Namespace) -> Request:
-    """What these options ask for; what isn't given is the checkpoint's default.
+    """What `add_options`'s ask for, as `requested`.
+
+    Raises:
+        UsageError: as `requested` does, or --calls is below 1.
+    """
+    if arguments.calls < 1:
+        raise UsageError(f"--calls {arguments.calls}: give at least 1")
+    return requested(arguments)
+
+
+def requested(arguments: argparse.Namespace) -> Request:
+    """What `add_request_options`'s ask for; what isn't given is the checkpoint's default.
 
     Raises:
         UsageError: a value is out of range, or the checkpoint is unknown or edits images.
     """
     known = checkpoints.defaults(arguments.checkpoint)
     if known.takes_image:
-        raise UsageError(f"{arguments.checkpoint} edits an image: time it with run_benchmark.py --image")
-    if arguments.calls < 1:
-        raise UsageError(f"--calls {arguments.calls}: give at least 1")
+        raise UsageError(
+            f"{arguments.checkpoint} edits an image: use one that draws from a prompt alone, or time whole calls with "
+            "run_benchmark.py --image"
+        )
     return Request(
         known.prompt, arguments.height or known.height, arguments.width or known.width, arguments.steps,
         known.guidance, known.max_sequence_length, arguments.batch,

@@ -51,6 +51,11 @@ class Adapter:
         self._files = StoredWeights(checkpoints.folder(checkpoint) / "transformer")
         self._loaded: _Loaded | None = None
 
+    @property
+    def bytes_read(self) -> int:
+        """Of the checkpoint's tensors, read so far."""
+        return self._files.bytes_read
+
     def load(self, lora: LoRA | str | Path, scale: float = 1.0) -> None:
         """Put a LoRA (`lora_file.read`, or what it takes) into effect, in place of the one before it.
 

@@ -19,12 +19,14 @@ _FILE = "diffusion_pytorch_model.safetensors"
 class StoredWeights:
     """The tensors of one model's folder in diffusers format, in a safetensors file or several with their index.
 
+    bytes_read: of all tensors read so far, one that was read twice counting twice.
+
     Raises:
         UserError: neither is there, or the index is damaged; in `shape` and `read`, a file is missing or damaged.
     """
 
     def __init__(self, folder: Path):
-        self.folder = folder
+        self.folder, self.bytes_read = folder, 0
         index = folder / f"{_FILE}.index.json"
         self._files: dict[str, str] = {}
         try:
@@ -47,7 +49,9 @@ class StoredWeights:
     def read(self, name: str) -> torch.Tensor:
         """A tensor, on the CPU, with the dtype of the file."""
         with self._open(name) as file:
-            return file.get_tensor(name)
+            tensor = file.get_tensor(name)
+        self.bytes_read += tensor.nbytes
+        return tensor
 
     @contextmanager
     def _open(self, name: str) -> Iterator[Any]:

@@ -19,8 +19,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from transformers import CLIPTextConfig, T5Config
 
-from utils import checkpoints
+from utils import checkpoints, random_weights
 from utils.files import ROOT
 from utils.relative_error import relative_error
 
@@ -129,6 +130,23 @@ def kontext(tiny_copy: Path) -> Path:
     index["_class_name"] = "FluxKontextPipeline"
     (tiny_copy / "model_index.json").write_text(json.dumps(index))
     return tiny_copy
+
+
+@pytest.fixture
+def small_random(monkeypatch: pytest.MonkeyPatch) -> None:
+    """random/flux-... with one block of each kind, and small in all else."""
+    transformer, vae = random_weights.FluxTransformer2DModel, random_weights.AutoencoderKL
+    small = {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 2, "joint_attention_dim": 32}
+    clip = CLIPTextConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    t5 = T5Config(d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=2, is_encoder_decoder=False, use_cache=False)
+    replaced: dict[str, Callable] = {
+        "FluxTransformer2DModel": lambda **known: transformer(**known, **small, pooled_projection_dim=64),
+        "AutoencoderKL": lambda **known: vae(**{**known, "block_out_channels": (32,) * 4}),
+        "_clip_l": lambda tokenizer: clip,
+        "_t5_xxl": lambda: t5,
+    }
+    for name, value in replaced.items():
+        monkeypatch.setattr(random_weights, name, value)
 
 
 @dataclass(frozen=True)

@@ -138,23 +138,7 @@ def test_random_weights_have_the_published_sizes(name: str, transformer: int) ->
     assert pipe.scheduler.config.use_dynamic_shifting == (name != "schnell")
 
 
-def test_random_weights_come_from_their_seed(monkeypatch: pytest.MonkeyPatch) -> None:
-    from transformers import CLIPTextConfig, T5Config
-
-    real = random_weights.FluxTransformer2DModel
-    small = {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 2, "joint_attention_dim": 32}
-    monkeypatch.setattr(
-        random_weights, "FluxTransformer2DModel", lambda **known: real(**known, **small, pooled_projection_dim=64)
-    )
-    vae = random_weights.AutoencoderKL
-    monkeypatch.setattr(
-        random_weights, "AutoencoderKL", lambda **known: vae(**{**known, "block_out_channels": (32,) * 4})
-    )
-    clip = CLIPTextConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
-    monkeypatch.setattr(random_weights, "_clip_l", lambda tokenizer: clip)
-    t5 = T5Config(d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=2, is_encoder_decoder=False, use_cache=False)
-    monkeypatch.setattr(random_weights, "_t5_xxl", lambda: t5)
-
+def test_random_weights_come_from_their_seed(small_random: None) -> None:
     def build(seed: int) -> dict[str, torch.Tensor]:
         state = torch.random.get_rng_state()
         pipe = random_weights.build(FluxPipeline, True, torch.bfloat16, CPU, seed, checkpoints.TINY_FOLDER)
