@@ -61,6 +61,7 @@ def main() -> None:
         if lora is not None:
             Adapter(pipe, checkpoint).load(*lora)
         warn_of_cut_tokens(pipe, request)
+        checkpoints.warn_of_other_size(checkpoint, request.height, request.width)
         loaded = time.perf_counter()
         with CompileClock(progress=True) as clock:
             images = request.run(pipe)

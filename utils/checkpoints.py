@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -32,7 +33,8 @@ class Defaults:
     """What a checkpoint is called with unless told otherwise, and the rung its results are compared with.
 
     guidance is the distilled guidance of FLUX.1-dev, ignored by a transformer without a guidance embedding.
-    vocabulary: what it can be asked for: anything, or the scenes of tiny_flux.
+    vocabulary: what it can be asked for: anything, or the scenes of tiny_flux. one_size: it was trained at this height
+    and width alone.
     """
 
     steps: int
@@ -44,6 +46,7 @@ class Defaults:
     takes_image: bool = False
     prompt: str = "A cat playing with a ball of yarn"
     vocabulary: Literal["any", "scenes"] = "any"
+    one_size: bool = False
 
 
 SCHNELL = Defaults(steps=4, guidance=0.0, max_sequence_length=256, height=1024, width=1024, baseline="fp32")
@@ -66,6 +69,7 @@ TINY = Defaults(
     baseline="fp32",
     prompt="a red triangle left of a blue square",
     vocabulary="scenes",
+    one_size=True,
 )
 CHECKPOINTS: dict[str, Defaults] = {
     "tiny": TINY,
@@ -108,6 +112,14 @@ def defaults(checkpoint: str) -> Defaults:
     if pipeline == "FluxKontextPipeline":
         return Defaults(**{**vars(base), "takes_image": True})
     return base
+
+
+def warn_of_other_size(checkpoint: str, height: int, width: int) -> None:
+    """Say on stderr that the checkpoint was never shown images of this size."""
+    known = defaults(checkpoint)
+    if known.one_size and (height, width) != (known.height, known.width):
+        trained = f"{known.height}x{known.width}"
+        print(f"warning: {checkpoint} was trained at {trained} alone: another size draws worse", file=sys.stderr)
 
 
 def is_random(checkpoint: str) -> bool:
