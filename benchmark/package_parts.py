@@ -191,7 +191,7 @@ def steps(part: Part) -> None:
     clocks = {name: StepClock(device) for name in pipes}
     compile_s = {}
     for name, one in pipes.items():
-        clocks[name].attach(one)
+        clocks[name].attach(one.transformer)
         recipes.apply(one, chosen[name], PackageStore(part.folder, build=False))
         with CompileClock(progress=True) as compiling:
             for number in range(2):

@@ -1,4 +1,4 @@
-"""Times of the denoising steps of a pipeline's own calls: the clock, a call that isn't decoded, a command's options."""
+"""Times of the parts of a pipeline's own calls: the clock, a call that isn't decoded, a command's options."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from utils.timing import synchronize
 
 @dataclass
 class StepClock:
-    """Milliseconds of every call of a pipeline's transformer, its hooks included; read them when the device is idle."""
+    """Milliseconds of every call of a module, such as a pipeline's transformer, with the hooks that it gets later."""
 
     device: torch.device
     _marks: list[tuple[Any, Any]] = field(default_factory=list)
 
-    def attach(self, pipe: DiffusionPipeline) -> None:
+    def attach(self, module: torch.nn.Module) -> None:
         started: list[Any] = []
-        pipe.transformer.register_forward_pre_hook(lambda *_: started.append(self._mark()), prepend=True)
-        pipe.transformer.register_forward_hook(lambda *_: self._marks.append((started.pop(), self._mark())))
+        module.register_forward_pre_hook(lambda *_: started.append(self._mark()), prepend=True)
+        module.register_forward_hook(lambda *_: self._marks.append((started.pop(), self._mark())))
 
     def milliseconds(self) -> list[float]:
         """Of the calls since they were last read."""

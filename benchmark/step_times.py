@@ -1,10 +1,10 @@
 """Times of one denoising step, many recipes in one process: `python -m benchmark.step_times RECIPE... --output FILE`.
 
 Quicker and coarser than run_benchmark.py, for comparing optimizations one by one: each recipe draws once to compile and
-capture, and then `--calls` times, where each step of the pipeline's own loop is timed by itself: on a GPU by events
-around the transformer's call, so that nothing waits. The first step of a call holds what is hoisted out of the others;
-the mean counts it, the median doesn't. Of loop_graph=true, whose steps are one call, each has its share of the loop's
-time, and first, median and mean are of these. FILE is written anew after every recipe.
+capture, and then `--calls` times, where each step of the pipeline's own loop, and the VAE's decoder, is timed by
+itself: on a GPU by events around its call, so that nothing waits. The first step of a call holds what is hoisted out of
+the others; the mean counts it, the median doesn't. Of loop_graph=true, whose steps are one call, each has its share of
+the loop's time, and first, median and mean are of these. FILE is written anew after every recipe.
 
 Compile seconds are those of the machine's caches as they lie, and a recipe finds what one before it compiled; with
 --cold each one has empty caches of compiled code and builds its own packages (kernels that Triton alone compiled stay
@@ -46,6 +46,12 @@ with quiet():
     from utils.timing import summary, synchronize
 
 
+HEADER = (
+    "| recipe | step ms | first | mean | x | VAE ms | compile s | start s | peak GiB | rel. error |\n"
+    "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|"
+)
+
+
 @contextmanager
 def caches(cold: bool) -> Iterator[PackageStore]:
     """Where the body's packages lie. If `cold`, that and all else that compilers keep on disk is its own, and empty."""
@@ -62,21 +68,23 @@ def measure(
     """Figures of one recipe, and the final latents of `request`, float32 on the CPU."""
     pipe = checkpoints.load(checkpoint, torch_dtype(recipe), device, progress=False)
     pipe.set_progress_bar_config(disable=True)
-    clock = StepClock(device)
-    clock.attach(pipe)
+    clock, decoding = StepClock(device), StepClock(device)
+    clock.attach(pipe.transformer)
+    decoding.attach(pipe.vae.decoder)
 
     started = time.perf_counter()
     applied = recipes.apply(pipe, recipe, packages)
     with CompileClock() as compiling:
-        latents(pipe, numbered(checkpoint, request, prompts.WARM_UP))
+        numbered(checkpoint, request, prompts.WARM_UP).run(pipe)
         synchronize(device)
     start_s = time.perf_counter() - started
     clock.milliseconds()
+    decoding.milliseconds()
     in_call = request.steps if recipe.loop_graph else 1  # steps in a call of the transformer
     reset_peak(device)
     steps: list[float] = []
     for number in range(calls):
-        latents(pipe, numbered(checkpoint, request, number))
+        numbered(checkpoint, request, number).run(pipe)
         steps += [call / in_call for call in clock.milliseconds() for _ in range(in_call)]
     peak = peak_bytes(device)
     result = latents(pipe, request).float().cpu()
@@ -86,6 +94,7 @@ def measure(
         "applied": applied,
         "lossless": recipes.is_lossless(recipe),
         "step_ms": {**summary(others or firsts), "first": fmean(firsts), "mean": fmean(steps)},
+        "vae_decode_ms": summary(decoding.milliseconds()),
         "compile_s": round(compiling.seconds, 3),
         "compile_phases_s": {name: round(seconds, 3) for name, seconds in compiling.phases.items()},
         "start_s": round(start_s, 3),
@@ -120,8 +129,7 @@ def main() -> None:
         }
         rows: list[dict[str, Any]] = []
         reference: torch.Tensor | None = None
-        print("| recipe | step ms | first | mean | x | compile s | start s | peak GiB | rel. error |", flush=True)
-        print("|---|--:|--:|--:|--:|--:|--:|--:|--:|", flush=True)
+        print(HEADER, flush=True)
         for text, recipe in asked.items():
             try:
                 recipes.check(recipe, device)
@@ -152,10 +160,10 @@ def main() -> None:
 def line(text: str, row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     """A row of the table; the ratio is to the first recipe that was measured."""
     if "failed" in row:
-        return f"| {text} | failed: {row['failed']} | | | | | | | |"
+        return f"| {text} | failed: {row['failed']} | | | | | | | | |"
     step = row["step_ms"]
     first = next(r for r in rows if "failed" not in r)["step_ms"]["median"]
-    figures = [step["median"], step["first"], step["mean"], first / step["median"]]
+    figures = [step["median"], step["first"], step["mean"], first / step["median"], row["vae_decode_ms"]["median"]]
     cells = [*(f"{x:.2f}" for x in figures), f"{row['compile_s']:.0f}", f"{row['start_s']:.0f}"]
     cells += [f"{row['peak_memory_bytes'] / 2**30:.2f}", f"{row['relative_error_to_first']:.4f}"]
     return f"| {text} | {' | '.join(cells)} |"

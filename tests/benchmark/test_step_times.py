@@ -54,6 +54,7 @@ def test_every_recipe_is_timed_and_compared(run: Callable, tmp_path: Path) -> No
         assert 0 < step["p10"] <= step["median"] <= step["p90"]
         assert step["first"] > 0
         assert step["mean"] > 0
+        assert row["vae_decode_ms"]["median"] > 0
         assert row["compile_s"] == 0
         assert row["peak_memory_bytes"] > 100 * 2**20
     assert rows["fp32"]["relative_error_to_first"] == 0
@@ -96,7 +97,7 @@ def test_cold_caches_hold_nothing_of_the_recipe_before(
     code, _, _ = run(*recipes, *SMALL, "--steps", "1", "--calls", "1", "--cold", "--output", str(path))
     assert code == 0
     assert json.loads(path.read_text())["cold_caches"] is True
-    assert counts == [(2, 0), (4, 0)]  # they add up: two kinds of block each, no hit
+    assert counts == [(3, 0), (6, 0)]  # they add up: two kinds of block and the decoder each, no hit
 
 
 def test_cold_caches_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
