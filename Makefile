@@ -24,7 +24,7 @@ help: ## list the targets
 
 image: $(VENV)/.ready ## draw PROMPT with the embedded model (or CHECKPOINT) into OUTPUT
 	$(BIN)/python gen_image.py --checkpoint "$$CHECKPOINT" --prompt "$$PROMPT" --output "$$OUTPUT" \
-		$${RECIPE:+--recipe "$$RECIPE"} $(ARGS)
+		$${RECIPE:+--recipe "$$RECIPE" --build-packages} $(ARGS)
 
 ladder: $(VENV)/.ready ## time every rung and make the table and the chart; goes on where it was stopped
 	$(BIN)/python run_benchmark.py --checkpoint "$$CHECKPOINT" --ladder $(ARGS)

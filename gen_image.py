@@ -30,6 +30,11 @@ def parser() -> Parser:
     parser.add_argument(
         "--lora", metavar="PATH[:SCALE]", help="a LoRA: safetensors file, folder or hub id, and its scale (default: 1)"
     )
+    parser.add_argument(
+        "--build-packages",
+        action="store_true",
+        help="a recipe with execution=aoti: build what is missing in --cache-dir, which else is refused",
+    )
     parser.add_argument("--trace-file", type=Path, help="has no effect here: run_benchmark.py writes traces")
     return parser
 
@@ -55,9 +60,10 @@ def main() -> None:
         if arguments.trace_file is not None:
             print("warning: --trace-file has no effect here: run_benchmark.py writes traces", file=sys.stderr)
         recipes.check(recipe, device)
+        packages = command_line.packages(arguments)
         lora = command_line.lora(arguments, checkpoint)
         pipe = checkpoints.load(checkpoint, torch_dtype(recipe), device)
-        recipes.apply(pipe, recipe, command_line.packages(arguments))
+        recipes.apply(pipe, recipe, packages)
         if lora is not None:
             Adapter(pipe, checkpoint).load(*lora)
         warn_of_cut_tokens(pipe, request)

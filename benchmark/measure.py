@@ -31,7 +31,7 @@ with quiet():
     from benchmark.memory import peak_bytes, reset_peak
     from export.store import PackageStore, default_folder
     from recipes.dtype import torch_dtype
-    from utils import checkpoints, environment, ranges, results
+    from utils import checkpoints, command_line, environment, ranges, results
     from utils.compile_clock import CompileClock
     from utils.errors import run_command
     from utils.files import replacing
@@ -62,7 +62,9 @@ def measure(job: Job) -> dict[str, Any]:
         return replace(job.request, prompt=prompt, seed=job.request.seed + 1000 + number * job.request.batch)
 
     loaded = time.perf_counter()
-    applied = recipes.apply(pipe, job.recipe, PackageStore(job.cache_dir or default_folder(), job.build_packages))
+    folder = job.cache_dir or default_folder()
+    packages = PackageStore(folder, job.build_packages, to_build=command_line.WITHOUT_CACHED_MODEL)
+    applied = recipes.apply(pipe, job.recipe, packages)
     synchronize(device)
     apply_s = time.perf_counter() - loaded
     start_s = 0.0

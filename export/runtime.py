@@ -177,7 +177,7 @@ class Library:
         inputs_here = ", ".join(f"{name} {spec.dtype}{list(spec.shape)}" for name, spec in list(wanted.items())[:2])
         raise UserError(
             f"no package in {self.store.folder} has the {region.name} for {inputs_here}{nearest[1]}: build it with "
-            f"`{self.command(region, inputs)}`, or run once without --use-cached-model"
+            f"`{self.command(region, inputs)}`, or {self.store.to_build}"
         )
 
     def build(

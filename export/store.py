@@ -38,10 +38,11 @@ class Entry:
 
 @dataclass
 class PackageStore:
-    """A folder of packages; `build`: whether what is missing may be built."""
+    """A folder of packages; `build`: whether what is missing may be built, and `to_build`: what to do that it may."""
 
     folder: Path = field(default_factory=default_folder)
     build: bool = True
+    to_build: str = "apply the recipe with a PackageStore that may build"
     _read: dict[tuple[Path, int], Entry | None] = field(default_factory=dict, repr=False)  # by file and its time
 
     def entries(self) -> list[Entry]:

@@ -1,0 +1,111 @@
+"""gen_image.py where a package is missing: refused with both ways on, or built if the user said so."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from subprocess import run
+
+import pytest
+from PIL import Image
+
+import gen_image
+from export.store import Entry, PackageStore
+from utils import command_line
+from utils.files import ROOT
+
+AOTI = ("--checkpoint", "tiny", "--recipe", "fp32,execution=aoti", "--steps", 1)
+MISSING = "has the before for hidden_states float32[1, 24, 64], encoder_hidden_states float32[1, 64, 256]"
+BUILD = "python -m export build --checkpoint tiny --recipe fp32,execution=aoti --resolutions 64x96 --text-lengths 64"
+CACHED, BUILDING = "--use-cached-model", "--build-packages"
+
+
+@pytest.mark.parametrize(
+    ("options", "builds"),
+    [
+        ("", True),
+        ("--recipe aoti", False),
+        ("--recipe aoti --build-packages", True),
+        ("--recipe aoti --use-cached-model", False),
+        ("--use-cached-model", False),
+        ("--build-packages", True),
+        ("--compile_export_mode export_aoti", True),
+        ("--compile_export_mode export_aoti --use-cached-model", False),
+        ("--disable_quant", True),
+    ],
+)
+def test_who_may_build(options: str, builds: bool) -> None:
+    assert command_line.packages(gen_image.parser().parse_args(options.split())).build is builds
+
+
+@pytest.mark.parametrize(
+    ("options", "way_on"),
+    [
+        ((), "or add --build-packages"),
+        ((CACHED,), "or run once without --use-cached-model but with --build-packages"),
+    ],
+)
+def test_a_named_recipe_is_refused_with_both_ways_on(
+    main: Callable, tmp_path: Path, options: tuple, way_on: str
+) -> None:
+    cache, output = tmp_path / "cache", tmp_path / "a.png"
+    size = ("--height", 64, "--width", 96, "--cache-dir", cache, "--output", output)
+    done = main("gen_image", *AOTI, *size, *options)
+    refusal = f"error: no package in {cache} {MISSING}: build it with `{BUILD} --batch 1 --out {cache}`, {way_on}"
+    assert done.error() == refusal
+    assert done.code == 1
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.slow
+def test_one_that_does_not_fit_is_refused_and_not_built_beside(main: Callable, package: Entry, tmp_path: Path) -> None:
+    folder = package.path.parent
+    before = sorted(os.listdir(folder))
+    size = ("--height", 64, "--width", 96, "--cache-dir", folder, "--output", tmp_path / "a.png")
+    error = main("gen_image", *AOTI, *size).error()
+    assert f"({package.path.name} takes hidden_states float32[1, 16, 64] with strides [1024, 64, 1], it comes " in error
+    assert f"`{BUILD} --batch 1 --out {folder}`, or add --build-packages" in error
+    assert sorted(os.listdir(folder)) == before
+
+
+def test_two_options_that_contradict_each_other(main: Callable, tmp_path: Path) -> None:
+    done = main("gen_image", *AOTI, CACHED, BUILDING, "--output", tmp_path / "a.png")
+    assert "--use-cached-model builds nothing, and --build-packages what is missing: give one" in done.error()
+    assert len(done.lines) == 1, "nothing was loaded"
+    assert done.code == 2
+
+
+@pytest.mark.slow
+def test_built_when_told_to_and_found_the_next_time(main: Callable, tmp_path: Path) -> None:
+    cache, output = tmp_path / "cache", tmp_path / "a.png"
+    size = ("--height", 64, "--width", 64, "--cache-dir", cache, "--output", output)
+    assert main("gen_image", *AOTI, *size, BUILDING).code == 0
+    built = sorted(entry.path.name for entry in PackageStore(cache).entries())
+    assert [name.partition("-")[0] for name in built] == ["transformer", "vae_decoder"]
+    output.unlink()
+    done = main("gen_image", *AOTI, *size)
+    assert done.code == 0, done.err
+    assert "compiling 0.0 s" in done.out
+    assert Image.open(output).size == (64, 64)
+    assert sorted(entry.path.name for entry in PackageStore(cache).entries()) == built
+
+
+@pytest.mark.parametrize(("recipe", "builds"), [("aoti", True), ("", False)])
+def test_make_image_may_build(tmp_path: Path, recipe: str, builds: bool) -> None:
+    """Make's own line, up to a program that prints what it is given in place of Python."""
+    (tmp_path / "bin").mkdir()
+    program = tmp_path / "bin" / "python"
+    program.write_text(f"#!{sys.executable}\nimport sys\nprint(*sys.argv[1:], sep='\\n')\n")
+    program.chmod(0o755)
+    for stamp in (".created", ".ready"):
+        (tmp_path / stamp).touch()
+    given = [f"VENV={tmp_path}", f"RECIPE={recipe}", "PROMPT=a red circle"]
+    done = run(["make", "--silent", "-C", ROOT, "image", *given], capture_output=True, text=True, check=True)
+    lines = [line for line in done.stdout.splitlines() if not line.startswith("make")]
+    assert lines[0] == "gen_image.py"
+    arguments = gen_image.parser().parse_args(lines[1:])
+    assert (arguments.recipe, arguments.prompt) == (recipe or None, "a red circle")
+    assert arguments.build_packages is builds
+    assert command_line.packages(arguments).build
