@@ -16,7 +16,7 @@ with quiet():
     from recipes.flux_fast_flags import recipe_from_flags
     from utils import command_line, environment, results
     from utils.errors import Parser, UsageError, UserError, run_command
-    from utils.files import check_folder, check_image_file
+    from utils.files import check_folder, check_image_file, check_target
 
 
 def parser() -> Parser:
@@ -56,7 +56,7 @@ def main() -> None:
             raise UsageError("--again, --baseline, --rungs, --seconds and --trace-reports are for --ladder")
         if arguments.trace_stacks and not arguments.trace_file:
             raise UsageError("--trace-stacks needs --trace-file")
-        results.check_writable(arguments.results)
+        check_target(arguments.results)
         if arguments.trace_file is not None:
             check_folder(arguments.trace_file)
         if arguments.output is not None:

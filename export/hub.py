@@ -33,7 +33,7 @@ from export.manifest import Beside, Manifest, parse_beside
 from export.store import Entry, PackageStore, sha256
 from recipes.recipe import Recipe
 from utils.errors import UsageError, UserError, one_line
-from utils.files import check_folder
+from utils.files import check_target
 
 _PACKAGE = re.compile(r"\w[\w.-]*\.pt2", re.ASCII)  # at a repository's top, and not hidden
 _CARD = "README.md"
@@ -120,7 +120,7 @@ def pull(source: str, pin: Pin, folder: Path) -> Iterator[tuple[Entry, bool]]:
     _check_repo(repo)
     if file and not _PACKAGE.fullmatch(file):
         raise UsageError(f"{source} names no package: give owner/name/FILE.pt2, or owner/name alone")
-    _check_target(folder)
+    check_target(folder)
     there = _Contents.of(HfApi(), repo, pin.commit)
     for name in _wanted(there, file, pin):
         yield _pull(there, name, pin, folder)
@@ -234,14 +234,6 @@ def _check_repo(repo: str) -> None:
         valid = False
     if not valid:
         raise UsageError(f"{repo} names no repository of the Hub: give owner/name")
-
-
-def _check_target(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"the folder {folder} can't be made ({error.strerror}): choose another with --out") from None
-    check_folder(folder / "package.pt2")
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from recipes.recipe import Recipe
 from utils import checkpoints
 from utils.compile_clock import CompileClock
 from utils.errors import UsageError
+from utils.files import check_target
 from utils.request import Request
 
 _STEPS = 2  # of the pipeline, for each shape: the second one's inputs come from the first
@@ -48,7 +49,7 @@ class Order:
             raise UsageError("--dynamic: give the smallest and the largest size with --resolutions, --text-lengths")
 
     def requests(self) -> list[Request]:
-        """A request for each shape. Raises UsageError: a resolution that can't be drawn."""
+        """A request for each shape. Raises UsageError: a resolution that can't be drawn, a text that is too long."""
         known = checkpoints.defaults(self.checkpoint)
         shapes = itertools.product(self.resolutions, self.batches, self.text_lengths)
         return [
@@ -62,8 +63,10 @@ def fill(order: Order, folder: Path, device: torch.device) -> tuple[Entry, bool]
 
     Raises:
         UserError: the checkpoint can't be loaded, the recipe can't be applied here, ...
+        UsageError: a shape can't be drawn, or `folder` not be written to; told before any weight is loaded.
     """
     requests = order.requests()
+    check_target(folder)
     pipe, library = pipeline(order.checkpoint, order.recipe, folder, device)
     calls = called(pipe, library, requests)
     with CompileClock(progress=True):

@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 
 from export.manifest import Beside, Manifest, OtherVersionError, read_beside
 from utils.errors import UsageError
-from utils.files import replacing, write_text
+from utils.files import check_target, replacing, write_text
 
 
 def default_folder() -> Path:
@@ -74,7 +74,11 @@ class PackageStore:
         """The package NAME, made by `make(path)` if it isn't there, and whether it was there.
 
         Of several processes that write one name, one makes it, and the others wait for it.
+
+        Raises:
+            UsageError: the folder can't be made or written to.
         """
+        check_target(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         path, beside = self.folder / f"{name}.pt2", self.folder / f"{name}.json"
         with _locked(self.folder / f".{name}.lock"):

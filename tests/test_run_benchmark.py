@@ -316,7 +316,7 @@ def test_killed_in_the_middle(tmp_path: Path) -> None:
         (("--trace-stacks",), "--trace-stacks needs --trace-file"),
         (("--ladder", "--disable_quant"), "recipes, --trace-file and --output are for one recipe"),
         (("--ladder", "--recipe", "bf16"), "recipes, --trace-file and --output are for one recipe"),
-        (("--results", __file__), "is not a folder that can be written to"),
+        (("--results", __file__), "is not a folder: choose another one"),
     ],
 )
 def test_options_without_effect_are_refused(main: Callable, options: tuple[str, ...], message: str) -> None:

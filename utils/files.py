@@ -39,6 +39,18 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text)
 
 
+def check_target(folder: Path) -> None:
+    """Raise UsageError unless files could be put into `folder`, which is made for them where it isn't there.
+
+    Raises:
+        UsageError: it or a folder that it would be in is a file, or not writable.
+    """
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not there.is_dir():
+        raise UsageError(f"{there} is not a folder: choose another one")
+    _check_writable(there)
+
+
 def check_folder(path: Path) -> None:
     """Raise UsageError unless a file `path` could be written.
 
@@ -50,10 +62,7 @@ def check_folder(path: Path) -> None:
         raise UsageError(f"{path} is a folder: give the name of a file")
     if not folder.is_dir():
         raise UsageError(f"the folder {folder} does not exist: create it with `mkdir -p {folder}`")
-    try:
-        tempfile.TemporaryFile(dir=folder).close()  # permissions alone don't tell of a read-only file system
-    except OSError:
-        raise UsageError(f"the folder {folder} is not writable: choose another one") from None
+    _check_writable(folder)
 
 
 def check_image_file(path: Path) -> None:
@@ -65,3 +74,10 @@ def check_image_file(path: Path) -> None:
     if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
         raise UsageError(f"{path}: no image format is called {path.suffix!r}, take .png, .jpg or .webp")
     check_folder(path)
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        tempfile.TemporaryFile(dir=folder).close()  # permissions alone don't tell of a read-only file system
+    except OSError:
+        raise UsageError(f"the folder {folder} is not writable: choose another one") from None

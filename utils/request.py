@@ -17,11 +17,12 @@ from utils.errors import UsageError
 from utils.quiet import quiet
 
 MULTIPLE = 16  # pixels: 8 by the VAE, 2 by the packing of latents into tokens
+LONGEST_TEXT = 512  # T5 tokens, by FluxPipeline.check_inputs of diffusers
 
 
 @dataclass(frozen=True)
 class Request:
-    """height and width in pixels; image i of a batch is drawn from seed + i.
+    """height and width in pixels; max_sequence_length in T5 tokens; image i of a batch is drawn from seed + i.
 
     Raises:
         UsageError: a value is out of range, or `image` can't be read.
@@ -48,6 +49,8 @@ class Request:
         for name in ("steps", "batch"):
             if getattr(self, name) < 1:
                 raise UsageError(f"--{name} {getattr(self, name)}: give at least 1")
+        if not 1 <= self.max_sequence_length <= LONGEST_TEXT:
+            raise UsageError(f"--text-lengths {self.max_sequence_length}: give 1 to {LONGEST_TEXT}, FLUX takes no more")
         if not math.isfinite(self.guidance):
             raise UsageError(f"--guidance {self.guidance}: give a finite number")
         if not 0 <= self.seed < 2**63 - self.batch:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from utils.environment import machine_slug
-from utils.errors import UsageError, UserError
+from utils.errors import UserError
 from utils.files import ROOT, write_text
 
 SCHEMA = 1
@@ -34,13 +33,6 @@ def folder(root: Path, environment: dict[str, Any], checkpoint: str) -> Path:
     path = Path(checkpoint)
     name = path.resolve().name if path.is_dir() else checkpoint.removeprefix("black-forest-labs/")
     return root / machine_slug(environment) / name.replace("/", "-").lower()
-
-
-def check_writable(root: Path) -> None:
-    """Raise UsageError unless results can be written under `root`, before anything is measured."""
-    existing = next(folder for folder in (root, *root.absolute().parents) if folder.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise UsageError(f"--results {root}: {existing} is not a folder that can be written to; choose another one")
 
 
 def size(request: dict[str, Any]) -> str:

@@ -13,7 +13,9 @@ import pytest
 from export.runtime import Library, PackagedRegion
 from export.store import Entry, PackageStore
 from tests.export.conftest import forge, inputs_of_after
+from utils import checkpoints
 from utils.errors import UserError
+from utils.files import ROOT
 
 
 @pytest.fixture
@@ -30,13 +32,27 @@ def export(main: Callable) -> Callable:
         (("--resolutions", "60x64"), "--height 60 is not a positive multiple of 16: try 48 or 64"),
         (("--batch", "0"), "--batch 0: give positive whole numbers"),
         (("--text-lengths", "64,many"), "--text-lengths 64,many: give positive whole numbers"),
+        (("--text-lengths", "64,100000"), "--text-lengths 100000: give 1 to 512, FLUX takes no more"),
+        (("--out", "README.md"), "README.md is not a folder: choose another one"),
+        (("--out", "README.md/new"), "README.md is not a folder: choose another one"),
+        (("--out", "/proc/new"), "the folder /proc is not writable: choose another one"),
         (("--embed-weights",), "add compile_scope=whole to the recipe"),
         (("--dynamic",), "--dynamic: give the smallest and the largest size"),
     ],
 )
-def test_build_asked_for_the_impossible(export: Callable, tmp_path: Path, arguments: tuple, message: str) -> None:
-    done = export("build", "--checkpoint", "tiny", "--out", tmp_path / "new", *arguments)
+def test_build_asked_for_the_impossible(
+    export: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple, message: str
+) -> None:
+    """Told in one line before any weight is loaded."""
+
+    def loaded(*arguments: object, **options: object) -> None:
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(checkpoints, "load", loaded)
+    done = export("build", "--checkpoint", "tiny", "--recipe", "aoti", "--out", tmp_path / "new", *arguments)
     assert message in done.error()
+    assert len(done.lines) == 1
     assert done.code == 2
     assert not (tmp_path / "new").exists()
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from utils.errors import UsageError
-from utils.files import ROOT, check_folder, check_image_file, replacing, write_text
+from utils.files import ROOT, check_folder, check_image_file, check_target, replacing, write_text
 
 
 def test_replaces_when_the_body_ends(tmp_path: Path) -> None:
@@ -76,6 +76,19 @@ def test_check_folder(tmp_path: Path) -> None:
         check_folder(tmp_path)
     with pytest.raises(UsageError, match="is not writable"):
         check_folder(Path("/proc/a.png"))
+
+
+def test_check_target(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("kept")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
+    for good in (tmp_path, tmp_path / "new", tmp_path / "new" / "below"):
+        check_target(good)
+    for bad in (tmp_path / "file", tmp_path / "file" / "below", tmp_path / "nowhere"):
+        with pytest.raises(UsageError, match="is not a folder: choose another one"):
+            check_target(bad)
+    with pytest.raises(UsageError, match="the folder /proc is not writable"):
+        check_target(Path("/proc/new"))
+    assert sorted(os.listdir(tmp_path)) == ["file", "nowhere"], "nothing was made"
 
 
 def test_check_image_file(tmp_path: Path) -> None:

@@ -3,7 +3,8 @@ import itertools
 import pytest
 import torch
 
-from utils.request import Request, noise
+from utils.errors import UsageError
+from utils.request import LONGEST_TEXT, Request, noise
 
 
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (48, 80)])
@@ -26,3 +27,17 @@ def test_every_dtype_draws_the_same_image(tiny) -> None:
     for (i, a), (j, b) in itertools.product(enumerate(single), enumerate(half)):
         error = (a - b).norm() / a.norm()
         assert error < 0.1 if i == j else error > 0.5
+
+
+@pytest.mark.parametrize("tokens", [-1, 0, 513, 100_000])
+def test_text_that_diffusers_takes_no_more(tokens: int) -> None:
+    Request("a red circle", 64, 64, 1, 0.0, 512)
+    with pytest.raises(UsageError, match=f"--text-lengths {tokens}: give 1 to 512"):
+        Request("a red circle", 64, 64, 1, 0.0, tokens)
+
+
+def test_the_longest_text_is_diffusers_own(tiny) -> None:
+    pipe = tiny()
+    pipe.check_inputs("a red circle", None, 64, 64, max_sequence_length=LONGEST_TEXT)
+    with pytest.raises(ValueError, match="cannot be greater than"):
+        pipe.check_inputs("a red circle", None, 64, 64, max_sequence_length=LONGEST_TEXT + 1)
