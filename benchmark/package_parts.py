@@ -122,7 +122,6 @@ def start(part: Part) -> None:
     store = PackageStore(part.folder, build=False)
     apply_s = timed(lambda: recipes.apply(pipe, part.recipe, store), device)
     library = library_of(pipe)
-    library.checkpoint = part.checkpoint
     request = replace(part.request, steps=2)
     calls: list[dict[str, list[float]]] = []
     with CompileClock() as clock:
@@ -199,7 +198,6 @@ def steps(part: Part) -> None:
             synchronize(device)
         compile_s[name] = round(compiling.seconds, 3)
     library = library_of(pipe)
-    library.checkpoint = part.checkpoint
     if compile_s[PACKAGES]:
         raise UserError("the packages' pipeline compiled something, which packages should spare")
     part.save(compile_s=compile_s[COMPILED], step_ms=step_ms(part, pipes, clocks))

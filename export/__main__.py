@@ -112,14 +112,19 @@ def run_list(arguments: argparse.Namespace) -> None:
 
 def checked(path: Path) -> Entry:
     entry = of_file(path)
-    check_file(entry, f"delete it and {path.stem}.json, and build it again with `{entry.manifest.built.command}`")
+    check_file(
+        entry, f"delete it and {path.stem}.json, and build it again (it came from `{entry.manifest.built.command}`)"
+    )
     return entry
 
 
 def run_verify(arguments: argparse.Namespace) -> None:
     entry = checked(arguments.file)
     recipe = Recipe.from_dict(entry.manifest.identity.recipe)
-    checkpoint = arguments.checkpoint or entry.manifest.built.checkpoint
+    built_with = entry.manifest.built.checkpoint
+    if arguments.checkpoint is None and built_with not in checkpoints.CHECKPOINTS:
+        raise UsageError(f"{entry.path} was built with weights from {built_with}: say where they lie with --checkpoint")
+    checkpoint = arguments.checkpoint or built_with
     _, library = order.pipeline(checkpoint, recipe, arguments.file.parent, command_line.device(arguments))
     errors = verify.verify(entry, library)
     for error in errors:

@@ -171,10 +171,15 @@ def loader(path: Path, name: str, device_index: int) -> Any:
 
 
 def command_line() -> str:
-    """The command that this process was started with, without the folders of this machine."""
-    program = sys.argv[0] if sys.argv else ""
+    """The command that this process was started with, of absolute paths the last name alone: others will read it."""
+    program, *arguments = sys.argv or [""]
     name = "-m export" if program.endswith("export/__main__.py") else os.path.basename(program)
-    return f"python {name} {shlex.join(sys.argv[1:])}".strip()
+    return f"python {name} {shlex.join(map(_without_folders, arguments))}".strip()
+
+
+def _without_folders(argument: str) -> str:
+    option, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+    return f"{option}{equals}{os.path.basename(os.path.normpath(value)) if os.path.isabs(value) else value}"
 
 
 def _taken_for_given(graph: torch.fx.GraphModule) -> list[str]:

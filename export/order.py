@@ -91,9 +91,7 @@ def pipeline(checkpoint: str, recipe: Recipe, folder: Path, device: torch.device
     pipe = checkpoints.load(checkpoint, torch_dtype(plain), device, progress=False)
     pipe.set_progress_bar_config(disable=True)
     recipes.apply(pipe, plain, PackageStore(folder))
-    library = library_of(pipe)
-    library.checkpoint = checkpoint
-    return pipe, library
+    return pipe, library_of(pipe)
 
 
 def arguments(pipe: DiffusionPipeline, request: Request, takes_image: bool) -> dict:

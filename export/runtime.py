@@ -198,7 +198,8 @@ class Library:
             name = f"{kind}-{content_key(self.identity, components, models)}"
 
             def make(path: Path) -> Manifest:
-                return build.build(path, self.identity, planned, models, self.options, self.checkpoint)
+                checkpoint = checkpoints.public_name(self.checkpoint)
+                return build.build(path, self.identity, planned, models, self.options, checkpoint)
 
             return self.store.write(name, make)
 
@@ -275,7 +276,7 @@ def attach(pipe: DiffusionPipeline, recipe: Recipe, options: dict[str, Any], pac
     """Let packages do the work of `pipe.transformer` and `pipe.vae.decoder`; the pipeline is called as before."""
     pipe.transformer.requires_grad_(False)
     pipe.vae.decoder.requires_grad_(False)
-    library = Library(pipe, recipe, identify(pipe, recipe), options, packages, _checkpoint(pipe))
+    library = Library(pipe, recipe, identify(pipe, recipe), options, packages, checkpoints.name(pipe))
     for region, module in regions.modules(pipe, recipe.compile_scope):
         library.packaged.append(PackagedRegion(region, module, library))
         module.forward = library.packaged[-1]
@@ -304,8 +305,3 @@ def runs_embedded_weights(pipe: DiffusionPipeline) -> bool:
     """Whether some of the pipeline's work is done with weights that a package holds, and not with its own."""
     library = getattr(without_graph(pipe.transformer), "packages", None)
     return library is not None and any(one.embedded for region in library.packaged for one in region.bound.values())
-
-
-def _checkpoint(pipe: DiffusionPipeline) -> str:
-    name = pipe.config.get("_name_or_path") or "CHECKPOINT"
-    return "tiny" if Path(name) == checkpoints.TINY_FOLDER else name

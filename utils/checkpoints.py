@@ -15,7 +15,8 @@ from typing import Any, Literal
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, FluxKontextPipeline, FluxPipeline, FluxTransformer2DModel
 from diffusers.utils import logging as diffusers_logging
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from tqdm import tqdm
 from transformers import CLIPTextModel, T5EncoderModel
 from transformers.utils import logging as transformers_logging
@@ -80,6 +81,8 @@ CHECKPOINTS: dict[str, Defaults] = {
     "random/flux-dev": DEV,
     "random/flux-kontext-dev": KONTEXT,
 }
+UNNAMED = "CHECKPOINT"  # stands for one that nothing is known of
+_NAME = "_checkpoint"  # a pipeline's attribute
 _RANDOM_SEED = 0
 _PARTS: dict[str, Any] = {
     "transformer": FluxTransformer2DModel,
@@ -140,8 +143,29 @@ def load(checkpoint: str, dtype: torch.dtype, device: torch.device, progress: bo
         pipe = random_weights.build(kind, known.guidance > 0, dtype, device, _RANDOM_SEED, TINY_FOLDER)
     else:
         pipe = _from_pretrained(kind, checkpoint, dtype, progress).to(device)
+    setattr(pipe, _NAME, checkpoint)
     pipe.set_progress_bar_config(disable=not progress, desc="denoising")
     return pipe
+
+
+def name(pipe: DiffusionPipeline) -> str:
+    """What a pipeline was loaded from, as `load` takes it.
+
+    Of a pipeline that `load` didn't make: the hub id that diffusers knows, or else `UNNAMED`.
+    """
+    if (loaded := getattr(pipe, _NAME, None)) is not None:
+        return str(loaded)
+    source = str(pipe.config.get("_name_or_path") or UNNAMED)
+    if Path(source) == TINY_FOLDER:
+        return "tiny"
+    return source if _is_hub_id(source) else UNNAMED
+
+
+def public_name(checkpoint: str) -> str:
+    """A checkpoint's name for others to read: of a folder its own, without those that it lies in."""
+    path = Path(checkpoint)
+    is_folder = checkpoint not in CHECKPOINTS and (path.is_absolute() or path.exists())
+    return path.resolve().name if is_folder else checkpoint
 
 
 def folder(checkpoint: str) -> Path:
@@ -156,6 +180,15 @@ def folder(checkpoint: str) -> Path:
         raise UsageError(f"{checkpoint} has no files to read weights from: use a folder or a hub id")
     local = TINY_FOLDER if checkpoint == "tiny" else Path(checkpoint)
     return local if local.exists() else Path(_download(_kind(known), checkpoint))
+
+
+def _is_hub_id(source: str) -> bool:
+    """Whether it reads as owner/name, and is no folder here."""
+    try:
+        validate_repo_id(source)
+    except HFValidationError:
+        return False
+    return "/" in source and not Path(source).exists()
 
 
 def _kind(known: Defaults) -> type[DiffusionPipeline]:

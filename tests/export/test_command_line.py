@@ -9,9 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+from export import order
+from export.card import card
 from export.runtime import Library, PackagedRegion
 from export.store import Entry, PackageStore
+from recipes import Recipe
 from tests.export.conftest import forge, inputs_of_after
 from utils import checkpoints
 from utils.errors import UserError
@@ -171,3 +175,29 @@ def test_package_of_another_version(
     shutil.copy(package.path.with_suffix(".json"), damaged.parent / "fits.json")
     assert [entry.path.name for entry in store.entries()] == ["fits.pt2"]
     assert replace(library, store=store).find(after.region, inputs) is not None
+
+
+@pytest.mark.slow
+def test_a_package_names_no_folder_of_the_machine(
+    export: Callable, tiny_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "packages"
+    program = str(ROOT / "export" / "__main__.py")
+    given = ("build", "--checkpoint", str(tiny_copy), f"--out={folder}", "--resolutions", "64x64")
+    monkeypatch.setattr("sys.argv", [program, *given])
+    _, library = order.pipeline(str(tiny_copy), Recipe(execution="aoti"), folder, torch.device("cpu"))
+    assert library.checkpoint == str(tiny_copy), "as it has to be given here"
+    (after,) = [region for region in library.packaged if region.region.name == "after"]
+    entry, _ = library.build([(after, inputs_of_after())])
+    assert entry.manifest.built.checkpoint == "copy"
+    assert entry.manifest.built.command == (
+        "python -m export build --checkpoint copy --out=packages --resolutions 64x64"
+    )
+    published = card("someone/packages", [Entry(Path(entry.path.name), entry.beside)])
+    for text in (entry.path.with_suffix(".json").read_text(), published):
+        assert str(tmp_path) not in text
+        assert str(ROOT) not in text
+    done = export("verify", entry.path)
+    assert done.error().endswith("was built with weights from copy: say where they lie with --checkpoint")
+    assert done.code == 2
+    assert export("verify", entry.path, "--checkpoint", tiny_copy).code == 0

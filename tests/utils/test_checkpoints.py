@@ -114,6 +114,49 @@ def test_weights_that_lack_a_tensor(tiny_copy: Path, part: str) -> None:
         load(str(tiny_copy), torch.float32, CPU, progress=False)
 
 
+def test_a_pipeline_knows_what_it_was_loaded_from(tiny: Callable, tiny_copy: Path) -> None:
+    assert checkpoints.name(tiny()) == "tiny"
+    assert checkpoints.name(load("random/flux-schnell", torch.bfloat16, META)) == "random/flux-schnell"
+    assert checkpoints.name(load(str(tiny_copy), torch.float32, CPU, progress=False)) == str(tiny_copy)
+
+
+def test_a_hub_id_stays_one(tiny_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the Hub's cache, without a network: not the folder in the cache that the files were read from."""
+    repository = tmp_path / "models--black-forest-labs--FLUX.1-schnell"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    (repository / "snapshots").mkdir()
+    tiny_copy.rename(repository / "snapshots" / ("0" * 40))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    pipe = load("black-forest-labs/FLUX.1-schnell", torch.float32, CPU, progress=False)
+    assert pipe.config["_name_or_path"].startswith(str(tmp_path)), "what diffusers knows"
+    assert (
+        checkpoints.name(pipe) == checkpoints.public_name(checkpoints.name(pipe)) == "black-forest-labs/FLUX.1-schnell"
+    )
+
+
+def test_name_of_a_pipeline_made_otherwise(tiny: Callable, tiny_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = FluxPipeline.from_pretrained(tiny_copy)
+    assert checkpoints.name(pipe) == "CHECKPOINT"
+    assert checkpoints.name(FluxPipeline(**tiny().components)) == "CHECKPOINT"
+    assert checkpoints.name(FluxPipeline.from_pretrained(checkpoints.TINY_FOLDER)) == "tiny"
+    pipe.register_to_config(_name_or_path="someone/flux-of-hers")
+    assert checkpoints.name(pipe) == "someone/flux-of-hers"
+    (tiny_copy.parent / "someone" / "flux-of-hers").mkdir(parents=True)
+    monkeypatch.chdir(tiny_copy.parent)
+    assert checkpoints.name(pipe) == "CHECKPOINT", "a folder here"
+
+
+def test_public_name_of_a_folder(tiny_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for known in CHECKPOINTS:
+        assert checkpoints.public_name(known) == known
+    assert checkpoints.public_name(str(tiny_copy)) == "copy"
+    assert checkpoints.public_name(f"{tiny_copy}/gone") == "gone"
+    monkeypatch.chdir(tiny_copy)
+    assert checkpoints.public_name(".") == checkpoints.public_name("../copy") == "copy"
+
+
 @pytest.mark.parametrize(
     ("name", "transformer"), [("schnell", 11_891_178_560), ("dev", 11_901_408_320), ("kontext-dev", 11_901_408_320)]
 )
