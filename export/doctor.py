@@ -1,6 +1,6 @@
 """Why packages can't be built or run on a machine, in words.
 
-A package of one Linear is compiled, loaded and run in a child process, because what is wrong may well kill it.
+A small package is compiled, loaded and run in a child process, because what is wrong may well kill it.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ import torch
 from utils.errors import one_line
 from utils.files import ROOT
 
-_SECONDS = 300  # for the child: a compiler that takes longer for one Linear hangs
+_SECONDS = 300  # for the child: a compiler that takes longer for so little hangs
 # The child tells of each step once it is done: the last one told is the last one that worked.
-_STEPS = ("exported", "compiled", "loaded", "ran", "right")
+_STEPS = ("compiled", "loaded", "ran", "right")
 
 
 @dataclass(frozen=True)
@@ -40,24 +40,25 @@ class Finding:
 
 
 def examine(device: torch.device) -> list[Finding]:
-    """All findings, the package's own last."""
+    """All findings, the package's own last; without a package's for a CUDA device that isn't there."""
     findings = [_torch(device), *_compiler(), _headers()]
-    return [*findings, _package(device)]
+    there = device.type != "cuda" or torch.cuda.is_available()
+    return [*findings, _package(device)] if there else findings
 
 
 def _torch(device: torch.device) -> Finding:
     found = f"{torch.__version__}, built for CUDA {torch.version.cuda}" if torch.version.cuda else torch.__version__
-    if device.type != "cuda":
-        gpu = shutil.which("nvidia-smi")
-        if gpu is None:
-            return Finding("PyTorch", f"{found}, on the CPU")
-        why = "has no CUDA" if torch.version.cuda is None else "sees none"
-        return Finding(
-            "PyTorch",
-            f"{found}; this machine seems to have a GPU and this PyTorch {why}",
-            "install a build of PyTorch for a CUDA version that the driver supports (nvidia-smi shows it)",
-        )
-    return Finding("PyTorch", f"{found}, on {torch.cuda.get_device_name(device)}")
+    gpu = shutil.which("nvidia-smi") is not None
+    if device.type != "cuda" and (torch.cuda.is_available() or not gpu):
+        return Finding("PyTorch", f"{found}, on the CPU")
+    if torch.cuda.is_available():
+        return Finding("PyTorch", f"{found}, on {torch.cuda.get_device_name(device)}")
+    machine = f"this machine {'seems to have a GPU' if gpu else 'has no nvidia-smi'} and this PyTorch"
+    if torch.version.cuda is None:
+        remedy = "install a build of PyTorch for a CUDA version that the driver supports (nvidia-smi shows it)"
+        return Finding("PyTorch", f"{found}; {machine} has no CUDA", remedy)
+    remedy = "see that nvidia-smi lists the GPU, that its driver supports this CUDA, and what CUDA_VISIBLE_DEVICES says"
+    return Finding("PyTorch", f"{found}; {machine} sees none", remedy)
 
 
 def _compiler() -> list[Finding]:
@@ -103,7 +104,7 @@ def _headers() -> Finding:
 
 
 def _package(device: torch.device) -> Finding:
-    subject = "a package of one layer"
+    subject = "a package of the transformer's last layers"
     with tempfile.TemporaryDirectory() as folder:
         # A compiler's cache of its own: what another compiler has made would hide what this one does wrong.
         environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": f"{folder}/cache"}
@@ -114,17 +115,16 @@ def _package(device: torch.device) -> Finding:
             return Finding(subject, f"was not done after {_SECONDS} s", "see what the compiler is doing")
     done = [step for step in _STEPS if step in child.stdout.split()]
     if child.returncode == 0 and done[-1:] == ["right"]:
-        return Finding(subject, "exported, compiled, loaded, run, and right")
+        return Finding(subject, "compiled, loaded, run, and right")
     failed = _STEPS[len(done)]
-    what = {"exported": "export", "compiled": "compile", "loaded": "load", "ran": "run", "right": "compare"}[failed]
+    what = {"compiled": "compile", "loaded": "load", "ran": "run", "right": "compare"}[failed]
     if child.returncode < 0:
         name = signal.Signals(-child.returncode).name
         how = f"the process died of {name} at the step {what!r}"
     else:
         how = f"the step {what!r} failed ({_error(child.stderr)})"
     remedies = {
-        "exported": "reinstall PyTorch: this needs no compiler",
-        "compiled": "mend the compiler or the CUDA toolkit that the message names",
+        "compiled": "mend what the message names: the compiler, the CUDA toolkit, or else PyTorch",
         "loaded": "the compiler's C++ library or CUDA doesn't go with PyTorch's: set CXX to another g++",
         "ran": "the compiled code doesn't go with this machine or its driver: remove CXXFLAGS and try another g++",
         "right": "the compiled code is wrong here: try another g++, and report it to PyTorch",

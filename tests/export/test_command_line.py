@@ -7,13 +7,14 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from subprocess import run
 
 import pytest
 import torch
 
-from export import order
+from export import checks, doctor_child, order
 from export.card import card
-from export.runtime import Library, PackagedRegion
+from export.runtime import BoundModel, Library, PackagedRegion
 from export.store import Entry, PackageStore
 from recipes import Recipe
 from tests.export.conftest import forge, inputs_of_after
@@ -116,31 +117,101 @@ def test_damaged_file(export: Callable, damaged: Path) -> None:
         assert done.code == 1
 
 
+LAST_LAYERS = "a package of the transformer's last layers"
+
+
+def compiler(tmp_path: Path, more: str) -> str:
+    """The machine's g++ with more arguments where it links."""
+    path = tmp_path / "g++"
+    linking = 'for argument; do [ "$argument" = -shared ] && set -- "$@" $MORE; done'
+    path.write_text(f'#!/bin/sh\nMORE="{more}"\n{linking}\nexec /usr/bin/env g++ "$@"\n')
+    path.chmod(0o755)
+    return str(path)
+
+
 @pytest.mark.slow
 def test_doctor_where_all_is_well(export: Callable) -> None:
     done = export("doctor")
     assert done.code == 0, done.out
-    assert done.out.splitlines()[-1] == "ok    a package of one layer: exported, compiled, loaded, run, and right"
+    assert done.out.splitlines()[-1] == f"ok    {LAST_LAYERS}: compiled, loaded, run, and right"
     assert "WRONG" not in done.out
+
+
+@pytest.mark.slow
+def test_doctors_package_is_one_of_ours(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In this process: compiled, written with its manifest, checked, bound and run by what all packages go through."""
+    doctor_child.main(str(tmp_path), "cpu")
+    assert capfd.readouterr().out.split() == ["compiled", "loaded", "ran", "right"]
+    (entry,) = PackageStore(tmp_path).entries()
+    assert [model.region for model in entry.manifest.models.values()] == ["after"]
+    assert checks.refusal(entry) is None
+    run_right = BoundModel.__call__
+    monkeypatch.setattr(BoundModel, "__call__", lambda self, inputs: run_right(self, inputs) + 1)
+    with pytest.raises(AssertionError):
+        doctor_child.main(str(tmp_path), "cpu")
+    assert capfd.readouterr().out.split() == ["compiled", "loaded", "ran"]
+    entry.path.write_bytes(entry.path.read_bytes()[:-1])
+    with pytest.raises(UserError, match="bytes, its manifest says"):
+        doctor_child.main(str(tmp_path), "cpu")
+    assert capfd.readouterr().out.split() == ["compiled"]
 
 
 @pytest.mark.slow
 def test_doctor_finds_a_compiler_that_links_its_library_statically(
     export: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compiler = tmp_path / "g++"
-    compiler.write_text('#!/bin/sh\nexec /usr/bin/env g++ -static-libstdc++ "$@"\n')
-    compiler.chmod(0o755)
-    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("CXX", compiler(tmp_path, "-static-libstdc++"))
     done = export("doctor")
     assert "links libstdc++ statically, and every package crashes" in done.error()
     assert done.code == 1
 
 
+@pytest.mark.slow
+def test_doctor_finds_a_package_that_dies_when_it_is_loaded(
+    export: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Really: the compiler links something in that ends any process that loads it."""
+    (tmp_path / "dies.c").write_text(
+        "#include <stdlib.h>\n__attribute__((constructor)) static void dies(void) { abort(); }\n"
+    )
+    run(["gcc", "-c", "-fPIC", "-o", tmp_path / "dies.o", tmp_path / "dies.c"], check=True)
+    monkeypatch.setenv("CXX", compiler(tmp_path, str(tmp_path / "dies.o")))
+    done = export("doctor")
+    assert done.out.splitlines()[-1] == (
+        f"WRONG {LAST_LAYERS}: the process died of SIGABRT at the step 'load': the compiler's C++ library or CUDA "
+        "doesn't go with PyTorch's: set CXX to another g++"
+    )
+    assert f"packages don't work here: {LAST_LAYERS}: the process died of SIGABRT" in done.error()
+    assert done.code == 1
+
+
+@pytest.mark.slow
 def test_doctor_without_a_compiler(export: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CXX", str(tmp_path / "none"))
-    assert f"{tmp_path / 'none'} is not there; apt-get install g++" in export("doctor").error()
-    assert os.environ["CXX"] == str(tmp_path / "none")
+    missing = tmp_path / "none"
+    monkeypatch.setenv("CXX", str(missing))
+    done = export("doctor")
+    assert f"{missing} is not there; apt-get install g++" in done.error()
+    of_compiler, of_package = (line for line in done.out.splitlines() if line.startswith("WRONG"))
+    assert of_compiler.startswith(f"WRONG C++ compiler: {missing} is not there: apt-get install g++, or set CXX")
+    assert of_package.startswith(f"WRONG {LAST_LAYERS}: the step 'compile' failed (")
+    assert str(missing) in of_package
+    assert os.environ["CXX"] == str(missing)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here CUDA can be had")
+def test_doctor_asked_for_cuda_that_is_absent(export: Callable) -> None:
+    done = export("doctor", "--device", "cuda")
+    first, *others = done.out.splitlines()
+    assert first.startswith(f"WRONG PyTorch: {torch.__version__}")
+    why = ("has no CUDA", "install a build of PyTorch for a CUDA version that the driver supports")
+    if torch.version.cuda is not None:
+        why = ("sees none", "see that nvidia-smi lists the GPU")
+    assert f"and this PyTorch {why[0]}: {why[1]}" in first
+    assert not any(LAST_LAYERS in line for line in others), "what there is no device for isn't tried"
+    assert "packages don't work here: PyTorch: " in done.error()
+    assert done.code == 1
 
 
 @pytest.mark.slow
