@@ -32,6 +32,7 @@ def parser() -> Parser:
     build.add_argument("--resolutions", help="HEIGHTxWIDTH in pixels, several with commas (default: the checkpoint's)")
     build.add_argument("--batch", default="1", help="images a call, several with commas (default: %(default)s)")
     build.add_argument("--text-lengths", help="T5 tokens, several with commas (default: the checkpoint's)")
+    build.add_argument("--image-size", help="HEIGHTxWIDTH of the image that Kontext edits (default: as drawn)")
     build.add_argument("--out", type=Path, default=default_folder(), help="the folder (default: %(default)s)")
     build.add_argument(
         "--embed-weights", action="store_true", help="put the weights inside, for this checkpoint alone (whole models)"
@@ -73,13 +74,23 @@ def numbers(option: str, text: str) -> tuple[int, ...]:
 
 def resolutions(text: str) -> tuple[tuple[int, int], ...]:
     """Raises UsageError: not HEIGHTxWIDTH with commas between them."""
-    found = []
-    for word in text.split(","):
-        sides = word.split("x")
-        if len(sides) != 2 or not all(side.isdecimal() for side in sides):
-            raise UsageError(f"--resolutions {text}: give HEIGHTxWIDTH, as in 1024x1024,768x1344")
-        found.append((int(sides[0]), int(sides[1])))
-    return tuple(dict.fromkeys(found))
+    found = [_sides(word) for word in text.split(",")]
+    if None in found:
+        raise UsageError(f"--resolutions {text}: give HEIGHTxWIDTH, as in 1024x1024,768x1344")
+    return tuple(dict.fromkeys(sides for sides in found if sides is not None))
+
+
+def image_size(text: str) -> tuple[int, int]:
+    """Raises UsageError: not one HEIGHTxWIDTH."""
+    sides = _sides(text)
+    if sides is None:
+        raise UsageError(f"--image-size {text}: give HEIGHTxWIDTH, as in 768x1344")
+    return sides
+
+
+def _sides(word: str) -> tuple[int, int] | None:
+    sides = word.split("x")
+    return (int(sides[0]), int(sides[1])) if len(sides) == 2 and all(side.isdecimal() for side in sides) else None
 
 
 def run_build(arguments: argparse.Namespace) -> None:
@@ -94,6 +105,7 @@ def run_build(arguments: argparse.Namespace) -> None:
         text_lengths=numbers("text-lengths", arguments.text_lengths or str(known.max_sequence_length)),
         embed_weights=arguments.embed_weights,
         dynamic=arguments.dynamic,
+        image_size=image_size(arguments.image_size) if arguments.image_size else None,
     )
     entry, was_there = order.fill(wanted, arguments.out, device)
     print(f"{line(entry)}{', was there already' if was_there else ''}")

@@ -20,7 +20,7 @@ from utils import checkpoints
 from utils.compile_clock import CompileClock
 from utils.errors import UsageError
 from utils.files import check_target
-from utils.request import Request
+from utils.request import MULTIPLE, Request
 
 _STEPS = 2  # of the pipeline, for each shape: the second one's inputs come from the first
 
@@ -29,7 +29,8 @@ _STEPS = 2  # of the pipeline, for each shape: the second one's inputs come from
 class Order:
     """What a package is to hold. resolutions: height and width in pixels; text_lengths: T5 tokens.
 
-    dynamic: models not of each of these sizes, but for all from the smallest to the largest.
+    dynamic: models not of each of these sizes, but for all from the smallest to the largest. image_size: height and
+    width in pixels of the image that Kontext edits; None: as what is drawn.
     """
 
     checkpoint: str
@@ -39,6 +40,7 @@ class Order:
     text_lengths: tuple[int, ...]
     embed_weights: bool = False
     dynamic: bool = False
+    image_size: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         if self.recipe.execution != "aoti":
@@ -47,6 +49,10 @@ class Order:
             raise UsageError("--embed-weights is for whole models: add compile_scope=whole to the recipe")
         if self.dynamic and len(self.resolutions) * len(self.text_lengths) < 2:
             raise UsageError("--dynamic: give the smallest and the largest size with --resolutions, --text-lengths")
+        if self.image_size is not None and not checkpoints.defaults(self.checkpoint).takes_image:
+            raise UsageError(f"--image-size: {self.checkpoint} takes no image; leave it out")
+        if self.image_size is not None and min(self.image_size) < MULTIPLE:
+            raise UsageError(f"--image-size: give at least {MULTIPLE}x{MULTIPLE}")
 
     def requests(self) -> list[Request]:
         """A request for each shape. Raises UsageError: a resolution that can't be drawn, a text that is too long."""
@@ -68,19 +74,21 @@ def fill(order: Order, folder: Path, device: torch.device) -> tuple[Entry, bool]
     requests = order.requests()
     check_target(folder)
     pipe, library = pipeline(order.checkpoint, order.recipe, folder, device)
-    calls = called(pipe, library, requests)
+    calls = called(pipe, library, requests, order.image_size)
     with CompileClock(progress=True):
         return library.build(calls, order.embed_weights, order.dynamic)
 
 
-def called(pipe: DiffusionPipeline, library: Library, requests: list[Request]) -> list[PackagedCall]:
+def called(
+    pipe: DiffusionPipeline, library: Library, requests: list[Request], image_size: tuple[int, int] | None = None
+) -> list[PackagedCall]:
     """How the pipeline calls what packages stand in for, for these requests: one call of each kind."""
     takes_image = checkpoints.defaults(library.checkpoint).takes_image
     with library.recording() as calls:
         for request in requests:
             tokens = f"{request.max_sequence_length} text tokens"
             print(f"calling {request.height}x{request.width}, batch {request.batch}, {tokens}", file=sys.stderr)
-            pipe(**arguments(pipe, request, takes_image))
+            pipe(**arguments(pipe, request, takes_image, image_size))
     return list(calls.values())
 
 
@@ -94,10 +102,11 @@ def pipeline(checkpoint: str, recipe: Recipe, folder: Path, device: torch.device
     return pipe, library_of(pipe)
 
 
-def arguments(pipe: DiffusionPipeline, request: Request, takes_image: bool) -> dict:
-    """The pipeline call's keyword arguments; to be edited, a blank image of the request's size."""
+def arguments(pipe: DiffusionPipeline, request: Request, takes_image: bool, image_size: tuple[int, int] | None) -> dict:
+    """The pipeline call's keyword arguments; to be edited, a blank image of `image_size`, or the request's."""
     given = request.arguments(pipe)
     if takes_image:
-        blank = Image.new("RGB", (request.width, request.height))
+        height, width = image_size or (request.height, request.width)
+        blank = Image.new("RGB", (width, height))
         given |= {"image": blank, "max_area": request.height * request.width, "_auto_resize": False}
     return given

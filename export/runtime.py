@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -17,11 +16,12 @@ from torch.utils import _pytree as pytree
 
 from export import build, regions, sizes, weights
 from export.build import Call
+from export.build_command import TransformerCall, build_command
 from export.checks import check_file
 from export.manifest import Identity, Manifest, content_key, identify
 from export.regions import Inputs, Key, Region
 from export.store import Entry, PackageStore
-from recipes import hoisting, ladder
+from recipes import hoisting
 from utils import checkpoints
 from utils.errors import UserError
 
@@ -94,7 +94,7 @@ class Library:
 
     identity: what a package must be to fit. options: Inductor's, for packages that have to be built. checkpoint: what
     the pipeline was loaded from, as `--checkpoint` takes it. packaged: all that packages stand in for. recorded: while
-    calls are recorded instead of packages run, the first one of each kind.
+    calls are recorded instead of packages run, the first one of each kind. last_call: of the transformer.
     """
 
     pipe: DiffusionPipeline
@@ -105,6 +105,7 @@ class Library:
     checkpoint: str
     packaged: list[PackagedRegion] = field(default_factory=list)
     recorded: dict[tuple[Region, Key], PackagedCall] | None = None
+    last_call: TransformerCall | None = None
 
     def __post_init__(self) -> None:
         self._whole: set[tuple[Path, str]] = set()  # files that were checked, with their sha256
@@ -130,12 +131,15 @@ class Library:
             UserError: the package was built for something else, it is damaged, or the weights aren't those that it
                 was compiled for.
         """
-        command = self.command(region.region, inputs)
+
+        def command() -> str:
+            return build_command(self, region.region, inputs)
+
         reason = entry.manifest.identity.refusal(self.identity, region.region.component)
         if reason is not None:
-            raise UserError(f"{entry.path} {reason}: build one that fits with `{command}`")
+            raise UserError(f"{entry.path} {reason}: build one that fits with `{command()}`")
         if (entry.path, entry.beside.sha256) not in self._whole:
-            check_file(entry, f"delete it and {entry.path.stem}.json, and build it again with `{command}`")
+            check_file(entry, f"delete it and {entry.path.stem}.json, and build it again with `{command()}`")
             self._whole.add((entry.path, entry.beside.sha256))
         tensors = weights.exported_tensors(region.module)
         device = self.pipe.transformer.device
@@ -143,7 +147,7 @@ class Library:
         if reason is not None:
             raise UserError(
                 f"{entry.path} {reason}: load a checkpoint of the architecture it was built for, or build one for "
-                f"this in another folder with `{command}`"
+                f"this in another folder with `{command()}`"
             )
         return BoundModel(entry, name, tensors, device)
 
@@ -177,7 +181,7 @@ class Library:
         inputs_here = ", ".join(f"{name} {spec.dtype}{list(spec.shape)}" for name, spec in list(wanted.items())[:2])
         raise UserError(
             f"no package in {self.store.folder} has the {region.name} for {inputs_here}{nearest[1]}: build it with "
-            f"`{self.command(region, inputs)}`, or {self.store.to_build}"
+            f"`{build_command(self, region, inputs)}`, or {self.store.to_build}"
         )
 
     def build(
@@ -212,22 +216,6 @@ class Library:
             yield recorded
         finally:
             self.recorded = None
-
-    def command(self, region: Region, inputs: Inputs) -> str:
-        """The command that builds a package for such a call, as far as the call tells."""
-        options = ["--checkpoint", self.checkpoint, "--recipe", ladder.command_line_name(self.recipe)]
-        first = inputs[region.inputs[0]] if region.inputs[0] in inputs else inputs["hidden_states"]
-        scale = self.pipe.vae_scale_factor
-        if region is regions.DECODER:
-            options += ["--resolutions", f"{first.shape[2] * scale}x{first.shape[3] * scale}"]
-        if "img_ids" in inputs:
-            # A token is 2 x 2 latents; those of Kontext's image have another number in the first column.
-            ids = inputs["img_ids"][inputs["img_ids"][:, 0] == 0].amax(dim=0).int().tolist()
-            options += ["--resolutions", "x".join(str((last + 1) * 2 * scale) for last in ids[1:])]
-        if "encoder_hidden_states" in inputs:
-            options += ["--text-lengths", str(inputs["encoder_hidden_states"].shape[1])]
-        options += ["--batch", str(first.shape[0]), "--out", str(self.store.folder)]
-        return f"python -m export build {shlex.join(options)}"
 
 
 class PackagedTransformer:
@@ -277,6 +265,11 @@ def attach(pipe: DiffusionPipeline, recipe: Recipe, options: dict[str, Any], pac
     pipe.transformer.requires_grad_(False)
     pipe.vae.decoder.requires_grad_(False)
     library = Library(pipe, recipe, identify(pipe, recipe), options, packages, checkpoints.name(pipe))
+
+    def note(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        library.last_call = TransformerCall.of(args, kwargs, pipe.vae_scale_factor)
+
+    pipe.transformer.register_forward_pre_hook(note, prepend=True, with_kwargs=True)  # before anything is hoisted
     for region, module in regions.modules(pipe, recipe.compile_scope):
         library.packaged.append(PackagedRegion(region, module, library))
         module.forward = library.packaged[-1]

@@ -41,6 +41,8 @@ def export(main: Callable) -> Callable:
         (("--out", "README.md"), "README.md is not a folder: choose another one"),
         (("--out", "README.md/new"), "README.md is not a folder: choose another one"),
         (("--out", "/proc/new"), "the folder /proc is not writable: choose another one"),
+        (("--image-size", "64"), "--image-size 64: give HEIGHTxWIDTH, as in 768x1344"),
+        (("--image-size", "64x64"), "--image-size: tiny takes no image; leave it out"),
         (("--embed-weights",), "add compile_scope=whole to the recipe"),
         (("--dynamic",), "--dynamic: give the smallest and the largest size"),
     ],

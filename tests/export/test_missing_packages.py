@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import run
 
 import pytest
+import torch
 from PIL import Image
 
 import gen_image
+import recipes
+from export import order, regions
+from export.build_command import build_command
+from export.order import Order
+from export.runtime import library_of
 from export.store import Entry, PackageStore
+from recipes import command_line_name, loop_graph, parse
 from utils import command_line
 from utils.files import ROOT
 
 AOTI = ("--checkpoint", "tiny", "--recipe", "fp32,execution=aoti", "--steps", 1)
 MISSING = "has the before for hidden_states float32[1, 24, 64], encoder_hidden_states float32[1, 64, 256]"
-BUILD = "python -m export build --checkpoint tiny --recipe fp32,execution=aoti --resolutions 64x96 --text-lengths 64"
+EXPORT = "python -m export"
+BUILD = f"{EXPORT} build --checkpoint tiny --recipe fp32,execution=aoti --resolutions 64x96 --text-lengths 64"
 CACHED, BUILDING = "--use-cached-model", "--build-packages"
 
 
@@ -68,6 +78,82 @@ def test_one_that_does_not_fit_is_refused_and_not_built_beside(main: Callable, p
     assert f"({package.path.name} takes hidden_states float32[1, 16, 64] with strides [1024, 64, 1], it comes " in error
     assert f"`{BUILD} --batch 1 --out {folder}`, or add --build-packages" in error
     assert sorted(os.listdir(folder)) == before
+
+
+HOISTED = "hoisted_embeddings=true,modulation=hoisted"
+RECIPES = [
+    "fp32,execution=aoti",
+    f"fp32,execution=aoti,{HOISTED}",
+    f"fp32,execution=aoti,{HOISTED},compile_scope=whole",
+]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(("batch", "loop"), [(1, False), (2, False), (1, True)], ids=["1", "2", "loop"])
+def test_every_region_names_all_sizes(
+    tiny: Callable, draw: Callable, tmp_path: Path, recipe: str, batch: int, loop: bool
+) -> None:
+    """Also where the prompt and the position ids are gone by the time that a region is called."""
+    pipe = tiny()
+    recipes.apply(pipe, parse(recipe), PackageStore(tmp_path))
+    library = library_of(pipe)
+    if loop:
+        loop_graph.OPTIMIZATION.apply(pipe, library.recipe)
+    with library.recording() as calls:
+        draw(pipe, steps=2, batch=batch, width=96, max_sequence_length=32)
+    assert len(calls) == (2 if "whole" in recipe else 5)
+    commands = [build_command(library, region.region, inputs) for region, inputs in calls.values()]
+    named = command_line_name(library.recipe)
+    sizes = f"--resolutions 64x96 --text-lengths 32 --batch {batch}"
+    assert commands == [f"{EXPORT} build --checkpoint tiny --recipe {named} {sizes} --out {tmp_path}"] * len(calls)
+
+
+def test_the_image_that_kontext_edits_has_a_size_of_its_own(main: Callable, kontext: Path, tmp_path: Path) -> None:
+    """And what the named command would build is what the refused call was of."""
+    image, folder = tmp_path / "in.png", tmp_path / "cache"
+    Image.new("RGB", (50, 67)).save(image)
+    size = ("--image", image, "--height", 64, "--width", 96, "--steps", 1, "--cache-dir", folder)
+    run = ("gen_image", "--checkpoint", kontext, "--recipe", RECIPES[1], "--output", tmp_path / "a.png")
+    error = main(*run, *size).error()
+    assert "hidden_states float32[1, 36, 64]" in error, "24 tokens to draw and 12 to edit"
+    assert "--resolutions 64x96 --text-lengths 64 --batch 1 " in error
+    assert f"--out {folder} --image-size 64x48`" in error
+    pipe, library = order.pipeline(str(kontext), parse(RECIPES[1]), folder, torch.device("cpu"))
+    wanted = Order(str(kontext), parse(RECIPES[1]), ((64, 96),), (1,), (64,), image_size=(64, 48))
+    calls = order.called(pipe, library, wanted.requests(), wanted.image_size)
+    assert calls[0][1]["hidden_states"].shape == (1, 36, 64)
+
+
+def test_sizes_of_another_call_are_not_told(tiny: Callable, draw: Callable, tmp_path: Path) -> None:
+    pipe = tiny()
+    recipes.apply(pipe, parse(RECIPES[1]), PackageStore(tmp_path))
+    library = library_of(pipe)
+    with library.recording():
+        draw(pipe)
+    tokens, latents = torch.zeros(1, 24, 64), torch.zeros(1, 16, 8, 12)
+    assert "--resolutions HEIGHTxWIDTH --text-lengths TOKENS --batch 1 " in build_command(
+        library, regions.BEFORE, {"hidden_states": tokens}
+    )
+    assert "--resolutions 64x96 --text-lengths TOKENS --batch 1 " in build_command(
+        library, regions.DECODER, {"sample": latents}
+    )
+
+
+@pytest.mark.slow
+def test_the_command_that_a_refusal_names_builds_what_the_next_run_loads(main: Callable, tmp_path: Path) -> None:
+    cache, output = tmp_path / "cache", tmp_path / "a.png"
+    size = ("--height", 64, "--width", 96, "--cache-dir", cache, "--output", output)
+    run = ("gen_image", "--checkpoint", "tiny", "--recipe", RECIPES[1], "--steps", 1, *size)
+    error = main(*run, CACHED).error()
+    (command,) = re.findall(r"`(.*)`", error)
+    program, *arguments = shlex.split(command.removeprefix(f"{EXPORT} "))
+    assert f"{EXPORT} {shlex.join([program, *arguments])}" == command
+    built = main("export.__main__", program, *arguments)
+    assert built.code == 0, built.err
+    done = main(*run, CACHED)
+    assert done.code == 0, done.err
+    assert "compiling 0.0 s" in done.out
+    assert Image.open(output).size == (96, 64)
 
 
 def test_two_options_that_contradict_each_other(main: Callable, tmp_path: Path) -> None:

@@ -1,0 +1,88 @@
+"""The command that builds a package which a pipeline's call lacks.
+
+The regions see the call's sizes but in part, and nothing of some where prompt and position ids are hoisted out of the
+step. So they are read where all are known: at the transformer's call, before anything is hoisted.
+"""
+
+from __future__ import annotations
+
+import itertools
+import shlex
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from export import regions
+from export.regions import Inputs, Region
+from recipes import hoisting, ladder
+
+if TYPE_CHECKING:
+    from export.runtime import Library
+
+
+@dataclass(frozen=True)
+class TransformerCall:
+    """What the sizes of a pipeline's call are read from. A latent is `pixels` pixels a side, a token 2 x 2 latents.
+
+    img_ids [image tokens, 3]: of each token a mark, row and column; the mark is 0 but for the image that Kontext edits.
+    """
+
+    batch: int
+    image_tokens: int
+    text_tokens: int
+    img_ids: torch.Tensor
+    pixels: int
+
+    @classmethod
+    def of(cls, args: tuple, kwargs: dict[str, Any], pixels: int) -> TransformerCall | None:
+        """None of a call by hand, with what is hoisted already."""
+        named = hoisting.by_name(args, kwargs)
+        text, ids = named.get("encoder_hidden_states"), named.get("img_ids")
+        if text is None or ids is None:
+            return None
+        batch, image_tokens = named["hidden_states"].shape[:2]
+        return cls(batch, image_tokens, text.shape[1], ids, pixels)
+
+    @property
+    def resolution(self) -> str:
+        """HEIGHTxWIDTH in pixels of what is drawn."""
+        return self._extent(self.img_ids[self.img_ids[:, 0] == 0])
+
+    @property
+    def image_size(self) -> str | None:
+        """HEIGHTxWIDTH in pixels of the image to edit, as far as it makes tokens; None without one."""
+        marked = self.img_ids[self.img_ids[:, 0] != 0]
+        return self._extent(marked) if len(marked) else None
+
+    def _extent(self, ids: torch.Tensor) -> str:
+        return "x".join(str((last + 1) * 2 * self.pixels) for last in ids[:, 1:].amax(dim=0).int().tolist())
+
+
+def build_command(library: Library, region: Region, inputs: Inputs) -> str:
+    """`python -m export build ...` for what a region's call needs; in capitals the sizes that aren't known.
+
+    They aren't of a region that is called by hand, and not as the transformer's last call would have it.
+    """
+    call, pixels = library.last_call, library.pipe.vae_scale_factor
+    if region is regions.DECODER:
+        first = inputs["sample"]
+        resolution = f"{first.shape[2] * pixels}x{first.shape[3] * pixels}"
+        known = call is not None and call.resolution == resolution
+    else:
+        first = inputs["hidden_states"]
+        known = call is not None and (call.batch, call.image_tokens) == first.shape[:2]
+        resolution = call.resolution if call is not None and known else "HEIGHTxWIDTH"
+    options = {
+        "--checkpoint": library.checkpoint,
+        "--recipe": ladder.command_line_name(library.recipe),
+        "--resolutions": resolution,
+        "--text-lengths": "TOKENS",
+        "--batch": str(first.shape[0]),
+        "--out": str(library.store.folder),
+    }
+    if call is not None and known:
+        options["--text-lengths"] = str(call.text_tokens)
+        if call.image_size not in (None, resolution):
+            options["--image-size"] = str(call.image_size)
+    return f"python -m export build {shlex.join(itertools.chain(*options.items()))}"
