@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -31,6 +32,8 @@ MANIFEST_RECORD = "extra/manifest.json"
 _COMPRESSED_BELOW = 64 * 2**20  # bytes of a record; weights don't get smaller, and take minutes
 # What the code was made from. The wrapper's source stays: by its name torch 2.11 finds the model's metadata.
 _NOT_LOADED = (".kernel.cpp", ".h", ".o")
+# An absolute path within an argument (--out=/a/b, a job as JSON), its last name as a group.
+_ABSOLUTE = re.compile(r"""(?<![^\s"'=])/(?:[^\s"'/]+/)*([^\s"'/]+)""")
 
 
 @dataclass(frozen=True)
@@ -178,8 +181,9 @@ def command_line() -> str:
 
 
 def _without_folders(argument: str) -> str:
-    option, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
-    return f"{option}{equals}{os.path.basename(os.path.normpath(value)) if os.path.isabs(value) else value}"
+    if os.path.isabs(argument):  # as a whole, for a folder's name may hold spaces
+        return os.path.basename(os.path.normpath(argument))
+    return _ABSOLUTE.sub(r"\1", argument)
 
 
 def _taken_for_given(graph: torch.fx.GraphModule) -> list[str]:

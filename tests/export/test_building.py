@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from export import order
+from export import build, order
 from export.runtime import PackagedRegion
 from export.store import PackageStore
 from recipes import Recipe
@@ -23,7 +24,7 @@ import sys
 from pathlib import Path
 import torch
 from tests.export.conftest import AOTI, CPU, inputs_of_after
-from export import order
+from export import build, order
 _, library = order.pipeline("tiny", AOTI, Path(sys.argv[1]), CPU)
 (after,) = [region for region in library.packaged if region.region.name == "after"]
 print("was there" if library.build([(after, inputs_of_after())])[1] else "built")
@@ -104,3 +105,23 @@ def test_name_belongs_to_recipe_weights_inputs_and_sources(tmp_path: Path, monke
         *(name(change=field) for field in ("torch", "cuda", "arch", "sources", "diffusers", "cudnn_frontend")),
     ]
     assert len({same, *others}) == 1 + len(others)
+
+
+@pytest.mark.parametrize(
+    ("given", "recorded"),
+    [
+        (["--checkpoint", "/home/her name/flux", "--out", "/tmp/c/"], "--checkpoint flux --out c"),
+        (["--out=/tmp/a/c", "--resolutions", "64x64"], "--out=c --resolutions 64x64"),
+        (["--checkpoint", "black-forest-labs/FLUX.1-dev", "--out", "../c/d"], None),
+        (["--prompt", "a cat / a dog, and/or both, see http://a/b"], None),
+        (
+            ['{"folder": "/tmp/a/packages", "command": "python -m x --out /a/b --n 1"}'],
+            """'{"folder": "packages", "command": "python -m x --out b --n 1"}'""",
+        ),
+    ],
+)
+def test_the_recorded_command_names_no_folder_of_the_machine(
+    given: list[str], recorded: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["/home/she/flux-fast/export/__main__.py", "build", *given])
+    assert build.command_line() == f"python -m export build {recorded or shlex.join(given)}"
