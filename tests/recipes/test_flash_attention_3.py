@@ -20,7 +20,7 @@ from recipes.flash_attention_3 import flash_attention_3, flash_attention_3_float
 from utils.errors import UserError
 
 FA3_FP8 = Recipe(attention="fa3_fp8")
-BACKENDS = [Recipe(attention="fa3"), FA3_FP8]
+BACKENDS = [Recipe(dtype="bfloat16", attention="fa3"), FA3_FP8]
 
 
 @pytest.mark.parametrize("recipe", BACKENDS)
