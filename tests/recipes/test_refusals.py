@@ -3,9 +3,8 @@ patched."""
 
 from __future__ import annotations
 
-import importlib.util
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Literal
 
@@ -13,7 +12,7 @@ import pytest
 import torch
 
 import recipes
-from recipes import FirstBlockCache, Recipe, RecipeError, flash_attention_3
+from recipes import FirstBlockCache, Recipe, RecipeError
 from recipes.apply import OPTIMIZATIONS
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
@@ -28,21 +27,6 @@ ABOVE_AN_A100 = {
     "attention=fa3": "9.0 to below 10.0",
     "attention=fa3_fp8": "9.0 to below 10.0",
 }
-
-
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, tuple[int, int]], None]]:
-    """gpu(name, capability): from here on, PyTorch tells of such a GPU, and every package is there."""
-
-    def tell(name: str, capability: tuple[int, int]) -> None:
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-        monkeypatch.setattr(importlib.util, "find_spec", lambda package: object())
-        monkeypatch.setattr(flash_attention_3, "_flash_attn_func", lambda: None)
-        flash_attention_3.loading_error.cache_clear()
-
-    yield tell
-    flash_attention_3.loading_error.cache_clear()
 
 
 def every_value() -> list[Recipe]:
@@ -62,15 +46,15 @@ def every_value() -> list[Recipe]:
     return found
 
 
-def test_all_that_needs_more_than_an_a100_is_known_here(gpu: Callable) -> None:
-    gpu("NVIDIA A100-SXM4-80GB", (8, 0))
+def test_all_that_needs_more_than_an_a100_is_known_here(pretend_gpu: Callable) -> None:
+    pretend_gpu((8, 0), "NVIDIA A100-SXM4-80GB")
     refused = {reason.partition(" needs ")[0] for r in every_value() if (reason := recipes.refusal(r, CUDA))}
     assert refused == set(ABOVE_AN_A100)
 
 
 @pytest.mark.parametrize("change", ABOVE_AN_A100)
-def test_words_on_an_a100(gpu: Callable, change: str) -> None:
-    gpu("NVIDIA A100-SXM4-80GB", (8, 0))
+def test_words_on_an_a100(pretend_gpu: Callable, change: str) -> None:
+    pretend_gpu((8, 0), "NVIDIA A100-SXM4-80GB")
     asked = recipes.parse(f"bf16,{change}".replace("True", "true"))
     with pytest.raises(RecipeError) as raised:
         recipes.check(asked, CUDA)
@@ -81,8 +65,8 @@ def test_words_on_an_a100(gpu: Callable, change: str) -> None:
 
 
 @pytest.mark.parametrize("name", recipes.named())
-def test_what_is_named_instead_of_a_rung_runs(gpu: Callable, name: str) -> None:
-    gpu("NVIDIA A100-SXM4-80GB", (8, 0))
+def test_what_is_named_instead_of_a_rung_runs(pretend_gpu: Callable, name: str) -> None:
+    pretend_gpu((8, 0), "NVIDIA A100-SXM4-80GB")
     rung = recipes.named()[name]
     lossy = not recipes.is_lossless(rung)  # the ladder's lossy rungs are those in float8
     assert (recipes.refusal(rung, CUDA) is not None) == lossy
@@ -97,8 +81,8 @@ def test_what_is_named_instead_of_a_rung_runs(gpu: Callable, name: str) -> None:
 
 
 @pytest.mark.parametrize("attention", ["fa3", "fa3_fp8"])
-def test_flash_attention_3_is_for_hopper_alone(gpu: Callable, attention: str) -> None:
-    gpu("NVIDIA B200", (10, 0))
+def test_flash_attention_3_is_for_hopper_alone(pretend_gpu: Callable, attention: str) -> None:
+    pretend_gpu((10, 0), "NVIDIA B200")
     words = (
         rf"attention={attention} needs compute capability 9\.0 to below 10\.0, NVIDIA B200 has 10\.0; .*--recipe bf16$"
     )
@@ -110,8 +94,8 @@ NOT_IN_FLOAT32 = ["attention=cudnn", "attention=fa3", "quantization=float8_per_r
 
 
 @pytest.mark.parametrize("change", NOT_IN_FLOAT32)
-def test_float32_where_the_kernels_take_none(gpu: Callable, change: str) -> None:
-    gpu("NVIDIA H100 80GB HBM3", (9, 0))
+def test_float32_where_the_kernels_take_none(pretend_gpu: Callable, change: str) -> None:
+    pretend_gpu((9, 0), "NVIDIA H100 80GB HBM3")
     text = change.replace("True", "true")
     with pytest.raises(RecipeError) as raised:
         recipes.check(recipes.parse(f"fp32,{text}"), CUDA)
@@ -123,8 +107,8 @@ def test_float32_where_the_kernels_take_none(gpu: Callable, change: str) -> None
         recipes.check(recipes.parse(f"fp32,{text}"), CPU)
 
 
-def test_float32_is_refused_nowhere_else(gpu: Callable) -> None:
-    gpu("NVIDIA H100 80GB HBM3", (9, 0))
+def test_float32_is_refused_nowhere_else(pretend_gpu: Callable) -> None:
+    pretend_gpu((9, 0), "NVIDIA H100 80GB HBM3")
     refused = set()
     for recipe in every_value():
         if recipe.dtype == "bfloat16" and not recipe.fused_kernels:  # which is refused by the recipe itself

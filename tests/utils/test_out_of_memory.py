@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -27,18 +26,6 @@ def run_out(*_: object, **__: object) -> None:
     raise torch.OutOfMemoryError(EMPTY)
 
 
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[tuple[int, int]], None]:
-    """gpu(capability): from here on, PyTorch tells of such a GPU, and every package is there."""
-
-    def tell(capability: tuple[int, int]) -> None:
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
-        monkeypatch.setattr(importlib.util, "find_spec", lambda package: object())
-
-    return tell
-
-
 @pytest.mark.parametrize(
     ("recipe", "capability", "words"),
     [
@@ -55,8 +42,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[tuple[int, int]], None]:
         (LEAST, (9, 0), None),
     ],
 )
-def test_what_a_recipe_has_not_yet(gpu: Callable, recipe: Recipe, capability: tuple, words: str | None) -> None:
-    gpu(capability)
+def test_what_a_recipe_has_not_yet(pretend_gpu: Callable, recipe: Recipe, capability: tuple, words: str | None) -> None:
+    pretend_gpu(capability)
     assert recipes.saving_memory(recipe, CUDA) == words
 
 
