@@ -1,6 +1,6 @@
 """Recipes: what to optimize and how. `apply(pipe, recipe)` puts one into effect on a diffusers Flux pipeline."""
 
-from recipes.apply import applied, apply, check, fastest, is_lossless, nearest, not_timed, refusal
+from recipes.apply import applied, apply, check, fastest, is_lossless, nearest, not_timed, refusal, saving_memory
 from recipes.ladder import LADDER, Rung, climb, command_line_name, named, parse
 from recipes.recipe import FirstBlockCache, InductorFlags, Recipe, RecipeError
 
@@ -23,4 +23,5 @@ __all__ = [
     "not_timed",
     "parse",
     "refusal",
+    "saving_memory",
 ]

@@ -46,9 +46,14 @@ def _check_shapes(linears: dict[str, nn.Linear]) -> None:
 
 
 def needs(quantization: str) -> Needs:
-    """Before PyTorch 2.12 a CPU's torch._scaled_mm takes one scale for all rows."""
-    torch_on_cpu = (2, 12) if quantization == "float8_per_row" else (2, 11)
-    return Needs(capability=(8, 9), torch_on_cpu=torch_on_cpu, packages=("torchao",))
+    """A scale a row asks more of torch._scaled_mm than one for all rows, which any CPU and any dtype can have.
+
+    Before PyTorch 2.12 a CPU can't have it. On a GPU the result is bfloat16: CUTLASS's kernel gives nothing else, and
+    cuBLAS's, from CUDA 12.9 on, takes scales a row on compute capability 9.0 alone (native/cuda/ScaledBlas.cpp).
+    """
+    if quantization == "float8_per_tensor":
+        return Needs(capability=(8, 9), packages=("torchao",))
+    return Needs(capability=(8, 9), dtype_on_cuda="bfloat16", torch_on_cpu=(2, 12), packages=("torchao",))
 
 
 def not_timed(device: torch.device) -> str | None:

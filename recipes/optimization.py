@@ -20,20 +20,22 @@ from recipes.recipe import Recipe, default
 class Needs:
     """What must be there: a kind of device, a CUDA compute capability (at least, and below), packages, a compiler.
 
-    torch_on_cpu: the PyTorch that a CPU needs, at least. One of `packages` is enough. loading_error(): why what they
-    load can't be had, in one line; asked last.
+    dtype_on_cuda: the recipe's dtype that the kernels on a GPU take, where they don't take both. torch_on_cpu: the
+    PyTorch that a CPU needs, at least. One of `packages` is enough. loading_error(): why what they load can't be had,
+    in one line; asked last.
     """
 
     device: str | None = None
     capability: tuple[int, int] | None = None
     capability_below: tuple[int, int] | None = None
+    dtype_on_cuda: str | None = None
     torch_on_cpu: tuple[int, int] = (2, 11)
     packages: tuple[str, ...] = ()
     compiler: bool = False
     loading_error: Callable[[], str | None] = lambda: None
 
-    def missing(self, device: torch.device) -> str | None:
-        """What `device` and this Python lack, in words; None when nothing is missing."""
+    def missing(self, device: torch.device, dtype: str) -> str | None:
+        """What `device`, this Python and a recipe of `dtype` lack, in words; None when nothing is missing."""
         if self.device is not None and device.type != self.device:
             return f"needs a {self.device} device, this is {device.type}"
         if self.capability is not None and device.type == "cuda":
@@ -43,6 +45,8 @@ class Needs:
                 wanted += f" to below {_dotted(self.capability_below)}" if self.capability_below else ""
                 name = torch.cuda.get_device_name(device)
                 return f"needs compute capability {wanted}, {name} has {_dotted(have)}"
+        if self.dtype_on_cuda not in (None, dtype) and device.type == "cuda":
+            return f"needs dtype={self.dtype_on_cuda} on a GPU, this is {dtype}"
         if device.type == "cpu" and TorchVersion(torch.__version__) < _dotted(self.torch_on_cpu):
             return f"needs PyTorch {_dotted(self.torch_on_cpu)} or newer on a CPU, this is {torch.__version__}"
         if self.packages and not any(importlib.util.find_spec(package) for package in self.packages):
@@ -76,7 +80,7 @@ class Optimization:
 
     def refusal(self, recipe: Recipe, device: torch.device) -> str | None:
         """Why this recipe's value of the field can't be applied on `device`; None if it can."""
-        reason = self.needs(recipe).missing(device) if self.requested(recipe) else None
+        reason = self.needs(recipe).missing(device, recipe.dtype) if self.requested(recipe) else None
         return f"{self.field}={getattr(recipe, self.field)} {reason}" if reason else None
 
 

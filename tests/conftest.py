@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import os
 import re
@@ -21,6 +22,7 @@ import torch
 from diffusers import DiffusionPipeline
 from transformers import CLIPTextConfig, T5Config
 
+from recipes import flash_attention_3
 from utils import checkpoints, random_weights
 from utils.files import ROOT
 from utils.relative_error import relative_error
@@ -109,6 +111,21 @@ def _waiting_is_an_error() -> Iterator[None]:
 def waiting_is_an_error() -> Callable[[], AbstractContextManager]:
     """with waiting_is_an_error(): PyTorch raises where the host would wait for the GPU."""
     return _waiting_is_an_error
+
+
+@pytest.fixture
+def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """pretend_gpu((8, 0), name): from here on recipes are told of such a GPU, with every package and kernel there."""
+
+    def tell(capability: tuple[int, int], name: str = "a GPU") -> None:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+        monkeypatch.setattr(importlib.util, "find_spec", lambda package: object())
+        monkeypatch.setattr(flash_attention_3, "_flash_attn_func", lambda: None)
+        flash_attention_3.loading_error.cache_clear()
+
+    yield tell
+    flash_attention_3.loading_error.cache_clear()
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,7 @@ from transformers import CLIPTextModel, T5EncoderModel
 from transformers.utils import logging as transformers_logging
 
 from utils import random_weights
-from utils.errors import UsageError, UserError, is_out_of_memory, one_line
+from utils.errors import UsageError, UserError, advising, is_out_of_memory, one_line
 from utils.files import ROOT
 from utils.quiet import quiet
 
@@ -136,13 +136,15 @@ def load(checkpoint: str, dtype: torch.dtype, device: torch.device, progress: bo
     Raises:
         UsageError: unknown checkpoint, or a gated one without a token.
         UserError: it could not be downloaded, or weights are missing or damaged.
+        OutOfMemoryError: the weights don't fit.
     """
     known = defaults(checkpoint)
     kind = _kind(known)
-    if is_random(checkpoint):
-        pipe = random_weights.build(kind, known.guidance > 0, dtype, device, _RANDOM_SEED, TINY_FOLDER)
-    else:
-        pipe = _from_pretrained(kind, checkpoint, dtype, progress).to(device)
+    with advising("while loading", lambda: _saving_memory(dtype)):
+        if is_random(checkpoint):
+            pipe = random_weights.build(kind, known.guidance > 0, dtype, device, _RANDOM_SEED, TINY_FOLDER)
+        else:
+            pipe = _from_pretrained(kind, checkpoint, dtype, progress).to(device)
     setattr(pipe, _NAME, checkpoint)
     pipe.set_progress_bar_config(disable=not progress, desc="denoising")
     return pipe
@@ -166,6 +168,13 @@ def public_name(checkpoint: str) -> str:
     path = Path(checkpoint)
     is_folder = checkpoint not in CHECKPOINTS and (path.is_absolute() or path.exists())
     return path.resolve().name if is_folder else checkpoint
+
+
+def _saving_memory(dtype: torch.dtype) -> str:
+    """What helps where the weights don't fit: a recipe's other fields act on weights that were loaded."""
+    if dtype == torch.float32:
+        return "use a recipe with dtype=bfloat16"
+    return "all weights are loaded before a recipe makes them smaller: use a device with more memory free"
 
 
 def folder(checkpoint: str) -> Path:

@@ -7,7 +7,8 @@ import difflib
 import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 from tqdm import tqdm
@@ -23,6 +24,10 @@ class UsageError(UserError):
     """What was asked for is wrong or can't be had here."""
 
     exit_code = 2
+
+
+class OutOfMemoryError(UserError):
+    """Memory ran out; the message has the peak, where the device knows it, and what would lower it."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -60,7 +65,7 @@ def run_command(main: Callable[[], None], debug: bool) -> None:
         if isinstance(error, UserError):
             _fail(str(error), error.exit_code)
         if is_out_of_memory(error):
-            _fail(out_of_memory(), 1)
+            _fail(f"out of memory{_peak()} (--debug shows where)", 1)
         _fail(f"{type(error).__name__}: {one_line(error)} (--debug shows the traceback)", 1)
 
 
@@ -68,21 +73,30 @@ def is_out_of_memory(error: BaseException) -> bool:
     """PyTorch has no class of its own for a CPU allocation that fails. It is asked only where it was imported."""
     torch = sys.modules.get("torch")
     on_device = torch is not None and isinstance(error, torch.OutOfMemoryError)
-    return on_device or isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
+    return on_device or isinstance(error, (MemoryError, OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
 
 
-def out_of_memory() -> str:
-    """What to do when memory ran out, with the peak where the device knows it."""
+@contextmanager
+def advising(moment: str, advice: Callable[[], str]) -> Iterator[None]:
+    """Where memory runs out in the body, say so with the peak, the moment ("while loading") and `advice()`.
+
+    Raises:
+        OutOfMemoryError: memory ran out. What other bodies inside this one said of it stays.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error) or isinstance(error, OutOfMemoryError):
+            raise
+        raise OutOfMemoryError(f"out of memory {moment}{_peak()}: {advice()}") from error
+
+
+def _peak() -> str:
+    """What PyTorch held of the GPU at most, in parentheses; nothing where there is none."""
     torch = sys.modules.get("torch")
-    if torch is None:
-        return "out of memory"
-    peak = ""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        peak = f" (peak {torch.cuda.max_memory_reserved() / 2**30:.1f} GiB on {torch.cuda.get_device_name()})"
-    return (
-        f"out of memory{peak}: use a smaller --batch, --height and --width, "
-        "or a recipe with dtype=bfloat16, quantization=float8_per_row or modulation=offloaded"
-    )
+    if torch is None or not (torch.cuda.is_available() and torch.cuda.is_initialized()):
+        return ""
+    return f" (peak {torch.cuda.max_memory_reserved() / 2**30:.1f} GiB on {torch.cuda.get_device_name()})"
 
 
 def _fail(message: str, code: int) -> None:

@@ -13,7 +13,8 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image, ImageOps
 
-from utils.errors import UsageError
+import recipes
+from utils.errors import UsageError, advising
 from utils.quiet import quiet
 
 MULTIPLE = 16  # pixels: 8 by the VAE, 2 by the packing of latents into tokens
@@ -95,8 +96,23 @@ class Request:
         return arguments
 
     def run(self, pipe: DiffusionPipeline) -> list[Image.Image]:
-        with quiet():  # of tokens that were cut, `warn_of_cut_tokens` tells in a line
+        """
+        Raises:
+            OutOfMemoryError: memory ran out, in a call of this size and by the recipe that was applied to `pipe`.
+        """
+        # Of tokens that were cut, `warn_of_cut_tokens` tells in a line.
+        with quiet(), advising("while drawing", lambda: self._saving_memory(pipe)):
             return pipe(**self.arguments(pipe)).images
+
+    def _saving_memory(self, pipe: DiffusionPipeline) -> str:
+        """What of this request, and of the recipe, lowers the memory that it takes."""
+        options = ["--batch"] if self.batch > 1 else []
+        options += [f"--{name}" for name in ("height", "width") if getattr(self, name) > MULTIPLE]
+        recipe = recipes.applied(pipe)
+        ways = [f"a smaller {' or '.join(options)}"] if options else []
+        if recipe is not None and (saving := recipes.saving_memory(recipe, pipe.device)):
+            ways.append(saving)
+        return f"use {', or '.join(ways) or 'a device with more memory free'}"
 
 
 def noise(pipe: DiffusionPipeline, height: int, width: int, seeds: Sequence[int]) -> torch.Tensor:

@@ -11,7 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import recipes
 from recipes import Recipe, attention, float8_heads
 from recipes.attention_backends import FLOAT8, backend
-from recipes.cudnn_attention import cudnn_fp8
+from recipes.cudnn_attention import cudnn_attention_float8, cudnn_fp8
+from tests.recipes import cudnn_in_pytorch
 
 NAMES = ["native", "cudnn", "fa3", "fa3_fp8", "cudnn_fp8", "triton_fp8"]
 # Rounding query, key, value and probabilities to 3 bits of mantissa, on inputs like those of the model.
@@ -69,6 +70,18 @@ def test_cudnn_fp8_traces_without_a_gpu() -> None:
         out = cudnn_fp8(query, query, query)
     assert out.shape == query.shape
     assert out.dtype == torch.bfloat16
+
+
+def test_cudnn_fp8_op_meets_torch_librarys_contract() -> None:
+    """With the op in plain PyTorch where a GPU's would be; what else opcheck has does arithmetic with float8."""
+    given = (float8_heads.to_float8(x, per_head=False)[0] for x in inputs(torch.device("cpu"), tokens=7))
+    with torch.library._scoped_library("flux_fast", "IMPL") as implementation:
+        implementation.impl("cudnn_attention_float8", cudnn_in_pytorch.cudnn_attention_float8, "CPU")
+        torch.library.opcheck(
+            cudnn_attention_float8,
+            (*given, torch.ones(6, 4)),
+            test_utils=("test_faketensor", "test_aot_dispatch_static"),
+        )
 
 
 @pytest.mark.gpu

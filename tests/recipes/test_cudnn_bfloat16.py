@@ -77,7 +77,10 @@ def test_other_layouts_give_the_same(kernel: Kernel) -> None:
 
 
 def test_op_meets_torch_librarys_contract(kernel: Kernel) -> None:
-    torch.library.opcheck(cudnn_attention, parts(), test_utils=("test_schema", "test_faketensor"))
+    utils = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
+    torch.library.opcheck(cudnn_attention, parts(), test_utils=utils)
+    asked = tuple(x.clone().requires_grad_() for x in parts())
+    torch.library.opcheck(cudnn_attention, asked, test_utils="test_autograd_registration")
 
 
 def test_compiled_graph_calls_it(kernel: Kernel) -> None:

@@ -20,7 +20,7 @@ from recipes.flash_attention_3 import flash_attention_3, flash_attention_3_float
 from utils.errors import UserError
 
 FA3_FP8 = Recipe(attention="fa3_fp8")
-BACKENDS = [Recipe(attention="fa3"), FA3_FP8]
+BACKENDS = [Recipe(dtype="bfloat16", attention="fa3"), FA3_FP8]
 
 
 @pytest.mark.parametrize("recipe", BACKENDS)
@@ -223,10 +223,14 @@ def test_hub_kernel_is_taken_where_there_is_no_module(kernel: list, monkeypatch:
 
 def test_ops_meet_torch_librarys_contract(kernel: list) -> None:
     q, k, v = (torch.randn(2, 6, 2, 16, dtype=torch.bfloat16) for _ in range(3))
-    torch.library.opcheck(flash_attention_3, (q, k, v), test_utils=("test_schema", "test_faketensor"))
+    utils = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
+    torch.library.opcheck(flash_attention_3, (q, k, v), test_utils=utils)
+    asked = tuple(x.clone().requires_grad_() for x in (q, k, v))
+    torch.library.opcheck(flash_attention_3, asked, test_utils="test_autograd_registration")
     quantized = [x.to(torch.float8_e4m3fn) for x in (q, k, v)]
     inputs = (*quantized, torch.ones(3, 2, 2))
-    torch.library.opcheck(flash_attention_3_float8, inputs, test_utils="test_faketensor")  # the other multiplies float8
+    # The others do arithmetic with float8.
+    torch.library.opcheck(flash_attention_3_float8, inputs, test_utils=("test_faketensor", "test_aot_dispatch_static"))
 
 
 def test_whole_pipeline_draws(tiny: Callable, draw: Callable, kernel: list) -> None:

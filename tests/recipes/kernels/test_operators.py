@@ -1,0 +1,178 @@
+"""Every custom operator against torch.library's contract, by its own `opcheck`: nothing is mutated, the fake kernel
+gives what the real one does, autograd is registered where it belongs, and AOTAutograd traces it. On a CPU the fake
+kernels; the operators that aren't Triton's have such tests beside theirs, with stand-ins for the libraries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+pytest.importorskip("triton", reason="needs the package triton, which isn't installed")
+
+import recipes
+from recipes import Recipe, cudnn_attention, cudnn_bfloat16, flash_attention_3
+from recipes.float8_heads import to_float8, tokens_innermost
+from recipes.kernels import adaln, attention, cast, gelu, group_norm, qkv, residual
+
+BATCH, TEXT, IMAGE, HEADS, HEAD_DIM = 2, 3, 5, 2, 32
+DIM = HEADS * HEAD_DIM
+EPS = 1e-6
+NAMESPACE = "flux_fast::"
+
+
+class Inputs:
+    """Random tensors on a device, bfloat16 if not said otherwise."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.random = device, torch.Generator().manual_seed(0)
+
+    def normal(self, *shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.randn(*shape, generator=self.random).to(self.device, dtype)
+
+    def streams(self, *shape: int) -> tuple[Tensor, Tensor]:
+        """Image and text tokens [batch, tokens, *shape], views of one tensor as a single block gets them."""
+        joint = self.normal(BATCH, TEXT + IMAGE, *shape)
+        return joint[:, TEXT:], joint[:, :TEXT]
+
+    def rows(self, parts: int) -> tuple[Tensor, ...]:
+        """[batch, dim] each, parts of one Linear's output."""
+        return self.normal(BATCH, parts * DIM).chunk(parts, dim=1)
+
+    def heads(self, head_dim: int = HEAD_DIM) -> tuple[Tensor, ...]:
+        """Query, key and value [batch, tokens, heads, head_dim], parts of one tensor."""
+        return self.normal(BATCH, TEXT + IMAGE, 3, HEADS, head_dim).unbind(2)
+
+    def float8_heads(self, head_dim: int = HEAD_DIM, per_head: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`heads` in float8, and their descales [3, batch, heads]."""
+        (q, a), (k, b), (v, c) = (to_float8(x, per_head) for x in self.heads(head_dim))
+        return q, k, v, torch.stack([a, b, c])
+
+    def norm_and_rotary(self) -> tuple[Tensor, ...]:
+        """The norms' four weights [head_dim], and cosines and sines [tokens, head_dim] float32."""
+        angles = self.normal(TEXT + IMAGE, HEAD_DIM // 2, dtype=torch.float32).repeat_interleave(2, dim=1)
+        return *self.normal(4, HEAD_DIM).unbind(0), angles.cos(), angles.sin()
+
+
+def attention_arguments(x: Inputs) -> tuple:
+    q, k, v, descales = x.float8_heads()
+    return q, k, tokens_innermost(v), descales
+
+
+def cudnn_float8_arguments(x: Inputs) -> tuple:
+    q, k, v, descales = x.float8_heads(128, per_head=False)
+    a, b, c = descales[:, 0, 0].unbind(0)
+    one = torch.full_like(a, 256.0)
+    return q, k, v, torch.stack([a, b, c, 1 / one, one, 1 / c])[:, None].expand(-1, 4).contiguous()
+
+
+@dataclass(frozen=True)
+class Case:
+    """An operator, and arguments of it. attention: the recipe's, where the operator is part of that."""
+
+    operator: Callable
+    arguments: Callable[[Inputs], tuple]
+    attention: str = "native"
+
+
+CASES = {
+    "adaln": Case(adaln.adaln, lambda x: (*x.streams(DIM), *x.rows(2), EPS)),
+    "adaln_float8": Case(adaln.adaln_float8, lambda x: (*x.streams(DIM), *x.rows(2), EPS)),
+    "attention_float8": Case(attention.attention_float8, attention_arguments, "triton_fp8"),
+    "concat_gelu": Case(gelu.concat_gelu, lambda x: x.streams(DIM)[:1] + x.streams(2 * DIM)[:1]),
+    "concat_gelu_float8": Case(gelu.concat_gelu_float8, lambda x: x.streams(DIM)[:1] + x.streams(2 * DIM)[:1]),
+    "gelu_float8": Case(gelu.gelu_float8, lambda x: x.streams(DIM)[:1]),
+    "gated_residual": Case(
+        residual.gated_residual, lambda x: (x.normal(BATCH, TEXT + IMAGE, DIM), *x.rows(1), *x.streams(DIM))
+    ),
+    "gated_residual_adaln": Case(
+        residual.gated_residual_adaln,
+        lambda x: (x.streams(DIM)[0], *x.rows(1), x.streams(DIM)[0], *x.rows(2), EPS),
+    ),
+    "gated_residual_adaln_float8": Case(
+        residual.gated_residual_adaln_float8,
+        lambda x: (x.streams(DIM)[0], *x.rows(1), x.streams(DIM)[0], *x.rows(2), EPS),
+    ),
+    "group_norm": Case(
+        group_norm.group_norm,
+        lambda x: (
+            x.normal(BATCH, 32, 6, 4).contiguous(memory_format=torch.channels_last),
+            *x.normal(2, 32),
+            8,
+            EPS,
+            True,
+        ),
+    ),
+    "qk_norm_rotary": Case(qkv.qk_norm_rotary, lambda x: (*x.streams(3, HEADS, HEAD_DIM), *x.norm_and_rotary(), EPS)),
+    "qkv_norm_rotary_float8": Case(
+        qkv.qkv_norm_rotary_float8,
+        lambda x: (*x.streams(3, HEADS, HEAD_DIM), *x.norm_and_rotary(), EPS, True, True),
+    ),
+    "rows_float8": Case(cast.rows_float8, lambda x: x.streams(DIM)[:1]),
+    "cudnn_attention": Case(cudnn_bfloat16.cudnn_attention, lambda x: x.heads(128), "cudnn"),
+    "cudnn_attention_float8": Case(cudnn_attention.cudnn_attention_float8, cudnn_float8_arguments, "cudnn_fp8"),
+    "flash_attention_3": Case(flash_attention_3.flash_attention_3, lambda x: x.heads(128), "fa3"),
+    "flash_attention_3_float8": Case(
+        flash_attention_3.flash_attention_3_float8, lambda x: x.float8_heads(128), "fa3_fp8"
+    ),
+}
+
+
+def test_every_operator_is_here() -> None:
+    known = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith(NAMESPACE)}
+    assert known == {NAMESPACE + name for name in CASES}
+
+
+def is_float8(x: object) -> bool:
+    return isinstance(x, Tensor) and x.dtype == torch.float8_e4m3fn
+
+
+def check(case: Case, device: torch.device) -> None:
+    arguments = case.arguments(Inputs(device))
+    torch.library.opcheck(case.operator, arguments, test_utils=("test_faketensor", "test_aot_dispatch_static"))
+    if not any(map(is_float8, arguments)):
+        torch.library.opcheck(case.operator, arguments, test_utils="test_schema")
+        first, *others = arguments
+        asked = (first.detach().clone().requires_grad_(), *others)
+        torch.library.opcheck(case.operator, asked, test_utils="test_autograd_registration")
+        return
+    # opcheck does arithmetic with what may have been mutated, and needs a gradient: float8 has neither.
+    before = [x.view(torch.uint8).clone() if is_float8(x) else x.clone() for x in arguments]
+    results = case.operator(*arguments)
+    for x, kept in zip(arguments, before, strict=True):
+        assert torch.equal(x.view(torch.uint8) if is_float8(x) else x, kept)
+    assert_no_alias(results, arguments)
+
+
+def assert_no_alias(results: Tensor | tuple[Tensor, ...], arguments: tuple) -> None:
+    given = [x.untyped_storage()._cdata for x in arguments if isinstance(x, Tensor)]
+    for result in results if isinstance(results, tuple) else (results,):
+        assert result.untyped_storage()._cdata not in given
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CASES)
+def test_meets_torch_librarys_contract(name: str) -> None:
+    case, device = CASES[name], torch.device("cuda")
+    needed = Recipe(dtype="bfloat16", attention=case.attention)
+    if refusal := recipes.refusal(needed, device):
+        pytest.skip(refusal)
+    check(case, device)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_fake_kernel(name: str) -> None:
+    """As torch.compile and torch.export call it: tensors without values, which no real kernel could take."""
+    case = CASES[name]
+    with FakeTensorMode():
+        given = case.arguments(Inputs(torch.device("cpu")))
+        results = case.operator(*given)
+    for result in results if isinstance(results, tuple) else (results,):
+        assert isinstance(result, FakeTensor)
+        assert result.dtype in (torch.bfloat16, torch.float8_e4m3fn, torch.float32)
+    assert_no_alias(results, given)
