@@ -3,6 +3,7 @@ patched."""
 
 from __future__ import annotations
 
+import shlex
 import typing
 from collections.abc import Callable
 from dataclasses import replace
@@ -74,7 +75,8 @@ def test_what_is_named_instead_of_a_rung_runs(pretend_gpu: Callable, name: str) 
         return
     with pytest.raises(RecipeError, match=r"needs compute capability .*, NVIDIA A100.* has 8\.0; ") as raised:
         recipes.check(rung, CUDA)
-    instead = recipes.parse(str(raised.value).partition("--recipe ")[2])
+    (text,) = shlex.split(str(raised.value).partition("--recipe ")[2])
+    instead = recipes.parse(text)
     recipes.check(instead, CUDA)
     kept = set(rung.differences(Recipe())) - {"attention", "quantization", "float8_text_encoder"}
     assert set(instead.differences(Recipe())) == kept, "all else is as it was asked for"
