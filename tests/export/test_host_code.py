@@ -14,7 +14,8 @@ from export.host_code import portable
 from export.manifest import cpu_arch
 from export.regions import AFTER
 
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+pytestmark = pytest.mark.slow  # both compile
+CUDA = torch.device("cuda")
 
 
 @pytest.fixture
