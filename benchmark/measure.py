@@ -69,19 +69,16 @@ def measure(job: Job) -> dict[str, Any]:
     apply_s = time.perf_counter() - loaded
     start_s = 0.0
 
-    def warming(number: int) -> None:
-        nonlocal start_s
-        call(fresh(prompts.WARM_UP + number))
-        synchronize(device)
-        start_s = start_s or time.perf_counter() - loaded
-
     with CompileClock(progress=True) as clock, tqdm(desc=f"{job.name}: warm-up", unit=" calls", delay=60) as bar:
 
-        def warming_shown(number: int) -> None:
-            warming(number)
+        def warming(number: int) -> None:
+            nonlocal start_s
+            call(fresh(prompts.WARM_UP + number))
+            synchronize(device)
+            start_s = start_s or time.perf_counter() - loaded
             bar.update()
 
-        warm = warm_up(warming_shown, device)
+        warm = warm_up(warming, device)
     before = environment.device_state(device)
     bar = tqdm(range(job.runs), desc=job.name, unit=" runs")
     latencies = [timed(partial(call, fresh(number)), device) for number in bar]
