@@ -37,21 +37,25 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from diffusers import FluxPipeline
 
-from tiny_flux import ranks
-from tiny_flux.autoencoder import encode_pool, train_autoencoder, train_decoder
-from tiny_flux.data import corpus, make_pool
-from tiny_flux.flow import train_flow
-from tiny_flux.guidance import distil_guidance
-from tiny_flux.model import new_pipeline, new_scheduler
-from tiny_flux.reflow import train_reflow
-from tiny_flux.reward import train_reward
-from tiny_flux.settings import PRESETS, Settings
-from tiny_flux.tokenizers import clip_tokenizer, t5_tokenizer
-from utils import checkpoints
-from utils.errors import UsageError, UserError, run_command
-from utils.files import write_text
+from utils.quiet import quiet
+
+with quiet():
+    from diffusers import FluxPipeline
+
+    from tiny_flux import ranks
+    from tiny_flux.autoencoder import encode_pool, train_autoencoder, train_decoder
+    from tiny_flux.data import corpus, make_pool
+    from tiny_flux.flow import train_flow
+    from tiny_flux.guidance import distil_guidance
+    from tiny_flux.model import new_pipeline, new_scheduler
+    from tiny_flux.reflow import train_reflow
+    from tiny_flux.reward import train_reward
+    from tiny_flux.settings import PRESETS, Settings
+    from tiny_flux.tokenizers import clip_tokenizer, t5_tokenizer
+    from utils import checkpoints
+    from utils.errors import UsageError, UserError, run_command
+    from utils.files import write_text
 
 # What a stage logs, its label and scale.
 PLOTTED = (
