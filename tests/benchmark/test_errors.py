@@ -17,7 +17,7 @@ from recipes.recipe import Recipe
 from utils.request import Request
 
 CPU = torch.device("cpu")
-SMALL = ("--height", 64, "--width", 48, "--steps", 3)
+SMALL = ("--height", 64, "--width", 48, "--steps", 6)
 
 
 @pytest.fixture
