@@ -39,6 +39,13 @@ def with_guidance(pipe: Any) -> Any:
     return pipe
 
 
+def own_embeddings(pipe: Any) -> dict[str, Any]:
+    """A prompt as a user hands it in encoded."""
+    with torch.no_grad():
+        prompt, pooled, _ = pipe.encode_prompt("a red circle", None, max_sequence_length=64)
+    return {"prompt": None, "prompt_embeds": prompt, "pooled_prompt_embeds": pooled}
+
+
 def change_prompt_at_step_one(pipe: Any, index: int, timestep: torch.Tensor, tensors: dict) -> dict:
     if index == 1:
         tensors["prompt_embeds"] = tensors["prompt_embeds"] * 0.5
@@ -114,6 +121,69 @@ def test_kontext(tiny: Callable, draw: Callable) -> None:
     options = {"image": image, "max_area": 64 * 64, "_auto_resize": False, "steps": 2}
     # Of pixels in 0..1: rounding, a hundredth of a byte's step at most.
     np.testing.assert_allclose(draw(hoisted, **options), draw(plain, **options), atol=ROUNDING, rtol=0)
+
+
+@ALL
+def test_own_embeddings_of_one_prompt_for_several_images(tiny: Callable, draw: Callable, recipe: Recipe) -> None:
+    """diffusers repeats what it encodes itself, and leaves what it is given to broadcasting."""
+    plain, hoisted = with_guidance(tiny()), with_guidance(tiny())
+    recipes.apply(hoisted, recipe)
+    options = {**own_embeddings(plain), "batch": 3, "steps": 2, "output_type": "latent"}
+    torch.testing.assert_close(draw(hoisted, **options), draw(plain, **options), atol=ROUNDING, rtol=0)
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+@pytest.mark.parametrize("change", ["written", "replaced"])
+@ALL
+def test_same_embeddings_again_after_the_weights_changed(
+    tiny: Callable, draw: Callable, predict: Callable, recipe: Recipe, change: str, by_hand: bool
+) -> None:
+    plain, hoisted = tiny(), tiny()
+    recipes.apply(hoisted, recipe)
+    embeddings, seen = own_embeddings(plain), []
+    tensors: dict[str, Any] = {}
+
+    def results(pipe: Any) -> torch.Tensor:
+        if not by_hand:
+            return draw(pipe, **embeddings, output_type="latent")
+        with torch.no_grad():
+            return pipe.transformer(**tensors, return_dict=False)[0]
+
+    hook = plain.transformer.register_forward_pre_hook(lambda *call: tensors.update(call[2]), with_kwargs=True)
+    predict(plain)
+    hook.remove()
+    tensors.pop("return_dict")
+    for _ in range(2):
+        seen.append(results(plain))
+        torch.testing.assert_close(results(hoisted), seen[-1], atol=ROUNDING, rtol=0)
+        for pipe in (plain, hoisted):
+            for weight in pipe.transformer.parameters():
+                if change == "written":
+                    with torch.no_grad():
+                        weight.mul_(1.05)
+                else:
+                    weight.data = weight.data * 1.05
+    assert (seen[0] - seen[1]).abs().max() > 1e-2
+
+
+@ALL
+def test_gradients_of_the_transformer_called_by_hand(tiny: Callable, predict: Callable, recipe: Recipe) -> None:
+    """Also of what was computed without them before."""
+    plain, hoisted = tiny(), tiny()
+    recipes.apply(hoisted, recipe)
+    tensors: dict[str, Any] = {}
+    hook = plain.transformer.register_forward_pre_hook(lambda *call: tensors.update(call[2]), with_kwargs=True)
+    predict(plain)
+    hook.remove()
+    of = [tensors[name].requires_grad_() for name in ("encoder_hidden_states", "pooled_projections")]
+    with torch.no_grad():
+        hoisted.transformer(**tensors)
+    for _ in range(2):
+        expected, got = (
+            torch.autograd.grad(pipe.transformer(**tensors)[0].square().mean(), of) for pipe in (plain, hoisted)
+        )
+        torch.testing.assert_close(got, expected)
+        assert all(gradient.abs().max() > 1e-6 for gradient in expected)
 
 
 def test_linears_run_once_a_call(tiny: Callable, draw: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
