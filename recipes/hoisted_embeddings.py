@@ -38,5 +38,9 @@ def _apply(pipe: DiffusionPipeline, recipe: Recipe) -> str:
 
 
 OPTIMIZATION = Optimization(
-    field="hoisted_embeddings", needs=lambda recipe: Needs(), lossless=lambda recipe: True, apply=_apply
+    field="hoisted_embeddings",
+    needs=lambda recipe: Needs(),
+    lossless=lambda recipe: True,
+    apply=_apply,
+    replaces_forward=lambda recipe: True,
 )

@@ -184,4 +184,6 @@ OPTIMIZATION = Optimization(
     needs=lambda recipe: Needs(device="cuda" if recipe.modulation == "offloaded" else None),
     lossless=lambda recipe: True,
     apply=_apply,
+    merges_weights=lambda recipe: True,
+    replaces_forward=lambda recipe: True,
 )
