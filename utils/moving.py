@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import torch
@@ -17,17 +17,17 @@ def when_moved(module: nn.Module, forget: Callable[[], object]) -> None:
 
     Source: torch.nn.Module._apply, through which they all go.
     """
-    original = module._apply
+    original: Any = module._apply.__func__  # type: ignore[attr-defined]  # or what this function made of it before
 
-    @functools.wraps(original)
-    def apply(*args: Any, **kwargs: Any) -> Any:
-        before = _addresses(module)
-        result = original(*args, **kwargs)
-        if _addresses(module) != before:
+    def apply(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        before = _addresses(self)
+        result = original(self, *args, **kwargs)
+        if _addresses(self) != before:
             forget()
         return result
 
-    object.__setattr__(module, "_apply", apply)
+    # A method, so that a copy of the module gets its own, and not this one's.
+    object.__setattr__(module, "_apply", MethodType(apply, module))
 
 
 def _addresses(module: nn.Module) -> list[int]:

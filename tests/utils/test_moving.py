@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -39,6 +40,21 @@ def test_not_told_where_nothing_moves(told: tuple[nn.Sequential, list[int]]) -> 
     with torch.no_grad():
         module[0][0].weight.mul_(2)
     assert not times
+
+
+def test_told_each_who_asked(told: tuple[nn.Sequential, list[int]]) -> None:
+    module, times = told
+    others: list[int] = []
+    when_moved(module[0], lambda: others.append(1))
+    module.double()
+    assert times == others == [1]
+
+
+def test_a_copy_moves_alone(told: tuple[nn.Sequential, list[int]]) -> None:
+    module, _ = told
+    copied = copy.deepcopy(module).double()
+    assert copied[0][0].weight.dtype == torch.float64
+    assert module[0][0].weight.dtype == torch.float32
 
 
 def test_float8_weights(told: tuple[nn.Sequential, list[int]]) -> None:
