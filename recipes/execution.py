@@ -32,4 +32,5 @@ OPTIMIZATION = Optimization(
     apply=_apply,
     merges_weights=lambda recipe: recipe.execution == "aoti",  # a LoRA's scale would be one of its constants
     replaces_forward=lambda recipe: True,
+    replaces_attention=lambda recipe: recipe.execution == "aoti",  # by that which a package was built with
 )

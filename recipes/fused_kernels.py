@@ -81,5 +81,5 @@ OPTIMIZATION = Optimization(
     apply=_apply,
     merges_weights=lambda recipe: True,
     replaces_forward=lambda recipe: True,
-    replaces_attention=True,
+    replaces_attention=lambda recipe: True,
 )

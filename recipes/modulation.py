@@ -173,7 +173,9 @@ def _apply(pipe: DiffusionPipeline, recipe: Recipe) -> str:
     hoisted = HoistedModulation(pipe)
     hoist(pipe.transformer, hoisted.replace, [hoisted.table])
     _end_loop_with_call(pipe)
-    done = f"{len(hoisted.linears)} Linears once a call for all its steps"
+    # FluxImg2ImgPipeline and others tell nobody which step they are at; to the transformer, each is a call by hand.
+    when = "once a call for all its steps" if hasattr(type(pipe), "current_timestep") else "at each step"
+    done = f"{len(hoisted.linears)} Linears {when}"
     if recipe.modulation == "offloaded":
         done += f", their {_offload(hoisted.linears)} bytes in host memory"
     return done

@@ -72,7 +72,7 @@ class Optimization:
     merges_weights(recipe): whether it makes something else of the transformer's weights, or of the graph that they are
         read in, so that LoRA layers beside them would count for nothing or stay as they are.
     replaces_forward(recipe): whether it puts something in place of modules' forward, bound to these modules.
-    replaces_attention: whether the transformer's attention processors make way for others.
+    replaces_attention(recipe): whether the transformer's attention processors make way for others.
     """
 
     field: str
@@ -84,7 +84,7 @@ class Optimization:
     components: tuple[str, ...] = ()
     merges_weights: Callable[[Recipe], bool] = lambda recipe: False
     replaces_forward: Callable[[Recipe], bool] = lambda recipe: False
-    replaces_attention: bool = False
+    replaces_attention: Callable[[Recipe], bool] = lambda recipe: False
 
     def requested(self, recipe: Recipe) -> bool:
         return self.always or getattr(recipe, self.field) != default(self.field)
@@ -111,7 +111,7 @@ class Optimization:
                 f"needs a pipeline without hooks, {name} has some: load it without offloading, layerwise casting and "
                 "caching"
             )
-        if self.replaces_attention and (name := guards.other_attention(pipe)):
+        if self.replaces_attention(recipe) and (name := guards.other_attention(pipe)):
             return f"would take {name} away, which the transformer's attention has: load it without (an IP-Adapter)"
         return None
 

@@ -16,7 +16,7 @@ from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProc
 from PIL import Image
 
 import recipes
-from recipes import Recipe, RecipeError, attention, cuda_graph, fused_kernels
+from recipes import Recipe, RecipeError, attention, cuda_graph, execution, fused_kernels
 from utils.errors import UsageError
 
 PLAIN = Recipe(dtype="bfloat16", scheduler_sync_removal=True)
@@ -128,11 +128,11 @@ def test_calls_leave_no_hooks(tiny: Callable, draw: Callable) -> None:
     recipes.apply(pipe, HOISTED)
 
 
-@pytest.mark.parametrize("optimization", [attention.OPTIMIZATION, fused_kernels.OPTIMIZATION])
+@pytest.mark.parametrize("optimization", [attention.OPTIMIZATION, fused_kernels.OPTIMIZATION, execution.OPTIMIZATION])
 def test_ip_adapter_that_would_be_taken_away(tiny: Callable, pretend_gpu: Callable, optimization: Any) -> None:
     pipe, cuda = tiny(torch.bfloat16), torch.device("cuda")
     pretend_gpu((9, 0))
-    recipe = replace(FUSED, attention="cudnn", fused_kernels=True)
+    recipe = replace(FUSED, attention="cudnn", fused_kernels=True, execution="aoti")
     assert optimization.refusal(recipe, cuda, pipe) is None
     adapted = FluxIPAdapterAttnProcessor(256, 256, num_tokens=(4,))
     processors = {name: adapted if name.startswith("t") else p for name, p in pipe.transformer.attn_processors.items()}

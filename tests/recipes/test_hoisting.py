@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import FluxKontextPipeline, FluxTransformer2DModel
+from diffusers import FluxImg2ImgPipeline, FluxKontextPipeline, FluxTransformer2DModel
 from PIL import Image
 
 import recipes
@@ -200,6 +200,17 @@ def test_linears_run_once_a_call(tiny: Callable, draw: Callable, monkeypatch: py
     draw(pipe, steps=5)
     assert rows[9:] == [5] * 9, "another call's prompt is another prompt"
     assert len(contexts) == 2
+
+
+def test_pipeline_that_does_not_say_which_step_it_is_at(tiny: Callable, draw: Callable) -> None:
+    plain, hoisted = (FluxImg2ImgPipeline(**tiny().components) for _ in range(2))
+    for pipe in (plain, hoisted):
+        pipe.set_progress_bar_config(disable=True)
+    assert recipes.apply(hoisted, BOTH)["modulation"] == "9 Linears at each step"
+    image = Image.radial_gradient("L").resize((64, 64)).convert("RGB")
+    for strength in (0.5, 1.0):
+        options = {"image": image, "strength": strength, "steps": 4, "output_type": "latent"}
+        torch.testing.assert_close(draw(hoisted, **options), draw(plain, **options), atol=ROUNDING, rtol=0)
 
 
 def test_weights_keep_their_names(tiny: Callable) -> None:
