@@ -89,7 +89,7 @@ def compiled_text_encoders(parent: Recipe) -> Recipe:
 
 
 def float8_text_encoder(parent: Recipe) -> Recipe:
-    """float8 weights and dynamic float8 activations in T5's Linears. Later rungs are without it."""
+    """float8 weights and dynamic float8 activations in T5's Linears."""
     return replace(parent, float8_text_encoder=True)
 
 
@@ -148,10 +148,8 @@ LADDER: tuple[Callable[[Recipe], Recipe], ...] = (
     aoti,
 )
 # Measured, and not inherited, for they cost what their gain must be worth to who asks for them: a search of minutes at
-# each compilation (at FLUX.1's sizes cuBLASLt wins most of it); callbacks between steps; or, for T5 in float8, which
-# saves 2.6 GiB and 4 ms, 1.2 points of accuracy together with all other float8, with an interval that reaches below the
-# 2 points that are allowed (results/h200-700w-torch2.11/tiny-accuracy.md).
-NOT_INHERITED = (max_autotune, inductor_flags, float8_text_encoder, loop_graph)
+# each compilation (at FLUX.1's sizes cuBLASLt wins most of it), or callbacks between steps.
+NOT_INHERITED = (max_autotune, inductor_flags, loop_graph)
 
 
 @dataclass(frozen=True)

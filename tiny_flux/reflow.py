@@ -68,6 +68,8 @@ def right_ones(vae: AutoencoderKL, latents: torch.Tensor, descriptions: list[Des
 def train_reflow(
     velocity: Velocity, vae: AutoencoderKL, pool: Pool, settings: Settings, work: Path, device: torch.device
 ) -> None:
+    if settings.reflow_steps == 0:
+        return
     pairs = make_pairs(velocity, vae, pool, settings, work, device)
     stage = Stage("reflow", velocity, settings.reflow_steps, settings.reflow_lr, settings, work, device)
     forward = torch.compile(velocity) if settings.compile else velocity

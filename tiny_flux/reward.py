@@ -4,9 +4,7 @@ Source: DiffusionNFT (arXiv 2509.16117, algorithm 1). Of several images for one 
 velocity towards themselves, the worse ones push it away, both seen from the velocity of the model that drew them. As
 there, an image's pull is its reward beyond the mean of its prompt's images, errors are weighed as those of the
 predicted image, divided by their size, and the model is held to what it was before this stage. Other than there, the
-drawing model is the stage's moving average, only prompts whose images differ in reward are learned from, and the
-weights kept lie between those before and after the stage, which hold to what was known and to what was learned
-(arXiv 2109.01903).
+drawing model is the stage's moving average, and only prompts whose images differ in reward are learned from.
 
 Both are needed: with nothing to hold it the model drifts off after some hundred steps, and with weaker pushes than
 pulls it loses the guidance that was distilled into it (results/tiny-flux/reward-trials.json).
@@ -85,9 +83,6 @@ def train_reward(
             return {"loss": error, "right": right}
 
         stage.run(loss)
-    with torch.no_grad():
-        for parameter, before in zip(velocity.parameters(), first.parameters(), strict=True):
-            parameter.lerp_(before, 1 - settings.reward_share)
 
 
 def draw(

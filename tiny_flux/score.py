@@ -18,18 +18,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 from matplotlib.figure import Figure
 from PIL import Image
 from tqdm import tqdm
 
-from tiny_flux.captions import held_out_caption
-from tiny_flux.checker import check, wilson
-from tiny_flux.scenes import CATEGORIES, Description, is_held_out, sample_description
-from utils import checkpoints, environment
-from utils.errors import run_command
-from utils.files import replacing, write_text
-from utils.request import noise
+from utils.quiet import quiet
+
+with quiet():
+    from diffusers import DiffusionPipeline
+
+    from tiny_flux.captions import held_out_caption
+    from tiny_flux.checker import check, wilson
+    from tiny_flux.scenes import CATEGORIES, Description, is_held_out, sample_description
+    from utils import checkpoints, environment
+    from utils.errors import run_command
+    from utils.files import replacing, write_text
+    from utils.request import noise
 
 PROMPTS = 500
 SEED = 20_000

@@ -10,10 +10,14 @@ Six stages, each resumed where it was stopped when the command is given again wi
    learns to tell what lies where (`layout`), and the text encoders what a caption claims (`claims`).
 4. `guidance`: classifier-free guidance (arXiv 2207.12598; one caption in ten is trained on as empty) distilled into the
    model (arXiv 2210.03142), as into FLUX.1 [dev], so that one evaluation a step suffices.
-5. `reward`: fine-tuning on what the checker says of the model's own images (DiffusionNFT, arXiv 2509.16117).
-6. `reflow`: rectified flow on pairs (noise, image) that the model itself made from noise with many steps, where the
+5. `reflow`: rectified flow on pairs (noise, image) that the model itself made from noise with many steps, where the
    checker finds the image right. It straightens the model's paths, so that few steps suffice (arXiv 2209.03003,
    section 2.2).
+6. `reward`: fine-tuning on what the checker says of the model's own images, in few steps and in many (DiffusionNFT,
+   arXiv 2509.16117).
+
+Of what the last two changed, `--fine-tuning-share` is kept: weights between those before and after hold to what was
+known and to what was learned (arXiv 2109.01903).
 
 `--init CHECKPOINT` starts from a trained pipeline instead of random weights; with `--vae-steps 0` its autoencoder is
 kept.
@@ -37,21 +41,25 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from diffusers import FluxPipeline
 
-from tiny_flux import ranks
-from tiny_flux.autoencoder import encode_pool, train_autoencoder, train_decoder
-from tiny_flux.data import corpus, make_pool
-from tiny_flux.flow import train_flow
-from tiny_flux.guidance import distil_guidance
-from tiny_flux.model import new_pipeline, new_scheduler
-from tiny_flux.reflow import train_reflow
-from tiny_flux.reward import train_reward
-from tiny_flux.settings import PRESETS, Settings
-from tiny_flux.tokenizers import clip_tokenizer, t5_tokenizer
-from utils import checkpoints
-from utils.errors import UsageError, UserError, run_command
-from utils.files import write_text
+from utils.quiet import quiet
+
+with quiet():
+    from diffusers import FluxPipeline
+
+    from tiny_flux import ranks
+    from tiny_flux.autoencoder import encode_pool, train_autoencoder, train_decoder
+    from tiny_flux.data import corpus, make_pool
+    from tiny_flux.flow import train_flow
+    from tiny_flux.guidance import distil_guidance
+    from tiny_flux.model import new_pipeline, new_scheduler
+    from tiny_flux.reflow import train_reflow
+    from tiny_flux.reward import train_reward
+    from tiny_flux.settings import PRESETS, Settings
+    from tiny_flux.tokenizers import clip_tokenizer, t5_tokenizer
+    from utils import checkpoints
+    from utils.errors import UsageError, UserError, run_command
+    from utils.files import write_text
 
 # What a stage logs, its label and scale.
 PLOTTED = (
@@ -164,12 +172,16 @@ def train(
     plot_losses(work)
     if stop_after == "guidance":
         return
-    train_reward(velocity, pipe.vae, pool, settings, work, device)
-    save_pipeline(pipe, work / "after-reward")
-    plot_losses(work)
-    if stop_after == "reward":
-        return
+    before = [parameter.detach().clone() for parameter in velocity.parameters()]
     train_reflow(velocity, pipe.vae, pool, settings, work, device)
+    save_pipeline(pipe, work / "after-reflow")
+    plot_losses(work)
+    if stop_after == "reflow":
+        return
+    train_reward(velocity, pipe.vae, pool, settings, work, device)
+    with torch.no_grad():
+        for parameter, old in zip(velocity.parameters(), before, strict=True):
+            parameter.lerp_(old, 1 - settings.fine_tuning_share)
     save_pipeline(pipe, out)
     plot_losses(work)
 
@@ -197,7 +209,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
         "--stop-after",
-        choices=["encode", "flow", "guidance", "reward"],
+        choices=["encode", "flow", "guidance", "reflow"],
         help="the rest goes on when the command is given without it",
     )
     for field in fields(Settings):

@@ -63,7 +63,7 @@ def test_killed_and_resumed_it_makes_the_same_weights(undisturbed: Path, tmp_pat
     train_until_killed(tmp_path, "reward.pt")
     assert not (tmp_path / "out").exists()
     train(tmp_path)
-    for part in ("out", "work/after-flow", "work/after-guidance", "work/after-reward"):
+    for part in ("out", "work/after-flow", "work/after-guidance", "work/after-reflow"):
         wanted, found = contents(undisturbed / part), contents(tmp_path / part)
         assert found.keys() == wanted.keys()
         assert [name for name in wanted if found[name] != wanted[name]] == []
@@ -72,12 +72,12 @@ def test_killed_and_resumed_it_makes_the_same_weights(undisturbed: Path, tmp_pat
     assert steps[0] == steps[1], "each step once"
 
 
-def test_share_of_what_reward_fine_tuning_changed(undisturbed: Path, tmp_path: Path) -> None:
-    """None of it leaves the weights as they were; half of it moved them."""
-    before, after = (contents(undisturbed / "work" / f"after-{stage}") for stage in ("guidance", "reward"))
+def test_share_of_what_fine_tuning_changed(undisturbed: Path, tmp_path: Path) -> None:
+    """None of it leaves the weights as they were before `reflow`; most of it moved them."""
+    before, after = (contents(undisturbed / folder) for folder in ("work/after-guidance", "out"))
     assert before != after
-    train(tmp_path, "--reward-share", "0", "--stop-after", "reward")
-    assert contents(tmp_path / "work" / "after-reward") == before
+    train(tmp_path, "--fine-tuning-share", "0")
+    assert contents(tmp_path / "out") == before
 
 
 def test_starts_from_a_trained_pipeline(tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_refused_before_training(tmp_path: Path, options: tuple[str, ...], messa
 
 def test_later_stages_change_the_transformer_and_not_the_autoencoder(undisturbed: Path) -> None:
     work = undisturbed / "work"
-    folders = (work / "after-flow", work / "after-guidance", work / "after-reward", undisturbed / "out")
+    folders = (work / "after-flow", work / "after-guidance", work / "after-reflow", undisturbed / "out")
     for before, after in itertools.pairwise(map(contents, folders)):
         changed = {name.split("/")[0] for name in after if after[name] != before[name]}
         assert changed == {"transformer", "text_encoder", "text_encoder_2"}
@@ -144,8 +144,8 @@ def test_losses_and_settings_are_kept(undisturbed: Path) -> None:
         ("decoder", "2"),
         ("flow", "4"),
         ("guidance", "2"),
-        ("reward", "4"),
         ("reflow", "2"),
+        ("reward", "4"),
     ]
     assert all(float(row["value"]) >= 0 for row in rows)
     with Image.open(undisturbed / "work" / "losses.png") as picture:
