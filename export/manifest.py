@@ -47,7 +47,7 @@ _NOT_SHAPING = (
     *("recipes/__init__.py", "recipes/apply.py", "recipes/ladder.py", "recipes/flux_fast_flags.py"),
     *("recipes/optimization.py", "recipes/recipe.py", "recipes/execution.py", "recipes/scheduler_sync.py"),
     *("recipes/step_cache.py", "recipes/text_encoders.py", "recipes/float8_text_encoder.py", "recipes/cuda_graph.py"),
-    *("recipes/loop_graph.py", "recipes/weights.py", "recipes/device_postprocessing.py"),
+    *("recipes/loop_graph.py", "recipes/weights.py", "recipes/device_postprocessing.py", "recipes/guards.py"),
 )
 _SHAPING_OF_EXPORT = ("export/regions.py", "export/sizes.py", "export/build.py", "export/host_code.py")
 # What the decoder's graph depends on; the rest of the VAE's configuration is the encoder's and the pipeline's.
@@ -253,12 +253,12 @@ def _expect(kind: type, value: Any, where: str) -> Any:
 
 def identify(pipe: DiffusionPipeline, recipe: Recipe) -> Identity:
     """What a package must be to fit this pipeline, recipe, machine and these versions."""
-    device = pipe.transformer.device
+    device, vae = pipe.transformer.device, getattr(pipe, "vae", None)
     cuda = device.type == "cuda"
     return Identity(
         architecture={
             "transformer": _plain({n: v for n, v in pipe.transformer.config.items() if not n.startswith("_")}),
-            "vae": _plain({name: pipe.vae.config[name] for name in _OF_DECODER}),
+            "vae": {} if vae is None else _plain({name: vae.config[name] for name in _OF_DECODER}),
         },
         recipe=_plain(recipe.to_dict()),
         dtype=str(pipe.transformer.dtype).removeprefix("torch."),

@@ -124,7 +124,10 @@ class Whole(nn.Module):
 
 
 def modules(pipe: DiffusionPipeline, scope: str) -> list[tuple[Region, nn.Module]]:
-    """Every module that a package's model stands in for; `scope`: the recipe's compile_scope."""
+    """Every module that a package's model stands in for; `scope`: the recipe's compile_scope.
+
+    The VAE's decoder, where the pipeline has one, is the last.
+    """
     transformer = pipe.transformer
     if scope == "whole":
         of_transformer: list[tuple[Region, nn.Module]] = [(WHOLE, Whole(transformer))]
@@ -135,7 +138,8 @@ def modules(pipe: DiffusionPipeline, scope: str) -> list[tuple[Region, nn.Module
             *((SINGLE_BLOCK, block) for block in transformer.single_transformer_blocks),
             (AFTER, After(transformer)),
         ]
-    return [*of_transformer, (DECODER, pipe.vae.decoder)]
+    vae = getattr(pipe, "vae", None)
+    return of_transformer if vae is None else [*of_transformer, (DECODER, vae.decoder)]
 
 
 def key(inputs: Inputs) -> Key:

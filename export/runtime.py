@@ -24,6 +24,7 @@ from export.store import Entry, PackageStore
 from recipes import hoisting
 from utils import checkpoints
 from utils.errors import UserError
+from utils.moving import when_moved
 
 if TYPE_CHECKING:  # recipes import export, to execute what it builds
     from recipes.recipe import Recipe
@@ -32,7 +33,8 @@ if TYPE_CHECKING:  # recipes import export, to execute what it builds
 class BoundModel:
     """A package's model with a module's weights: it can't be had without them, and would crash.
 
-    The weights aren't copied: values written to them in place count at the next call.
+    The weights aren't copied: values written to them in place count at the next call. Of weights that are given other
+    memory, it goes on reading the old (`utils.moving`).
     """
 
     def __init__(self, entry: Entry, name: str, tensors: dict[str, torch.Tensor], device: torch.device):
@@ -67,6 +69,8 @@ class PackagedRegion:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         inputs = self.region.arguments(args, kwargs)
         key = regions.key(inputs)
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in pytree.tree_leaves(inputs)):
+            raise UserError("packages compute no gradients: use a recipe with execution=compile or eager")
         if self.packages.recorded is not None:
             self.packages.recorded.setdefault((self.region, key), (self, inputs))
             return self.original(**inputs)
@@ -150,6 +154,11 @@ class Library:
                 f"this in another folder with `{command()}`"
             )
         return BoundModel(entry, name, tensors, device)
+
+    def unbind(self) -> None:
+        """Bind every weight anew at the next call."""
+        for region in self.packaged:
+            region.bound.clear()
 
     def find(self, region: Region, inputs: Inputs) -> tuple[Entry, str] | None:
         """The package and the model for these inputs; None if there is none but it may be built.
@@ -262,8 +271,6 @@ class WholeTransformer:
 
 def attach(pipe: DiffusionPipeline, recipe: Recipe, options: dict[str, Any], packages: PackageStore) -> str:
     """Let packages do the work of `pipe.transformer` and `pipe.vae.decoder`; the pipeline is called as before."""
-    pipe.transformer.requires_grad_(False)
-    pipe.vae.decoder.requires_grad_(False)
     library = Library(pipe, recipe, identify(pipe, recipe), options, packages, checkpoints.name(pipe))
 
     def note(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -273,12 +280,17 @@ def attach(pipe: DiffusionPipeline, recipe: Recipe, options: dict[str, Any], pac
     for region, module in regions.modules(pipe, recipe.compile_scope):
         library.packaged.append(PackagedRegion(region, module, library))
         module.forward = library.packaged[-1]
+        module.requires_grad_(False)
+    decoders = [region.module for region in library.packaged if region.region is regions.DECODER]
+    for module in (pipe.transformer, *decoders):
+        when_moved(module, library.unbind)
     if recipe.compile_scope == "whole":
         pipe.transformer.forward = WholeTransformer(library.packaged[0])
-        return "torch.export + AOTInductor, transformer and VAE decoder"
-    before, *_, after, _ = library.packaged
+        return f"torch.export + AOTInductor, transformer{' and VAE decoder' if decoders else ''}"
+    before, after = (one for one in library.packaged if one.region in (regions.BEFORE, regions.AFTER))
     pipe.transformer.forward = PackagedTransformer(library, before, after)
-    return "torch.export + AOTInductor, the transformer's blocks, what surrounds them, and the VAE's decoder"
+    what = "the transformer's blocks, what surrounds them" + (", and the VAE's decoder" if decoders else "")
+    return f"torch.export + AOTInductor, {what}"
 
 
 def library_of(pipe: DiffusionPipeline) -> Library:

@@ -24,6 +24,7 @@ from recipes import (
     fused_group_norm,
     fused_kernels,
     fused_qkv,
+    guards,
     hoisted_embeddings,
     loop_graph,
     modulation,
@@ -69,45 +70,63 @@ _SAVING: tuple[tuple[str, tuple[Any, ...], Any], ...] = (
 
 
 def apply(pipe: DiffusionPipeline, recipe: Recipe, packages: PackageStore | None = None) -> dict[str, str]:
-    """Change a Flux pipeline (diffusers' FluxPipeline or FluxKontextPipeline) in place to run as `recipe` says.
+    """Change a Flux pipeline (diffusers' FluxPipeline, FluxKontextPipeline, FluxImg2ImgPipeline, ...) in place to run
+    as `recipe` says.
 
     packages: where ahead-of-time packages lie (execution=aoti), by default in the user's cache.
-    Returns what was really applied, by field. All is checked first: on an error the pipeline is unchanged.
+    Returns what was really applied, by field. All is checked first: on an error the pipeline is unchanged. Afterwards
+    the pipeline refuses what would go by the recipe (`recipes.guards`).
 
     Raises:
-        RecipeError: the recipe can't be applied on the pipeline's device (the message names the reason and the
-            nearest recipe that can), one was applied to this pipeline before, or it isn't a Flux pipeline.
+        RecipeError: the recipe can't be applied on the pipeline's device or to what the pipeline consists of (the
+            message names the reason and the nearest recipe that can), one was applied to this pipeline or to its
+            transformer before, or it isn't a Flux pipeline.
         OutOfMemoryError: memory ran out while it was applied, which leaves the pipeline half changed.
     """
     if not isinstance(getattr(pipe, "transformer", None), FluxTransformer2DModel):
         raise RecipeError(f"recipes are for Flux pipelines: {type(pipe).__name__} has no FluxTransformer2DModel")
     if applied(pipe) is not None:
         raise RecipeError("a recipe was applied to this pipeline already: load the pipeline again")
-    check(recipe, pipe.device)
-    setattr(pipe, _MARK, recipe)
+    check(recipe, pipe.device, pipe)
+    for owner in (pipe, pipe.transformer):  # which other pipelines may share
+        setattr(owner, _MARK, recipe)
+    names = guards.weight_names(pipe)
     apply_by_field = {o.field: o.apply for o in OPTIMIZATIONS if o.requested(recipe)}
     if "execution" in apply_by_field:
         apply_by_field["execution"] = partial(apply_by_field["execution"], packages=packages or PackageStore())
     with advising("while applying the recipe", lambda: _while_applying(recipe, pipe.device)):
-        return {field: apply_one(pipe, recipe) for field, apply_one in apply_by_field.items()}
+        done = {field: apply_one(pipe, recipe) for field, apply_one in apply_by_field.items()}
+    _guard(pipe, recipe, names)
+    return done
+
+
+def _guard(pipe: DiffusionPipeline, recipe: Recipe, names: dict[str, list[str]]) -> None:
+    """Let the pipeline refuse what would go by the recipe; `names`: of its weights before it."""
+    requested = [o for o in OPTIMIZATIONS if o.requested(recipe)]
+    if any(o.merges_weights(recipe) for o in requested):
+        guards.refuse_lora(pipe)
+    if any(o.replaces_forward(recipe) for o in requested):
+        guards.refuse_hooks(pipe, cache=recipe.cuda_graph)
+        guards.refuse_copies(pipe)
+    guards.refuse_saving(pipe, names)
 
 
 def applied(pipe: DiffusionPipeline) -> Recipe | None:
-    """The recipe that was applied to a pipeline; None if none was."""
-    return getattr(pipe, _MARK, None)
+    """The recipe that was applied to a pipeline, or to the transformer that it shares; None if none was."""
+    return getattr(pipe, _MARK, None) or getattr(pipe.transformer, _MARK, None)
 
 
-def check(recipe: Recipe, device: torch.device) -> None:
-    """Raise RecipeError, with the nearest recipe that can, unless `recipe` can be applied on `device`."""
-    reason = refusal(recipe, device)
+def check(recipe: Recipe, device: torch.device, pipe: DiffusionPipeline | None = None) -> None:
+    """Raise RecipeError, with the nearest recipe that can, unless `recipe` can be applied on `device`, to `pipe`."""
+    reason = refusal(recipe, device, pipe)
     if reason is not None:
-        name = shlex.quote(command_line_name(nearest(recipe, device)))
+        name = shlex.quote(command_line_name(nearest(recipe, device, pipe)))
         raise RecipeError(f"{reason}; the nearest recipe that runs here: --recipe {name}")
 
 
-def refusal(recipe: Recipe, device: torch.device) -> str | None:
-    """Why `recipe` can't run on `device`; None if it can."""
-    return next((reason for o in OPTIMIZATIONS if (reason := o.refusal(recipe, device))), None)
+def refusal(recipe: Recipe, device: torch.device, pipe: DiffusionPipeline | None = None) -> str | None:
+    """Why `recipe` can't run on `device`, in `pipe`; None if it can."""
+    return next((reason for o in OPTIMIZATIONS if (reason := o.refusal(recipe, device, pipe))), None)
 
 
 def not_timed(recipe: Recipe, device: torch.device) -> str | None:
@@ -115,10 +134,10 @@ def not_timed(recipe: Recipe, device: torch.device) -> str | None:
     return next((reason for o in OPTIMIZATIONS if o.requested(recipe) and (reason := o.not_timed(device))), None)
 
 
-def nearest(recipe: Recipe, device: torch.device) -> Recipe:
-    """`recipe` without what `device` refuses."""
+def nearest(recipe: Recipe, device: torch.device, pipe: DiffusionPipeline | None = None) -> Recipe:
+    """`recipe` without what `device` and `pipe` refuse."""
     for optimization in OPTIMIZATIONS:
-        if optimization.refusal(recipe, device):
+        if optimization.refusal(recipe, device, pipe):
             recipe = recipe.without(optimization.field)
     return recipe
 

@@ -41,4 +41,5 @@ OPTIMIZATION = Optimization(
     needs=lambda recipe: _NEEDS[recipe.attention],
     lossless=lambda recipe: recipe.attention not in attention_backends.FLOAT8,
     apply=_apply,
+    replaces_attention=lambda recipe: True,
 )

@@ -18,5 +18,9 @@ def _apply(pipe: DiffusionPipeline, recipe: Recipe) -> str:
 
 
 OPTIMIZATION = Optimization(
-    field="channels_last", needs=lambda recipe: Needs(), lossless=lambda recipe: True, apply=_apply
+    field="channels_last",
+    needs=lambda recipe: Needs(),
+    lossless=lambda recipe: True,
+    apply=_apply,
+    components=("vae",),
 )

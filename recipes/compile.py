@@ -69,6 +69,8 @@ def apply(pipe: DiffusionPipeline, recipe: Recipe) -> str:
         transformer.single_transformer_blocks[0].register_forward_pre_hook(_as_later_blocks_get_them, with_kwargs=True)
     else:
         compile_forward(transformer, options)
+    if getattr(pipe, "vae", None) is None:
+        return f"torch.compile, {recipe.compile_scope}"
     compile_forward(pipe.vae.decoder, options)
     return f"torch.compile, {recipe.compile_scope}, and the VAE's decoder"
 

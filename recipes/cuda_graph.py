@@ -13,19 +13,29 @@ from recipes.optimization import Needs, Optimization
 from recipes.recipe import Recipe
 from utils.cuda_graph import LIMIT, Graphed, Graphs
 from utils.graph_memsets import can_replace
+from utils.moving import when_moved
 
 
 def _apply(pipe: DiffusionPipeline, recipe: Recipe) -> str:
     graphs = Graphs(LIMIT)
-    encoders = (pipe.text_encoder, pipe.text_encoder_2) if recipe.compiled_text_encoders else ()
-    for module in (pipe.transformer, pipe.vae.decoder, *encoders):
+    captured = {"transformer": pipe.transformer}
+    if getattr(pipe, "vae", None) is not None:
+        captured["VAE decoder"] = pipe.vae.decoder
+    if recipe.compiled_text_encoders:
+        captured |= {"CLIP": pipe.text_encoder, "T5": pipe.text_encoder_2}
+    for module in captured.values():
         forward = module.forward
         module.forward = Graphed(forward, graphs, getattr(forward, "warm_up", None))
-    captured = "transformer, VAE decoder and text encoders" if encoders else "transformer and VAE decoder"
+        when_moved(module, graphs.values.clear)
     memsets = "" if can_replace() else ", memsets among their kernels for want of the package cuda-bindings"
-    return f"{captured}, at most {LIMIT} graphs in one memory pool{memsets}"
+    return f"{', '.join(captured)}: at most {LIMIT} graphs in one memory pool{memsets}"
 
 
 OPTIMIZATION = Optimization(
-    field="cuda_graph", needs=lambda recipe: Needs(device="cuda"), lossless=lambda recipe: True, apply=_apply
+    field="cuda_graph",
+    needs=lambda recipe: Needs(device="cuda"),
+    lossless=lambda recipe: True,
+    apply=_apply,
+    merges_weights=lambda recipe: True,  # a LoRA's scale would be one of the graph's constants
+    replaces_forward=lambda recipe: True,
 )

@@ -25,4 +25,12 @@ def _apply(pipe: DiffusionPipeline, recipe: Recipe, packages: PackageStore) -> s
     return "; ".join([done, *(f"{name}={value}" for name, value in options.items())])
 
 
-OPTIMIZATION = Optimization(field="execution", needs=_needs, lossless=lambda recipe: True, apply=_apply)
+OPTIMIZATION = Optimization(
+    field="execution",
+    needs=_needs,
+    lossless=lambda recipe: True,
+    apply=_apply,
+    merges_weights=lambda recipe: recipe.execution == "aoti",  # a LoRA's scale would be one of its constants
+    replaces_forward=lambda recipe: True,
+    replaces_attention=lambda recipe: recipe.execution == "aoti",  # by that which a package was built with
+)

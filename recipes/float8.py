@@ -101,4 +101,5 @@ OPTIMIZATION = Optimization(
     lossless=lambda recipe: False,
     apply=_apply,
     not_timed=not_timed,
+    merges_weights=lambda recipe: True,
 )

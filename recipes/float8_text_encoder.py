@@ -25,4 +25,5 @@ OPTIMIZATION = Optimization(
     lossless=lambda recipe: False,
     apply=_apply,
     not_timed=float8.not_timed,
+    components=("text_encoder_2",),
 )

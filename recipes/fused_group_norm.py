@@ -45,4 +45,5 @@ OPTIMIZATION = Optimization(
     needs=lambda recipe: Needs(device="cuda", capability=(8, 0), packages=("triton",)),
     lossless=lambda recipe: True,
     apply=_apply,
+    components=("vae",),
 )

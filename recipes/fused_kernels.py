@@ -79,4 +79,7 @@ OPTIMIZATION = Optimization(
     needs=lambda recipe: Needs(device="cuda", capability=(8, 0), packages=("triton",)),
     lossless=lambda recipe: True,
     apply=_apply,
+    merges_weights=lambda recipe: True,
+    replaces_forward=lambda recipe: True,
+    replaces_attention=lambda recipe: True,
 )

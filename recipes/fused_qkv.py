@@ -17,10 +17,11 @@ SEPARATE = {"to_qkv": ("to_q", "to_k", "to_v"), "to_added_qkv": ("add_q_proj", "
 
 
 def _apply(pipe: DiffusionPipeline, recipe: Recipe) -> str:
-    pipe.transformer.fuse_qkv_projections()
-    pipe.vae.fuse_qkv_projections()
+    parts = [part for part in (pipe.transformer, getattr(pipe, "vae", None)) if part is not None]
+    for part in parts:
+        part.fuse_qkv_projections()
     fused = freed = 0
-    for module in (*pipe.transformer.modules(), *pipe.vae.modules()):
+    for module in (module for part in parts for module in part.modules()):
         for together, separate in SEPARATE.items():
             if isinstance(getattr(module, together, None), nn.Module):
                 fused += 1
@@ -31,4 +32,10 @@ def _apply(pipe: DiffusionPipeline, recipe: Recipe) -> str:
     return f"{fused} projections fused, {freed} parameters freed"
 
 
-OPTIMIZATION = Optimization(field="fused_qkv", needs=lambda recipe: Needs(), lossless=lambda recipe: True, apply=_apply)
+OPTIMIZATION = Optimization(
+    field="fused_qkv",
+    needs=lambda recipe: Needs(),
+    lossless=lambda recipe: True,
+    apply=_apply,
+    merges_weights=lambda recipe: True,
+)

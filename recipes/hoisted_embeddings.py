@@ -7,28 +7,40 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from diffusers import DiffusionPipeline
 
-from recipes.hoisting import Remembered, hoist, rotary_table
+from recipes.hoisting import Remembered, Rotary, hoist, rotary_table
 from recipes.optimization import Needs, Optimization
 from recipes.recipe import Recipe
 
 
 def _apply(pipe: DiffusionPipeline, recipe: Recipe) -> str:
     transformer = pipe.transformer
-    context = Remembered(lambda states: transformer.context_embedder(states))
-    rotary = Remembered(lambda text, image: rotary_table(transformer, text, image))
+
+    def embed(
+        states: torch.Tensor, text: torch.Tensor, image: torch.Tensor, *_: torch.Tensor
+    ) -> tuple[torch.Tensor, Rotary]:
+        return transformer.context_embedder(states), rotary_table(transformer, text, image)
+
+    # By the embedder's weights too, which may change while a user calls with the same prompt embeddings again.
+    embedded = Remembered(embed)
 
     def replace(arguments: dict[str, Any]) -> dict[str, Any]:
         if "context" in arguments:
             return arguments
         states, text, image = (arguments.pop(name) for name in ("encoder_hidden_states", "txt_ids", "img_ids"))
-        return {**arguments, "context": context(states), "rotary": rotary(text, image)}
+        context, rotary = embedded(states, text, image, *transformer.context_embedder.parameters())
+        return {**arguments, "context": context, "rotary": rotary}
 
-    hoist(transformer, replace, [context])
+    hoist(transformer, replace, [embedded])
     return "rotary table and context embedding once a call"
 
 
 OPTIMIZATION = Optimization(
-    field="hoisted_embeddings", needs=lambda recipe: Needs(), lossless=lambda recipe: True, apply=_apply
+    field="hoisted_embeddings",
+    needs=lambda recipe: Needs(),
+    lossless=lambda recipe: True,
+    apply=_apply,
+    replaces_forward=lambda recipe: True,
 )

@@ -32,19 +32,21 @@ _REMEMBERED = "_remembered"
 class Remembered(Generic[Result]):
     """A function that remembers its last two results, by the very objects it was called with.
 
-    Two, because true classifier-free guidance has two prompts a step. A tensor written to in place since is another
-    one; one of inference mode, which counts no versions, is never remembered.
+    Two, because true classifier-free guidance has two prompts a step. A tensor written to in place since, or given
+    other memory, is another one; one of inference mode, which counts no versions, is never remembered, nor is a result
+    that autograd follows.
     """
 
     def __init__(self, function: Callable[..., Result]):
         self.function = function
-        self._last: deque[tuple[tuple, list[int], Result]] = deque(maxlen=2)
+        self._last: deque[tuple[tuple, list[tuple[int, int]], Result]] = deque(maxlen=2)
 
     def __call__(self, *arguments: Any) -> Result:
         tensors = [x for x in arguments if isinstance(x, torch.Tensor)]
-        if any(tensor.is_inference() for tensor in tensors):
+        followed = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+        if followed or any(tensor.is_inference() for tensor in tensors):
             return self.function(*arguments)
-        versions = [tensor._version for tensor in tensors]
+        versions = [(tensor._version, tensor.data_ptr()) for tensor in tensors]
         for known, known_versions, result in self._last:
             if known_versions == versions and all(a is b for a, b in zip(known, arguments, strict=True)):
                 return result

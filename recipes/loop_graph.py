@@ -174,5 +174,9 @@ def _apply(pipe: DiffusionPipeline, recipe: Recipe) -> str:
 
 
 OPTIMIZATION = Optimization(
-    field="loop_graph", needs=lambda recipe: Needs(), lossless=lambda recipe: True, apply=_apply
+    field="loop_graph",
+    needs=lambda recipe: Needs(),
+    lossless=lambda recipe: True,
+    apply=_apply,
+    replaces_forward=lambda recipe: True,
 )

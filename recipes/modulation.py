@@ -63,7 +63,7 @@ class HoistedModulation:
             rows = self.rows(timestep, guidance, pooled)
         else:
             timesteps = self.pipe.scheduler.timesteps
-            steps, table = self.table(timesteps, timestep.dtype, guidance, pooled)
+            steps, table = self.table(timesteps, timestep.dtype, len(timestep), guidance, pooled)
             position = _position(self.pipe._current_timestep, timesteps)
             rows = _found(steps, table, timestep) if position is None else _at(position, steps, table, timestep)
         return {**arguments, "modulation": rows}
@@ -76,19 +76,28 @@ class HoistedModulation:
         return torch.cat([linear.compute(vectors) for linear in self.linears], dim=1)
 
     def _table(
-        self, timesteps: torch.Tensor, dtype: torch.dtype, guidance: torch.Tensor | None, pooled: torch.Tensor
+        self,
+        timesteps: torch.Tensor,
+        dtype: torch.dtype,
+        batch: int,
+        guidance: torch.Tensor | None,
+        pooled: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """All steps' timesteps in 0..1, [steps], and their rows, [steps, batch, width]."""
         steps = timesteps.to(pooled.device, dtype) / 1000  # rounded as the pipeline rounds it
-        return steps, self.rows_of_steps(steps[:, None].expand(-1, len(pooled)), guidance, pooled)
+        return steps, self.rows_of_steps(steps[:, None].expand(-1, batch), guidance, pooled)
 
     def rows_of_steps(
         self, timesteps: torch.Tensor, guidance: torch.Tensor | None, pooled: torch.Tensor
     ) -> torch.Tensor:
-        """[steps, batch, width] of timesteps [steps, batch] in 0..1, and the images' guidance and prompts."""
-        steps = len(timesteps)
-        everyone = None if guidance is None else guidance.repeat(steps)
-        return self.rows(timesteps.flatten(), everyone, pooled.repeat(steps, 1)).unflatten(0, timesteps.shape)
+        """[steps, batch, width] of timesteps [steps, batch] in 0..1, and the images' guidance and prompts.
+
+        guidance [batch], pooled [batch, features]; or of one row, for all images: so come a user's own embeddings.
+        """
+        steps, batch = timesteps.shape
+        everyone = None if guidance is None else guidance.expand(batch).repeat(steps)
+        prompts = pooled.expand(batch, -1).repeat(steps, 1)
+        return self.rows(timesteps.flatten(), everyone, prompts).unflatten(0, timesteps.shape)
 
 
 def _end_loop_with_call(pipe: DiffusionPipeline) -> None:
@@ -164,7 +173,9 @@ def _apply(pipe: DiffusionPipeline, recipe: Recipe) -> str:
     hoisted = HoistedModulation(pipe)
     hoist(pipe.transformer, hoisted.replace, [hoisted.table])
     _end_loop_with_call(pipe)
-    done = f"{len(hoisted.linears)} Linears once a call for all its steps"
+    # FluxImg2ImgPipeline and others tell nobody which step they are at; to the transformer, each is a call by hand.
+    when = "once a call for all its steps" if hasattr(type(pipe), "current_timestep") else "at each step"
+    done = f"{len(hoisted.linears)} Linears {when}"
     if recipe.modulation == "offloaded":
         done += f", their {_offload(hoisted.linears)} bytes in host memory"
     return done
@@ -175,4 +186,6 @@ OPTIMIZATION = Optimization(
     needs=lambda recipe: Needs(device="cuda" if recipe.modulation == "offloaded" else None),
     lossless=lambda recipe: True,
     apply=_apply,
+    merges_weights=lambda recipe: True,
+    replaces_forward=lambda recipe: True,
 )

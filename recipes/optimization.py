@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from diffusers import DiffusionPipeline
 from torch.torch_version import TorchVersion
 
+from recipes import guards
 from recipes.recipe import Recipe, default
 
 
@@ -66,6 +68,11 @@ class Optimization:
         the store of packages too).
     not_timed(device): why timing it on this device would mean nothing, if so.
     always: applied for the default value too (a dtype has to be something).
+    components: of the pipeline, which it can't do without.
+    merges_weights(recipe): whether it makes something else of the transformer's weights, or of the graph that they are
+        read in, so that LoRA layers beside them would count for nothing or stay as they are.
+    replaces_forward(recipe): whether it puts something in place of modules' forward, bound to these modules.
+    replaces_attention(recipe): whether the transformer's attention processors make way for others.
     """
 
     field: str
@@ -74,14 +81,39 @@ class Optimization:
     apply: Callable[..., str]
     not_timed: Callable[[torch.device], str | None] = lambda device: None
     always: bool = False
+    components: tuple[str, ...] = ()
+    merges_weights: Callable[[Recipe], bool] = lambda recipe: False
+    replaces_forward: Callable[[Recipe], bool] = lambda recipe: False
+    replaces_attention: Callable[[Recipe], bool] = lambda recipe: False
 
     def requested(self, recipe: Recipe) -> bool:
         return self.always or getattr(recipe, self.field) != default(self.field)
 
-    def refusal(self, recipe: Recipe, device: torch.device) -> str | None:
-        """Why this recipe's value of the field can't be applied on `device`; None if it can."""
-        reason = self.needs(recipe).missing(device, recipe.dtype) if self.requested(recipe) else None
+    def refusal(self, recipe: Recipe, device: torch.device, pipe: DiffusionPipeline | None = None) -> str | None:
+        """Why this recipe's value of the field can't be applied on `device`, to `pipe`; None if it can."""
+        if not self.requested(recipe):
+            return None
+        reason = self.needs(recipe).missing(device, recipe.dtype) or (pipe and self._missing(recipe, pipe))
         return f"{self.field}={getattr(recipe, self.field)} {reason}" if reason else None
+
+    def _missing(self, recipe: Recipe, pipe: DiffusionPipeline) -> str | None:
+        """What the pipeline lacks, or has too much, in words; None when all is well."""
+        for part in self.components:
+            if getattr(pipe, part, None) is None:
+                return f"needs the pipeline's {part}, which isn't there"
+        if self.merges_weights(recipe) and guards.has_lora(pipe):
+            return (
+                "needs a transformer without LoRA layers: call fuse_lora and unload_lora_weights before, or load it "
+                "afterwards with export.lora.Adapter"
+            )
+        if self.replaces_forward(recipe) and (name := guards.hooked(pipe)):
+            return (
+                f"needs a pipeline without hooks, {name} has some: load it without offloading, layerwise casting and "
+                "caching"
+            )
+        if self.replaces_attention(recipe) and (name := guards.other_attention(pipe)):
+            return f"would take {name} away, which the transformer's attention has: load it without (an IP-Adapter)"
+        return None
 
 
 def _missing_for_compiling(device: torch.device) -> str | None:

@@ -27,8 +27,8 @@ def _apply(pipe: DiffusionPipeline, recipe: Recipe) -> str:
     if recipe.scheduler_sync_removal:
         kind = next(base for base in kind.__mro__ if not issubclass(base, LookingUpFirstStep))
     else:
-        kind = type(kind.__name__, (LookingUpFirstStep, kind), {})
-    pipe.scheduler = kind.from_config(pipe.scheduler.config)
+        kind = type(kind.__name__, (LookingUpFirstStep, kind), {"__module__": kind.__module__})
+    pipe.scheduler.__class__ = kind  # what a user set on it stays
     return _state(recipe)
 
 

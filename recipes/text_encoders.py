@@ -26,4 +26,6 @@ OPTIMIZATION = Optimization(
     needs=lambda recipe: Needs(compiler=True),
     lossless=lambda recipe: True,
     apply=_apply,
+    components=("text_encoder", "text_encoder_2"),
+    replaces_forward=lambda recipe: True,
 )

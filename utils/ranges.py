@@ -2,12 +2,14 @@
 
 Nothing of the pipeline's class is known beyond diffusers' conventions: `encode_prompt`, `scheduler`, `vae.decode`,
 `image_processor.postprocess`. A denoising step lasts from the end of the one before (the first: from the scheduler's
-`set_begin_index`, or `set_timesteps` where the pipeline doesn't call that) to the end of `scheduler.step`. A pipeline
+`set_begin_index`, or `set_timesteps` where the pipeline doesn't call that) to the end of `scheduler.step`; where a
+user interrupts the call, the last one ends with the next stage. A pipeline
 whose steps can't be told apart from outside says so by its class's `denoising_range`: one range, DENOISING_LOOP.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -30,6 +32,7 @@ def annotate(pipe: DiffusionPipeline) -> Iterator[None]:
     """
     step = pipe.scheduler.step
 
+    @functools.wraps(step)  # pipelines look at its signature
     def scheduled(*args: Any, **kwargs: Any) -> Any:
         with torch.profiler.record_function(SCHEDULER_STEP):
             return step(*args, **kwargs)
@@ -45,13 +48,19 @@ def annotate(pipe: DiffusionPipeline) -> Iterator[None]:
 def watch(pipe: DiffusionPipeline, enter: Range) -> Iterator[None]:
     """In the body, every call of `pipe` runs its stages inside `enter(stage)`; undone afterwards."""
     with ExitStack() as stack:
+        start = "set_begin_index" if _calls(pipe, "set_begin_index") else "set_timesteps"
+        steps = _watch_steps(pipe.scheduler, start, lambda: enter(_denoising_range(pipe)))
+        end_step = stack.enter_context(steps)
 
         def wrap(owner: Any, name: str, stage: str) -> None:
             original = getattr(owner, name, None)
             if original is None:
                 return
 
+            @functools.wraps(original)
             def watched(*args: Any, **kwargs: Any) -> Any:
+                if getattr(pipe, "_interrupt", False):  # as diffusers calls it; steps may be left
+                    end_step()
                 with enter(stage):
                     return original(*args, **kwargs)
 
@@ -61,8 +70,6 @@ def watch(pipe: DiffusionPipeline, enter: Range) -> Iterator[None]:
         if getattr(pipe, "vae", None) is not None:
             wrap(pipe.vae, "decode", "decoding")
         wrap(getattr(pipe, "image_processor", None), "postprocess", "postprocessing")
-        start = "set_begin_index" if _calls(pipe, "set_begin_index") else "set_timesteps"
-        stack.enter_context(_watch_steps(pipe.scheduler, start, lambda: enter(_denoising_range(pipe))))
         yield
 
 
@@ -71,14 +78,23 @@ def _denoising_range(pipe: DiffusionPipeline) -> str:
 
 
 def _calls(pipe: DiffusionPipeline, name: str) -> bool:
-    """Whether calling `pipe` calls something of this name: it, or a class that its own extends."""
-    calls = [vars(kind)["__call__"] for kind in type(pipe).__mro__ if "__call__" in vars(kind)]
+    """Whether calling `pipe` calls something of this name of its scheduler: it, or a class that its own extends.
+
+    Where it starts from an image, `get_timesteps` does, after it has left out the first steps.
+    """
+    if not hasattr(pipe.scheduler, name):
+        return False
+    names = ("__call__", "get_timesteps")
+    calls = [vars(kind)[method] for kind in type(pipe).__mro__ for method in names if method in vars(kind)]
     return any(name in inspect.unwrap(call).__code__.co_names for call in calls)
 
 
 @contextmanager
-def _watch_steps(scheduler: Any, start: str, enter: Callable[[], AbstractContextManager]) -> Iterator[None]:
-    """Ranges from the end of `scheduler.<start>` over the ends of `scheduler.step`, as many as there are timesteps."""
+def _watch_steps(
+    scheduler: Any, start: str, enter: Callable[[], AbstractContextManager]
+) -> Iterator[Callable[[], None]]:
+    """Ranges from the end of `scheduler.<start>` over the ends of `scheduler.step`, as many as there are timesteps
+    from the one that `set_begin_index` names. Yields what ends the one that is open, if one is."""
     current: AbstractContextManager | None = None
     left = 0
 
@@ -94,17 +110,20 @@ def _watch_steps(scheduler: Any, start: str, enter: Callable[[], AbstractContext
         current.__enter__()
 
     def begin(original: Callable) -> Callable:
+        @functools.wraps(original)
         def watched(*args: Any, **kwargs: Any) -> Any:
             nonlocal left
             close()  # of a call that was broken off
             result = original(*args, **kwargs)
-            left = len(scheduler.timesteps)
+            first = inspect.signature(original).bind(*args, **kwargs).arguments.get("begin_index", 0)
+            left = len(scheduler.timesteps) - first
             open_next()
             return result
 
         return watched
 
     def step(original: Callable) -> Callable:
+        @functools.wraps(original)
         def watched(*args: Any, **kwargs: Any) -> Any:
             nonlocal left
             result = original(*args, **kwargs)
@@ -120,7 +139,7 @@ def _watch_steps(scheduler: Any, start: str, enter: Callable[[], AbstractContext
         stack.enter_context(_replaced(scheduler, start, begin(getattr(scheduler, start))))
         stack.enter_context(_replaced(scheduler, "step", step(scheduler.step)))
         try:
-            yield
+            yield close
         finally:
             close()
 

@@ -157,6 +157,37 @@ def test_weights_are_bound_not_copied(draw: Callable, packaged: DiffusionPipelin
 
 
 @pytest.mark.slow
+def test_weights_with_other_memory_are_bound_anew(tiny: Callable, draw: Callable, package: Entry) -> None:
+    eager, packaged = tiny(), tiny()
+    recipes.apply(packaged, AOTI, PackageStore(package.path.parent, build=False))
+    before = draw(packaged)
+    bound = [dict(region.bound) for region in library_of(packaged).packaged]
+    packaged.to("cpu", torch.float32)
+    assert [region.bound for region in library_of(packaged).packaged] == bound, "they stayed where they were"
+    for pipe in (eager, packaged):
+        pipe.transformer.to(torch.float8_e4m3fn).to(torch.float32)
+    np.testing.assert_allclose(draw(packaged), draw(eager), atol=1e-4)
+    assert np.abs(draw(packaged) - before).max() > 1e-3, "rounded weights draw another image"
+
+
+@pytest.mark.slow
+def test_gradients_are_refused(packaged: DiffusionPipeline) -> None:
+    latents = torch.zeros(1, 16, 8, 8, requires_grad=True)
+    with pytest.raises(UserError, match="packages compute no gradients: use a recipe with execution=compile"):
+        packaged.vae.decode(latents)
+
+
+@pytest.mark.slow
+def test_pipeline_without_a_vae(tiny: Callable, draw: Callable, package: Entry) -> None:
+    plain, pipe = tiny(), tiny()
+    pipe.vae = None
+    applied = recipes.apply(pipe, AOTI, PackageStore(package.path.parent, build=False))
+    assert "decoder" not in applied["execution"]
+    got, expected = (draw(p, output_type="latent") for p in (pipe, plain))
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.slow
 def test_another_checkpoint_of_the_same_architecture(tiny: Callable, draw: Callable, package: Entry) -> None:
     eager, finetuned = tiny(), tiny()
     for pipe in (eager, finetuned):

@@ -41,6 +41,23 @@ def test_refuses_a_step_cache() -> None:
 
 
 @pytest.mark.gpu
+def test_weights_that_were_moved_are_read_where_they_are(tiny: Callable, draw: Callable) -> None:
+    pipe = tiny(device=torch.device("cuda"))
+    recipes.apply(pipe, EAGER)
+    before = torch.from_numpy(draw(pipe))
+    assert graphs(pipe) == 2
+    pipe.to("cuda")
+    assert graphs(pipe) == 2, "they stayed where they were"
+    pipe.to("cpu")
+    assert graphs(pipe) == 0
+    others = [torch.full((n,), 1e3, device="cuda") for n in (2**20, 2**16, 2**12) for _ in range(20)]
+    pipe.to("cuda")
+    torch.testing.assert_close(torch.from_numpy(draw(pipe)), before, atol=1e-2, rtol=0)
+    assert graphs(pipe) == 2
+    assert len(others) == 60, "in the memory that was theirs"
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     "recipe", [EAGER, COMPILED, WHOLE, HOISTED, PACKAGED], ids=["eager", "compiled", "whole", "hoisted", "packages"]
 )

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import FluxKontextPipeline, FluxTransformer2DModel
+from diffusers import FluxImg2ImgPipeline, FluxKontextPipeline, FluxTransformer2DModel
 from PIL import Image
 
 import recipes
@@ -37,6 +37,13 @@ def with_guidance(pipe: Any) -> Any:
     config = {**pipe.transformer.config, "guidance_embeds": True}
     pipe.register_modules(transformer=FluxTransformer2DModel.from_config(config))
     return pipe
+
+
+def own_embeddings(pipe: Any) -> dict[str, Any]:
+    """A prompt as a user hands it in encoded."""
+    with torch.no_grad():
+        prompt, pooled, _ = pipe.encode_prompt("a red circle", None, max_sequence_length=64)
+    return {"prompt": None, "prompt_embeds": prompt, "pooled_prompt_embeds": pooled}
 
 
 def change_prompt_at_step_one(pipe: Any, index: int, timestep: torch.Tensor, tensors: dict) -> dict:
@@ -116,6 +123,69 @@ def test_kontext(tiny: Callable, draw: Callable) -> None:
     np.testing.assert_allclose(draw(hoisted, **options), draw(plain, **options), atol=ROUNDING, rtol=0)
 
 
+@ALL
+def test_own_embeddings_of_one_prompt_for_several_images(tiny: Callable, draw: Callable, recipe: Recipe) -> None:
+    """diffusers repeats what it encodes itself, and leaves what it is given to broadcasting."""
+    plain, hoisted = with_guidance(tiny()), with_guidance(tiny())
+    recipes.apply(hoisted, recipe)
+    options = {**own_embeddings(plain), "batch": 3, "steps": 2, "output_type": "latent"}
+    torch.testing.assert_close(draw(hoisted, **options), draw(plain, **options), atol=ROUNDING, rtol=0)
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+@pytest.mark.parametrize("change", ["written", "replaced"])
+@ALL
+def test_same_embeddings_again_after_the_weights_changed(
+    tiny: Callable, draw: Callable, predict: Callable, recipe: Recipe, change: str, by_hand: bool
+) -> None:
+    plain, hoisted = tiny(), tiny()
+    recipes.apply(hoisted, recipe)
+    embeddings, seen = own_embeddings(plain), []
+    tensors: dict[str, Any] = {}
+
+    def results(pipe: Any) -> torch.Tensor:
+        if not by_hand:
+            return draw(pipe, **embeddings, output_type="latent")
+        with torch.no_grad():
+            return pipe.transformer(**tensors, return_dict=False)[0]
+
+    hook = plain.transformer.register_forward_pre_hook(lambda *call: tensors.update(call[2]), with_kwargs=True)
+    predict(plain)
+    hook.remove()
+    tensors.pop("return_dict")
+    for _ in range(2):
+        seen.append(results(plain))
+        torch.testing.assert_close(results(hoisted), seen[-1], atol=ROUNDING, rtol=0)
+        for pipe in (plain, hoisted):
+            for weight in pipe.transformer.parameters():
+                if change == "written":
+                    with torch.no_grad():
+                        weight.mul_(1.05)
+                else:
+                    weight.data = weight.data * 1.05
+    assert (seen[0] - seen[1]).abs().max() > 1e-2
+
+
+@ALL
+def test_gradients_of_the_transformer_called_by_hand(tiny: Callable, predict: Callable, recipe: Recipe) -> None:
+    """Also of what was computed without them before."""
+    plain, hoisted = tiny(), tiny()
+    recipes.apply(hoisted, recipe)
+    tensors: dict[str, Any] = {}
+    hook = plain.transformer.register_forward_pre_hook(lambda *call: tensors.update(call[2]), with_kwargs=True)
+    predict(plain)
+    hook.remove()
+    of = [tensors[name].requires_grad_() for name in ("encoder_hidden_states", "pooled_projections")]
+    with torch.no_grad():
+        hoisted.transformer(**tensors)
+    for _ in range(2):
+        expected, got = (
+            torch.autograd.grad(pipe.transformer(**tensors)[0].square().mean(), of) for pipe in (plain, hoisted)
+        )
+        torch.testing.assert_close(got, expected)
+        assert all(gradient.abs().max() > 1e-6 for gradient in expected)
+
+
 def test_linears_run_once_a_call(tiny: Callable, draw: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = tiny()
     assert recipes.apply(pipe, BOTH)["modulation"] == "9 Linears once a call for all its steps"
@@ -130,6 +200,17 @@ def test_linears_run_once_a_call(tiny: Callable, draw: Callable, monkeypatch: py
     draw(pipe, steps=5)
     assert rows[9:] == [5] * 9, "another call's prompt is another prompt"
     assert len(contexts) == 2
+
+
+def test_pipeline_that_does_not_say_which_step_it_is_at(tiny: Callable, draw: Callable) -> None:
+    plain, hoisted = (FluxImg2ImgPipeline(**tiny().components) for _ in range(2))
+    for pipe in (plain, hoisted):
+        pipe.set_progress_bar_config(disable=True)
+    assert recipes.apply(hoisted, BOTH)["modulation"] == "9 Linears at each step"
+    image = Image.radial_gradient("L").resize((64, 64)).convert("RGB")
+    for strength in (0.5, 1.0):
+        options = {"image": image, "strength": strength, "steps": 4, "output_type": "latent"}
+        torch.testing.assert_close(draw(hoisted, **options), draw(plain, **options), atol=ROUNDING, rtol=0)
 
 
 def test_weights_keep_their_names(tiny: Callable) -> None:

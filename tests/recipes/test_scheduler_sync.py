@@ -61,6 +61,22 @@ def test_scheduler_stays_itself(tiny: Callable) -> None:
     assert dict(pipe.scheduler.config) == dict(before.config)
 
 
+@pytest.mark.parametrize("removal", [False, True])
+def test_what_a_user_set_on_the_scheduler_stays(tiny: Callable, draw: Callable, removal: bool, tmp_path: Path) -> None:
+    """Its configuration doesn't know of it."""
+    plain, changed = tiny(), tiny()
+    usual = draw(plain, steps=2)
+    for pipe in (plain, changed):
+        pipe.scheduler.set_shift(1.0)
+    scheduler = changed.scheduler
+    recipes.apply(changed, Recipe(scheduler_sync_removal=removal))
+    assert changed.scheduler is scheduler
+    assert np.array_equal(draw(changed, steps=2), draw(plain, steps=2))
+    assert np.abs(draw(plain, steps=2) - usual).max() > 1e-3
+    changed.save_pretrained(tmp_path)
+    assert "recipes" not in (tmp_path / "model_index.json").read_text(), "diffusers' own class"
+
+
 def copies_to_the_host_in_the_loop(trace: list[dict[str, Any]]) -> int:
     """Device-to-host copies launched inside the denoising steps of a Chrome trace."""
     steps = [e for e in trace if e.get("cat") == "user_annotation" and e["name"] == "denoising_step"]

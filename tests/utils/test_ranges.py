@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import json
 from collections.abc import Callable, Iterator
@@ -11,7 +12,16 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiffusionPipeline,
+    FluxImg2ImgPipeline,
+    FluxKontextInpaintPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from PIL import Image
 from torch.profiler import ProfilerActivity, profile
 from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -105,6 +115,60 @@ def test_restored_when_the_pipeline_raises(tiny: Callable, draw: Callable, where
         log.events.clear()
         draw(pipe, steps=2)
     assert log.events == expected(2)
+
+
+@pytest.mark.parametrize("sync_removal", [False, True])
+@pytest.mark.parametrize("kind", [FluxImg2ImgPipeline, FluxKontextInpaintPipeline])
+def test_steps_that_an_image_to_start_from_leaves_out(
+    tiny: Callable, draw: Callable, kind: type[DiffusionPipeline], sync_removal: bool
+) -> None:
+    pipe, log = kind(**tiny().components), Log()
+    pipe.set_progress_bar_config(disable=True)
+    recipes.apply(pipe, Recipe(scheduler_sync_removal=sync_removal))
+    image = Image.radial_gradient("L").resize((64, 64)).convert("RGB")
+    more = {"mask_image": image, "max_area": 64 * 64, "_auto_resize": False} if "Inpaint" in kind.__name__ else {}
+    with watch(pipe, log.range):
+        draw(pipe, image=image, strength=0.5, steps=4, **more)
+    assert log.events == expected(2)
+
+
+def test_interrupted_call(tiny: Callable, draw: Callable) -> None:
+    """Its last range is of the step that was left out."""
+    pipe, log = tiny(), Log()
+
+    def interrupt(pipe: Any, index: int, *_: Any) -> dict:
+        pipe._interrupt = index == 1
+        return {}
+
+    with watch(pipe, log.range):
+        draw(pipe, steps=5, callback_on_step_end=interrupt)
+    assert log.events == expected(3)
+
+
+def test_decoding_between_two_steps(tiny: Callable, draw: Callable) -> None:
+    """As a preview does: within the step, which goes on."""
+    pipe, log = tiny(), Log()
+
+    def preview(pipe: Any, index: int, *_: Any) -> dict:
+        if index == 0:
+            pipe.vae.decode(torch.zeros(1, 16, 8, 8))
+        return {}
+
+    with watch(pipe, log.range):
+        draw(pipe, steps=2, callback_on_step_end=preview)
+    inside = [("open", "decoding"), ("close", "decoding")]
+    assert log.events == [*expected(2)[:5], *inside, *expected(2)[5:]]
+
+
+def test_signatures_stay(tiny: Callable) -> None:
+    """By which diffusers tells whether a scheduler takes sigmas."""
+    pipe = tiny()
+    before = [inspect.signature(one) for one in (pipe.scheduler.set_timesteps, pipe.scheduler.step, pipe.encode_prompt)]
+    with annotate(pipe):
+        scheduler = pipe.scheduler
+        assert [
+            inspect.signature(one) for one in (scheduler.set_timesteps, scheduler.step, pipe.encode_prompt)
+        ] == before
 
 
 def test_pipeline_that_does_not_call_set_begin_index(tiny: Callable) -> None:

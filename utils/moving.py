@@ -1,0 +1,42 @@
+"""To know when a module's weights move: what reads them where they lie has to find them anew."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+
+def when_moved(module: nn.Module, forget: Callable[[], object]) -> None:
+    """Call `forget` after `module.to(...)`, `.half()`, `.cuda()`, ..., also of a module that it is part of, where that
+    gave its tensors other memory.
+
+    Source: torch.nn.Module._apply, through which they all go.
+    """
+    original: Any = module._apply.__func__  # type: ignore[attr-defined]  # or what this function made of it before
+
+    def apply(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        before = _addresses(self)
+        result = original(self, *args, **kwargs)
+        if _addresses(self) != before:
+            forget()
+        return result
+
+    # A method, so that a copy of the module gets its own, and not this one's.
+    object.__setattr__(module, "_apply", MethodType(apply, module))
+
+
+def _addresses(module: nn.Module) -> list[int]:
+    tensors: list[torch.Tensor] = [*module.parameters(), *module.buffers()]
+    return [part.data_ptr() for tensor in tensors for part in _parts(tensor)]
+
+
+def _parts(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """A tensor subclass's own tensors, such as float8 values and their scale; of another it itself."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return [tensor]
+    return [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
