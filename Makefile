@@ -11,6 +11,8 @@ OUTPUT ?= output.png
 RECIPE ?=
 # Further options of the script that is called, as ARGS="--steps 4 --seed 1".
 ARGS ?=
+# Two processes of tests, a file's tests in one of them, with half of the cores each.
+SIDE_BY_SIDE := OMP_NUM_THREADS=$(shell echo $$((($$(nproc) + 1) / 2))) $(BIN)/python -m pytest -n 2 --dist loadfile
 # Through the environment, so that a prompt may hold quotes.
 export PROMPT OUTPUT CHECKPOINT RECIPE
 
@@ -33,10 +35,10 @@ report: $(VENV)/.ready ## make all tables and charts anew from the result files
 	$(BIN)/python -m benchmark.report
 
 test: $(VENV)/.ready-dev compiler ## all tests that need no GPU
-	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
+	$(SIDE_BY_SIDE) -m "not gpu" $(ARGS)
 
 test-fast: $(VENV)/.ready-dev compiler ## those of them that aren't slow
-	$(BIN)/python -m pytest -m "not gpu and not slow" $(ARGS)
+	$(SIDE_BY_SIDE) -m "not gpu and not slow" $(ARGS)
 
 test-gpu: $(VENV)/.ready-dev setup-gpu ## the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu $(ARGS)
