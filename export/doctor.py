@@ -136,4 +136,4 @@ def _error(stderr: str) -> str:
     """The line of a child's traceback that says what went wrong."""
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
     telling = [line for line in lines if "error:" in line.lower() or "Error" in line.split(":")[0]]
-    return (telling or lines or ["no message"])[-1][:200]
+    return (telling or lines or ["no message"])[-1][:600]
