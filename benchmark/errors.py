@@ -31,7 +31,7 @@ with quiet():
     import recipes
     from benchmark import prompts, recipe_series
     from benchmark.memory import peak_bytes
-    from recipes.dtype import torch_dtype
+    from recipes.dtype import cast, torch_dtype
     from recipes.recipe import Recipe
     from utils import checkpoints
     from utils.errors import Parser, UsageError, UserError, run_command
@@ -72,8 +72,7 @@ class Inputs:
 def load(checkpoint: str, device: torch.device) -> DiffusionPipeline:
     """The checkpoint with all of its weights in bfloat16: transformers would leave some of a text encoder as stored."""
     pipe = checkpoints.load(checkpoint, torch.bfloat16, device, progress=False)
-    for module in (value for value in pipe.components.values() if isinstance(value, torch.nn.Module)):
-        torch.nn.Module.to(module, torch.bfloat16)
+    cast(pipe, torch.bfloat16)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from export.manifest import Model, TensorSpec
+from utils.components import plain_tensors
 
 
 def exported_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -21,9 +22,8 @@ def exported_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if is_traceable_wrapper_subclass(tensor):
             owner, _, leaf = name.rpartition(".")
-            inner, _ = tensor.__tensor_flatten__()
-            parts = {f"{owner}.parametrizations.{leaf}.original{i}": getattr(tensor, n) for i, n in enumerate(inner)}
-            tensors |= parts
+            parts = enumerate(plain_tensors(tensor))
+            tensors |= {f"{owner}.parametrizations.{leaf}.original{i}": part for i, part in parts}
         else:
             tensors[name] = tensor
     return tensors

@@ -10,16 +10,21 @@ from diffusers import DiffusionPipeline
 
 from recipes.optimization import Needs, Optimization
 from recipes.recipe import Recipe
+from utils.components import modules
 
 
 def torch_dtype(recipe: Recipe) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[recipe.dtype]
 
 
+def cast(pipe: DiffusionPipeline, dtype: torch.dtype) -> None:
+    """All weights to `dtype`, in place."""
+    for module in modules(pipe).values():
+        torch.nn.Module.to(module, dtype)  # diffusers' own `to` warns about a list of exceptions, empty for Flux
+
+
 def _apply(pipe: DiffusionPipeline, recipe: Recipe) -> str:
-    wanted = torch_dtype(recipe)
-    for module in (value for value in pipe.components.values() if isinstance(value, torch.nn.Module)):
-        torch.nn.Module.to(module, wanted)  # diffusers' own `to` warns about a list of exceptions, empty for Flux
+    cast(pipe, torch_dtype(recipe))
     return recipe.dtype
 
 

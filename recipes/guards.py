@@ -12,17 +12,12 @@ from typing import Any, NoReturn
 
 from diffusers import DiffusionPipeline
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
-from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from utils.components import modules
 from utils.errors import UsageError
 
 _OFFLOADING = ("enable_model_cpu_offload", "enable_sequential_cpu_offload", "enable_group_offload")
-
-
-def modules(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
-    """The pipeline's components that have weights, by name."""
-    return {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
 
 
 def hooked(pipe: DiffusionPipeline) -> str | None:

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from utils.components import plain_tensors
 
 
 def when_moved(module: nn.Module, forget: Callable[[], object]) -> None:
@@ -32,11 +33,4 @@ def when_moved(module: nn.Module, forget: Callable[[], object]) -> None:
 
 def _addresses(module: nn.Module) -> list[int]:
     tensors: list[torch.Tensor] = [*module.parameters(), *module.buffers()]
-    return [part.data_ptr() for tensor in tensors for part in _parts(tensor)]
-
-
-def _parts(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """A tensor subclass's own tensors, such as float8 values and their scale; of another it itself."""
-    if not is_traceable_wrapper_subclass(tensor):
-        return [tensor]
-    return [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+    return [part.data_ptr() for tensor in tensors for part in plain_tensors(tensor)]

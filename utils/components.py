@@ -1,0 +1,20 @@
+"""A pipeline's components that have weights, and the tensors that these are made of."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+
+def modules(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
+    """The components that have weights, by name."""
+    return {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+
+
+def plain_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """A tensor subclass's own tensors, such as float8 values and their scale; of another it itself."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return [tensor]
+    return [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
