@@ -29,14 +29,14 @@ def portable(device: torch.device) -> Iterator[dict[str, Any]]:
             flags = cpp_builder._get_optimization_cflags
             without = patch.object(cpp_builder, "_get_optimization_cflags", lambda *args: _without_march(*flags(*args)))
             undo.enter_context(without)
-            declaring = _told_apart(CppWrapperCpu.codegen_int_array_var)
+            declaring = told_apart(CppWrapperCpu.codegen_int_array_var)
             undo.enter_context(patch.object(CppWrapperCpu, "codegen_int_array_var", declaring))
         if device.type == "cuda":
             undo.enter_context(patch.object(cpu_vec_isa, "valid_vec_isa_list", list))
         yield options
 
 
-def _told_apart(declaring: Callable[..., str]) -> Callable[..., str]:
+def told_apart(declaring: Callable[..., str]) -> Callable[..., str]:
     """`codegen_int_array_var`, which declares an array once for each place that lines are written to.
 
     PyTorch 2.11 tells places apart by the id of a bound method, which ends with the call, so that another place's may

@@ -1,7 +1,9 @@
-"""What the compiler may use of this processor: no more than a package's identity names."""
+"""What the compiler may use of this processor: no more than a package's identity names. And that it gets right C++."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -10,11 +12,10 @@ from torch._inductor import cpp_builder
 from torch._inductor.cpu_vec_isa import invalid_vec_isa, pick_vec_isa
 
 from export.build import Call, compile_call
-from export.host_code import portable
+from export.host_code import portable, told_apart
 from export.manifest import cpu_arch
 from export.regions import AFTER
 
-pytestmark = pytest.mark.slow  # both compile
 CUDA = torch.device("cuda")
 
 
@@ -33,6 +34,7 @@ def commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 def test_a_cpus_model(commands: list[str]) -> None:
     x = torch.randn(3, 8)
     files = compile_call(Call(AFTER, torch.nn.Linear(8, 8), {"input": x}), {}, embed_weights=False)
@@ -43,6 +45,7 @@ def test_a_cpus_model(commands: list[str]) -> None:
         assert all("-mavx" in command for command in commands if ".cpp" in command)
 
 
+@pytest.mark.slow
 def test_a_gpus_host_code(commands: list[str]) -> None:
     """Compiled here as what it is there: C++ for any processor, and no instruction set tried out."""
     before = str(pick_vec_isa())
@@ -55,3 +58,31 @@ def test_a_gpus_host_code(commands: list[str]) -> None:
     assert commands
     assert not [command for command in commands if "-march" in command or "-mavx" in command or "avx" in command]
     assert str(pick_vec_isa()) == before
+
+
+class Lines(list[str]):
+    def writeline(self, line: str) -> None:
+        self.append(line)
+
+
+class Generator:
+    """Declares arrays as PyTorch 2.11 does: by the id of a bound method, of which the next one may have the same."""
+
+    def __init__(self) -> None:
+        self.cache: dict[tuple[str, int], str] = {}
+        self.number = count()
+
+    def declare(self, int_array: str, writeline: Callable[[str], None]) -> str:
+        key = int_array, id(writeline)
+        if key not in self.cache:
+            self.cache[key] = f"int_array_{next(self.number)}"
+            writeline(f"{self.cache[key]} = {int_array}")
+        return self.cache[key]
+
+
+def test_an_array_is_declared_once_wherever_it_is_used() -> None:
+    generator, first, second = Generator(), Lines(), Lines()
+    declare = told_apart(Generator.declare)
+    used = [declare(generator, "{1, 2}", place.writeline) for place in (first, second, first, second)]
+    assert used[:2] == used[2:]
+    assert (first, second) == ([f"{used[0]} = {{1, 2}}"], [f"{used[1]} = {{1, 2}}"])
