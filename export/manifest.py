@@ -40,7 +40,7 @@ _NOT_IN_THE_GRAPH = (
 # Nor do these what the other component's graphs compute.
 _OF_ONE_COMPONENT = {
     "transformer": ("compile_scope", "attention", "quantization", "fused_kernels", "modulation", "hoisted_embeddings"),
-    "vae": ("channels_last", "fused_group_norm"),
+    "vae": ("channels_last", "fused_group_norm", "vae_attention"),
 }
 # Sources that no graph is made of. Any other file counts, one that is added later too.
 _NOT_SHAPING = (

@@ -31,6 +31,7 @@ from recipes import (
     scheduler_sync,
     step_cache,
     text_encoders,
+    vae_attention,
 )
 from recipes.ladder import Rung, climb, command_line_name
 from recipes.optimization import Optimization
@@ -48,6 +49,7 @@ OPTIMIZATIONS: tuple[Optimization, ...] = (
     float8_text_encoder.OPTIMIZATION,
     fused_kernels.OPTIMIZATION,
     fused_group_norm.OPTIMIZATION,
+    vae_attention.OPTIMIZATION,
     device_postprocessing.OPTIMIZATION,
     step_cache.OPTIMIZATION,
     modulation.OPTIMIZATION,

@@ -17,6 +17,7 @@ from torch import nn
 
 from recipes.optimization import Needs, Optimization
 from recipes.recipe import Recipe, RecipeError
+from utils.device_memory import give_back_memory
 
 _BLOCKS = ("transformer_blocks.", "single_transformer_blocks.")
 _MODULATION = ("norm1.linear", "norm1_context.linear", "norm.linear")
@@ -85,6 +86,7 @@ def quantize_linears(linears: Iterable[nn.Linear], quantization: str) -> None:
     """Weights to float8 in place; activations follow at each call."""
     for linear in linears:
         linear.weight = nn.Parameter(quantize(linear.weight.detach(), quantization), requires_grad=False)
+        give_back_memory(linear.weight.device)
 
 
 def _apply(pipe: DiffusionPipeline, recipe: Recipe) -> str:

@@ -113,6 +113,11 @@ def float8_attention(parent: Recipe) -> Recipe:
     return replace(parent, attention="cudnn_fp8")
 
 
+def vae_attention(parent: Recipe) -> Recipe:
+    """The VAE's attention, one head of 512 channels, as two GEMMs and a softmax."""
+    return replace(parent, vae_attention="gemm")
+
+
 def loop_graph(parent: Recipe) -> Recipe:
     """All denoising steps are one CUDA graph; step ms is the loop's time by steps. Later rungs are without it."""
     return replace(parent, loop_graph=True)
@@ -144,6 +149,7 @@ LADDER: tuple[Callable[[Recipe], Recipe], ...] = (
     fused_group_norm,
     device_postprocessing,
     float8_attention,
+    vae_attention,
     loop_graph,
     aoti,
 )

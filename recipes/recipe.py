@@ -72,6 +72,7 @@ class Recipe:
     quantization: Literal["none", "float8_per_row", "float8_per_tensor"] = "none"
     fused_kernels: bool = False
     fused_group_norm: bool = False
+    vae_attention: Literal["native", "gemm"] = "native"
     device_postprocessing: bool = False
     inductor_flags: InductorFlags = InductorFlags()
     cache: FirstBlockCache | None = None

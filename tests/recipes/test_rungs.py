@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -49,14 +50,11 @@ Drawn = dict[str, torch.Tensor]
 
 def draw(pipe: DiffusionPipeline, request: Request) -> Drawn:
     """MEASURED, float32 on the CPU: latents [batch, 16, height / 8, width / 8], bytes [batch, height, width, 3]."""
-    latents: list[torch.Tensor] = []
-    hook = pipe.vae.decoder.register_forward_pre_hook(lambda module, args: latents.append(args[0].float().cpu()))
-    try:
+    with patch.object(pipe.vae, "decode", wraps=pipe.vae.decode) as decode:
         images = request.run(pipe)
-    finally:
-        hook.remove()
+    latents = decode.call_args.args[0].float().cpu()
     pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).float()
-    return dict(zip(MEASURED, (latents[0], pixels), strict=True))
+    return dict(zip(MEASURED, (latents, pixels), strict=True))
 
 
 def one_by_one(pipe: DiffusionPipeline, request: Request) -> Drawn:
