@@ -26,6 +26,7 @@ from recipes import (
     fused_qkv,
     guards,
     hoisted_embeddings,
+    hook_search,
     loop_graph,
     modulation,
     scheduler_sync,
@@ -42,6 +43,7 @@ from utils.errors import advising
 OPTIMIZATIONS: tuple[Optimization, ...] = (
     dtype.OPTIMIZATION,
     scheduler_sync.OPTIMIZATION,
+    hook_search.OPTIMIZATION,
     attention.OPTIMIZATION,
     fused_qkv.OPTIMIZATION,
     channels_last.OPTIMIZATION,
@@ -107,8 +109,9 @@ def _guard(pipe: DiffusionPipeline, recipe: Recipe, names: dict[str, list[str]])
     requested = [o for o in OPTIMIZATIONS if o.requested(recipe)]
     if any(o.merges_weights(recipe) for o in requested):
         guards.refuse_lora(pipe)
+    if any(o.replaces_forward(recipe) or o.without_hooks(recipe) for o in requested):
+        guards.refuse_hooks(pipe, cache=recipe.cuda_graph or recipe.hook_search_removal)
     if any(o.replaces_forward(recipe) for o in requested):
-        guards.refuse_hooks(pipe, cache=recipe.cuda_graph)
         guards.refuse_copies(pipe)
     guards.refuse_saving(pipe, names)
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from recipes.hoisting import Remembered, Rotary, hoist, rotary_table
+from recipes.hoisting import Hoisted, Remembered, Rotary, hoist, rotary_table
 from recipes.optimization import Needs, Optimization
 from recipes.recipe import Recipe
 
@@ -18,13 +18,12 @@ from recipes.recipe import Recipe
 def _apply(pipe: DiffusionPipeline, recipe: Recipe) -> str:
     transformer = pipe.transformer
 
-    def embed(
-        states: torch.Tensor, text: torch.Tensor, image: torch.Tensor, *_: torch.Tensor
-    ) -> tuple[torch.Tensor, Rotary]:
+    def embed(states: torch.Tensor, text: torch.Tensor, image: torch.Tensor) -> tuple[torch.Tensor, Rotary]:
         return transformer.context_embedder(states), rotary_table(transformer, text, image)
 
+    hoisted = Hoisted(embed)
     # By the embedder's weights too, which may change while a user calls with the same prompt embeddings again.
-    embedded = Remembered(embed)
+    embedded = Remembered(lambda states, text, image, *weights: hoisted(states, text, image))
 
     def replace(arguments: dict[str, Any]) -> dict[str, Any]:
         if "context" in arguments:
@@ -33,7 +32,7 @@ def _apply(pipe: DiffusionPipeline, recipe: Recipe) -> str:
         context, rotary = embedded(states, text, image, *transformer.context_embedder.parameters())
         return {**arguments, "context": context, "rotary": rotary}
 
-    hoist(transformer, replace, [embedded])
+    hoist(transformer, replace, [embedded], [hoisted])
     return "rotary table and context embedding once a call"
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from types import MethodType
 from typing import Any, Generic, TypeVar
@@ -26,7 +26,7 @@ from utils.errors import UserError
 Result = TypeVar("Result")
 Rotary = tuple[torch.Tensor, torch.Tensor]
 Replace = Callable[[dict[str, Any]], dict[str, Any]]
-_REMEMBERED = "_remembered"
+_REMEMBERED, _HOISTED = "_remembered", "_hoisted"
 
 
 class Remembered(Generic[Result]):
@@ -58,19 +58,43 @@ class Remembered(Generic[Result]):
         self._last.clear()
 
 
-def hoist(transformer: FluxTransformer2DModel, replace: Replace, remembered: list[Remembered]) -> None:
+class Hoisted(Generic[Result]):
+    """A function of tensors on the transformer's device, and of nothing else that changes but weights in their place.
+
+    What captures calls (recipes/cuda_graph.py) puts a graph in place of `function`.
+    """
+
+    def __init__(self, function: Callable[..., Result]):
+        self.function = function
+
+    def __call__(self, *arguments: Any) -> Result:
+        return self.function(*arguments)
+
+
+def hoist(
+    transformer: FluxTransformer2DModel,
+    replace: Replace,
+    remembered: Sequence[Remembered] = (),
+    hoisted: Sequence[Hoisted] = (),
+) -> None:
     """Before each call of `transformer`, `replace` its arguments, by name; its forward becomes `step`.
 
     replace: gives the arguments as `step` takes them, and leaves alone those that it has replaced already.
-    remembered: what `replace` remembers of the transformer's layers, for `forget`.
+    remembered: what `replace` remembers of the transformer's layers, for `forget`. hoisted: what it computes with them.
     """
-    setattr(transformer, _REMEMBERED, [*getattr(transformer, _REMEMBERED, ()), *remembered])
+    for name, more in ((_REMEMBERED, remembered), (_HOISTED, hoisted)):
+        setattr(transformer, name, [*getattr(transformer, name, ()), *more])
 
     def hook(module: FluxTransformer2DModel, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         return (), replace(by_name(args, kwargs))
 
     transformer.forward = MethodType(step, transformer)
     transformer.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def hoisted(transformer: FluxTransformer2DModel) -> list[Hoisted]:
+    """What is computed before the loop, of all that was hoisted out of `transformer`'s calls."""
+    return getattr(transformer, _HOISTED, [])
 
 
 def forget(transformer: FluxTransformer2DModel) -> None:

@@ -118,6 +118,11 @@ def vae_attention(parent: Recipe) -> Recipe:
     return replace(parent, vae_attention="gemm")
 
 
+def no_hook_search(parent: Recipe) -> Recipe:
+    """The pipeline no longer looks through all its modules for offloading and caching hooks at every call."""
+    return replace(parent, hook_search_removal=True)
+
+
 def loop_graph(parent: Recipe) -> Recipe:
     """All denoising steps are one CUDA graph; step ms is the loop's time by steps. Later rungs are without it."""
     return replace(parent, loop_graph=True)
@@ -150,6 +155,7 @@ LADDER: tuple[Callable[[Recipe], Recipe], ...] = (
     device_postprocessing,
     float8_attention,
     vae_attention,
+    no_hook_search,
     loop_graph,
     aoti,
 )

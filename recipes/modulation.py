@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from diffusers import DiffusionPipeline, FluxTransformer2DModel
 from torch import nn
 
-from recipes.hoisting import Remembered, conditioning, hoist, modulated
+from recipes.hoisting import Hoisted, Remembered, conditioning, hoist, modulated
 from recipes.optimization import Needs, Optimization
 from recipes.recipe import Recipe
 
@@ -51,6 +51,7 @@ class HoistedModulation:
         self.pipe, self.transformer = pipe, pipe.transformer
         self.linears = [linear for group in _precompute(self.transformer) for linear in group]
         self.table = Remembered(self._table)
+        self.rows_of_steps = Hoisted(self._rows_of_steps)
 
     def replace(self, arguments: dict[str, Any]) -> dict[str, Any]:
         if "modulation" in arguments:
@@ -87,7 +88,7 @@ class HoistedModulation:
         steps = timesteps.to(pooled.device, dtype) / 1000  # rounded as the pipeline rounds it
         return steps, self.rows_of_steps(steps[:, None].expand(-1, batch), guidance, pooled)
 
-    def rows_of_steps(
+    def _rows_of_steps(
         self, timesteps: torch.Tensor, guidance: torch.Tensor | None, pooled: torch.Tensor
     ) -> torch.Tensor:
         """[steps, batch, width] of timesteps [steps, batch] in 0..1, and the images' guidance and prompts.
@@ -171,7 +172,9 @@ def _offload(linears: list[Precomputed]) -> int:
 
 def _apply(pipe: DiffusionPipeline, recipe: Recipe) -> str:
     hoisted = HoistedModulation(pipe)
-    hoist(pipe.transformer, hoisted.replace, [hoisted.table])
+    # Weights that come from the host each time stay out of graphs, whose memory is kept.
+    on_device = [] if recipe.modulation == "offloaded" else [hoisted.rows_of_steps]
+    hoist(pipe.transformer, hoisted.replace, [hoisted.table], on_device)
     _end_loop_with_call(pipe)
     # FluxImg2ImgPipeline and others tell nobody which step they are at; to the transformer, each is a call by hand.
     when = "once a call for all its steps" if hasattr(type(pipe), "current_timestep") else "at each step"

@@ -72,6 +72,7 @@ class Optimization:
     merges_weights(recipe): whether it makes something else of the transformer's weights, or of the graph that they are
         read in, so that LoRA layers beside them would count for nothing or stay as they are.
     replaces_forward(recipe): whether it puts something in place of modules' forward, bound to these modules.
+    without_hooks(recipe): whether it takes it that no module has hooks, as all do that replace forwards.
     replaces_attention(recipe): whether the transformer's attention processors make way for others.
     """
 
@@ -84,6 +85,7 @@ class Optimization:
     components: tuple[str, ...] = ()
     merges_weights: Callable[[Recipe], bool] = lambda recipe: False
     replaces_forward: Callable[[Recipe], bool] = lambda recipe: False
+    without_hooks: Callable[[Recipe], bool] = lambda recipe: False
     replaces_attention: Callable[[Recipe], bool] = lambda recipe: False
 
     def requested(self, recipe: Recipe) -> bool:
@@ -106,7 +108,8 @@ class Optimization:
                 "needs a transformer without LoRA layers: call fuse_lora and unload_lora_weights before, or load it "
                 "afterwards with export.lora.Adapter"
             )
-        if self.replaces_forward(recipe) and (name := guards.hooked(pipe)):
+        hookless = self.replaces_forward(recipe) or self.without_hooks(recipe)
+        if hookless and (name := guards.hooked(pipe)):
             return (
                 f"needs a pipeline without hooks, {name} has some: load it without offloading, layerwise casting and "
                 "caching"

@@ -73,6 +73,7 @@ class Recipe:
     fused_kernels: bool = False
     fused_group_norm: bool = False
     vae_attention: Literal["native", "gemm"] = "native"
+    hook_search_removal: bool = False
     device_postprocessing: bool = False
     inductor_flags: InductorFlags = InductorFlags()
     cache: FirstBlockCache | None = None
@@ -108,6 +109,8 @@ class Recipe:
                 raise RecipeError(f"{idle[0]} has no effect with execution=eager: use execution=compile or aoti")
         if self.cache is not None and self.execution != "eager":
             raise RecipeError("cache needs execution=eager: its decision at each step can't be compiled into one graph")
+        if self.cache is not None and self.hook_search_removal:
+            raise RecipeError("cache needs hook_search_removal=false: it is a hook")
         if self.cache is not None and self.cuda_graph:
             raise RecipeError("cache needs cuda_graph=false: its decision at each step can't be captured in one graph")
 

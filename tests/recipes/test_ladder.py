@@ -69,7 +69,7 @@ def test_rungs_for_who_asks_for_them_are_not_inherited() -> None:
         plain = getattr(Recipe(), field)
         assert [other for other, rung in rungs.items() if getattr(rung.recipe, field) != plain] == [name]
     assert [name for name, rung in rungs.items() if rung.recipe.loop_graph] == ["loop_graph"]
-    assert rungs["loop_graph"].parent == rungs["aoti"].parent == "float8_attention"
+    assert rungs["loop_graph"].parent == rungs["aoti"].parent == "no_hook_search"
     without = climbed("cuda_graph")["loop_graph"]
     assert without.skipped == "loop_graph needs cuda_graph=true"
     assert not without.recipe.loop_graph
@@ -99,12 +99,14 @@ def many_recipes() -> list[Recipe]:
         "quantization": ("none", "float8_per_tensor"),
         "fused_kernels": (False, True),
         "fused_group_norm": (False, True),
+        "vae_attention": ("native", "gemm"),
         "inductor_flags": (InductorFlags(), InductorFlags(epilogue_fusion=True, conv_1x1_as_mm=False)),
         "cache": (None, FirstBlockCache(0.125)),
         "modulation": ("per_step", "offloaded"),
     }
     one_by_one = (
         "hoisted_embeddings", "compiled_text_encoders", "float8_text_encoder", "device_postprocessing", "cuda_graph",
+        "hook_search_removal",
     )  # fmt: skip
     assert {*values, *one_by_one, "loop_graph"} == {field.name for field in fields(Recipe)}
     recipes = []

@@ -83,6 +83,8 @@ def test_hash_differs_for_every_field() -> None:
         Recipe(channels_last=True),
         Recipe(dtype="bfloat16", fused_qkv=True, fused_kernels=True),
         Recipe(channels_last=True, fused_group_norm=True),
+        Recipe(vae_attention="gemm"),
+        Recipe(hook_search_removal=True),
         Recipe(attention="cudnn"),
         Recipe(attention="fa3"),
         Recipe(attention="fa3_fp8"),
