@@ -89,8 +89,8 @@ class Request:
             "guidance_scale": self.guidance,
             "max_sequence_length": self.max_sequence_length,
             "num_images_per_prompt": self.batch,
-            # On the device before anything else: the pipeline would copy it there when the text encoders have begun, and
-            # so wait until they are through.
+            # On the device before all else: the pipeline would copy it there when the text encoders have begun, and so
+            # wait until they are through.
             "latents": start.to(pipe.transformer.proj_out.weight.device),
         }
         if self.image is not None:

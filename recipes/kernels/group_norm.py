@@ -19,21 +19,35 @@ _BLOCKS = 528  # of the first pass: four for each of an H100's multiprocessors
 
 
 def reference(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, groups: int, eps: float, silu: bool
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    groups: int,
+    eps: float,
+    silu: bool,
+    added: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """In float32, as `group_norm`."""
-    normed = torch.nn.functional.group_norm(x.float(), groups, weight.float(), bias.float(), eps)
+    x = x.float() if added is None else x.float() + added.float()[:, None, None]
+    normed = torch.nn.functional.group_norm(x, groups, weight.float(), bias.float(), eps)
     return torch.nn.functional.silu(normed) if silu else normed
 
 
 @triton_op("flux_fast::group_norm", mutates_args=())
 def group_norm(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, groups: int, eps: float, silu: bool
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    groups: int,
+    eps: float,
+    silu: bool,
+    added: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """GroupNorm over x [batch, channels, height, width], then SiLU where asked for.
 
-    weight and bias [channels]; channels a power of two, at most 8192, and groups of them alike. Returns x's shape and
-    dtype in channels_last; computed in float32. An x in another memory format is copied first.
+    weight and bias [channels], and `added`, which is added to x first (such as the bias of the convolution before it,
+    which would take a pass of its own); channels a power of two, at most 8192, and groups of them alike. Returns x's
+    shape and dtype in channels_last; computed in float32. An x in another memory format is copied first.
 
     Raises:
         ValueError: channels isn't such a number.
@@ -51,17 +65,18 @@ def group_norm(
     splits = triton.cdiv(pixels, block * tiles)
     parts = x.new_empty((2, batch, splits, groups), dtype=torch.float32)  # mean, sum of squared differences to it
     moments = x.new_empty((2, batch, groups), dtype=torch.float32)  # mean, 1 / deviation
+    to_x = weight if added is None else added  # one that isn't read
     wrap_triton(_group_norm_moments_kernel)[(splits, batch)](
-        x, parts, pixels, batch * splits * groups, TILES=tiles, BLOCK=block, CHANNELS=channels, GROUPS=groups,
-        num_warps=8,
+        x, to_x, parts, pixels, batch * splits * groups, TILES=tiles, BLOCK=block, CHANNELS=channels, GROUPS=groups,
+        ADDED=added is not None, num_warps=8,
     )  # fmt: skip
     wrap_triton(_group_norm_together_kernel)[(groups, batch)](
         parts, moments, pixels, splits, batch * splits * groups, batch * groups, EPS=eps, PIXELS=block * tiles,
         SPLITS=triton.next_power_of_2(splits), CHANNELS=channels, GROUPS=groups,
     )  # fmt: skip
     wrap_triton(_group_norm_normalize_kernel)[(triton.cdiv(pixels, block), batch)](
-        x, weight, bias, moments, out, pixels, batch * groups, BLOCK=block, CHANNELS=channels, GROUPS=groups, SILU=silu,
-        num_warps=8,
+        x, to_x, weight, bias, moments, out, pixels, batch * groups, BLOCK=block, CHANNELS=channels, GROUPS=groups,
+        SILU=silu, ADDED=added is not None, num_warps=8,
     )  # fmt: skip
     return out
 
@@ -69,6 +84,7 @@ def group_norm(
 @triton.jit
 def _group_norm_moments_kernel(
     x,
+    added,
     parts,
     pixels,
     part,
@@ -76,6 +92,7 @@ def _group_norm_moments_kernel(
     BLOCK: tl.constexpr,  # noqa: N803
     CHANNELS: tl.constexpr,  # noqa: N803
     GROUPS: tl.constexpr,  # noqa: N803
+    ADDED: tl.constexpr,  # noqa: N803
 ):
     """Of TILES * BLOCK pixels, each group's mean and sum of squared differences to it."""
     split, batch = tl.program_id(0), tl.program_id(1)
@@ -96,7 +113,10 @@ def _group_norm_moments_kernel(
     count = tl.minimum(pixels - first, TILES * BLOCK).to(tl.float32)
     shift = tl.sum(sums, axis=0) / count
     rest = tl.sum(squares, axis=0) - count * shift * shift
-    mean = tl.reshape(pivot + shift, (GROUPS, CHANNELS // GROUPS))
+    mean = pivot + shift
+    if ADDED:
+        mean += tl.load(added + channels).to(tl.float32)
+    mean = tl.reshape(mean, (GROUPS, CHANNELS // GROUPS))
     rest = tl.reshape(rest, (GROUPS, CHANNELS // GROUPS))
     of_group = tl.sum(mean, axis=1) / (CHANNELS // GROUPS)
     apart = mean - of_group[:, None]
@@ -138,6 +158,7 @@ def _group_norm_together_kernel(
 @triton.jit
 def _group_norm_normalize_kernel(
     x,
+    added,
     weight,
     bias,
     moments,
@@ -148,6 +169,7 @@ def _group_norm_normalize_kernel(
     CHANNELS: tl.constexpr,  # noqa: N803
     GROUPS: tl.constexpr,  # noqa: N803
     SILU: tl.constexpr,  # noqa: N803
+    ADDED: tl.constexpr,  # noqa: N803
 ):
     batch = tl.program_id(1)
     pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -155,6 +177,8 @@ def _group_norm_normalize_kernel(
     group = batch * GROUPS + channels // (CHANNELS // GROUPS)
     scale = tl.load(moments + moment + group) * tl.load(weight + channels).to(tl.float32)
     shift = tl.load(bias + channels).to(tl.float32) - tl.load(moments + group) * scale
+    if ADDED:
+        shift += tl.load(added + channels).to(tl.float32) * scale
     there = (pixel < pixels)[:, None]
     at = (batch.to(tl.int64) * pixels + pixel.to(tl.int64))[:, None] * CHANNELS + channels[None, :]
     y = tl.load(x + at, there, other=0.0).to(tl.float32) * scale[None, :] + shift[None, :]

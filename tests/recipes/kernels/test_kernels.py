@@ -277,14 +277,16 @@ IMAGES = [
 
 @pytest.mark.parametrize(("batch", "channels", "height", "width", "groups"), IMAGES)
 @pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize("shifted", [False, True])
 def test_group_norm(
-    normal: Callable, batch: int, channels: int, height: int, width: int, groups: int, silu: bool
+    normal: Callable, batch: int, channels: int, height: int, width: int, groups: int, silu: bool, shifted: bool
 ) -> None:
     x = normal(batch, channels, height, width) + 3 * normal(1, channels, 1, 1)
     weight, bias = normal(channels), normal(channels)
-    expected = group_norm.reference(x, weight, bias, groups, EPS, silu)
+    added = 3 * normal(channels) if shifted else None
+    expected = group_norm.reference(x, weight, bias, groups, EPS, silu, added)
     for memory_format in (torch.channels_last, torch.contiguous_format):
-        out = group_norm.group_norm(x.contiguous(memory_format=memory_format), weight, bias, groups, EPS, silu)
+        out = group_norm.group_norm(x.contiguous(memory_format=memory_format), weight, bias, groups, EPS, silu, added)
         assert out.is_contiguous(memory_format=torch.channels_last)
         torch.testing.assert_close(out.float(), expected, rtol=1.1 * BFLOAT16, atol=1e-4)
 

@@ -106,6 +106,7 @@ CASES = {
             8,
             EPS,
             True,
+            *x.normal(1, 32),
         ),
     ),
     "qk_norm_rotary": Case(qkv.qk_norm_rotary, lambda x: (*x.streams(3, HEADS, HEAD_DIM), *x.norm_and_rotary(), EPS)),
