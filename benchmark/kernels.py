@@ -123,10 +123,10 @@ def cases(device: torch.device) -> list[Case]:
             lambda: (normal(1, IMAGE, DIM), *modulation(1), normal(1, IMAGE, DIM), *modulation(2), EPS),
         ),
         Case(
-            "group_norm, SiLU",
+            "bias, group_norm, SiLU",
             group_norm.group_norm,
             bfloat16(group_norm.reference),
-            lambda: (pixels(), normal(128), normal(128), 32, EPS, True),
+            lambda: (pixels(), normal(128), normal(128), 32, EPS, True, normal(128)),
         ),
         Case("qk_norm_rotary, double", qkv.qk_norm_rotary, unfused_qkv, lambda: of_qkv(True)),
         Case("qk_norm_rotary, single", qkv.qk_norm_rotary, unfused_qkv, lambda: of_qkv(False), unread=1 / 3),

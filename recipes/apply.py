@@ -109,7 +109,7 @@ def _guard(pipe: DiffusionPipeline, recipe: Recipe, names: dict[str, list[str]])
     requested = [o for o in OPTIMIZATIONS if o.requested(recipe)]
     if any(o.merges_weights(recipe) for o in requested):
         guards.refuse_lora(pipe)
-    if any(o.replaces_forward(recipe) or o.without_hooks(recipe) for o in requested):
+    if any(o.hookless(recipe) for o in requested):
         guards.refuse_hooks(pipe, cache=recipe.cuda_graph or recipe.hook_search_removal)
     if any(o.replaces_forward(recipe) for o in requested):
         guards.refuse_copies(pipe)

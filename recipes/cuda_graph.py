@@ -2,8 +2,8 @@
 
 One capture holds all blocks and what surrounds them, however they run: eagerly, compiled or from packages. What is
 hoisted has graphs of its own, and goes in as an argument: at a call's first step the GPU would wait for the host, which
-launches some 170 kernels more. Eager text encoders stay as they are. With loop_graph, the transformer's call is all
-steps, and so is the graph.
+launches some 170 kernels more. (Not so weights that are brought from the host for it.) Eager text encoders stay as they
+are. With loop_graph, the transformer's call is all steps, and so is the graph.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 from recipes.hoisting import hoisted
 from recipes.optimization import Needs, Optimization
 from recipes.recipe import Recipe
-from utils.cuda_graph import LIMIT, Graphed, Graphs
+from utils.cuda_graph import HOISTED_LIMIT, LIMIT, Graphed, Graphs
 from utils.graph_memsets import can_replace
 from utils.moving import when_moved
 
@@ -28,13 +28,13 @@ def _apply(pipe: DiffusionPipeline, recipe: Recipe) -> str:
     for module in captured.values():
         forward = module.forward
         module.forward = Graphed(forward, graphs, getattr(forward, "warm_up", None))
-        when_moved(module, graphs.values.clear)
-    of_loop = hoisted(pipe.transformer)
-    for one in of_loop:
-        one.function = Graphed(one.function, graphs)
+        when_moved(module, graphs.clear)
+    before_loop = Graphs(HOISTED_LIMIT, graphs)
+    for one in hoisted(pipe.transformer):
+        one.function = Graphed(one.function, before_loop)
     memsets = "" if can_replace() else ", memsets among their kernels for want of the package cuda-bindings"
-    names = [*captured, *(["what is hoisted"] if of_loop else [])]
-    return f"{', '.join(names)}: at most {LIMIT} graphs in one memory pool{memsets}"
+    names = [*captured, *(one.name for one in hoisted(pipe.transformer))]
+    return f"{', '.join(names)}: at most {LIMIT + HOISTED_LIMIT} graphs in one memory pool{memsets}"
 
 
 OPTIMIZATION = Optimization(

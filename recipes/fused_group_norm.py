@@ -14,24 +14,33 @@ from recipes.optimization import Needs, Optimization
 from recipes.recipe import Recipe
 
 
+class WithoutBias(nn.Conv2d):
+    """A convolution that leaves adding its bias to what gets its output."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._conv_forward(x, self.weight, None)
+
+
 class GroupNormSiLU(nn.Module):
     """Stands where a GroupNorm stood, and does the SiLU behind it, too; weight and bias keep their names.
 
-    before: the convolution whose output it gets; its bias is added here, as `added`, and no longer there.
+    before: the convolution whose output it gets, which becomes one without bias, for that is added here.
     """
 
     def __init__(self, norm: nn.GroupNorm, before: nn.Conv2d | None = None):
         super().__init__()
-        self.added = None
-        if before is not None:
-            self.added, before.bias = before.bias, None
         self.weight, self.bias, self.groups, self.eps = norm.weight, norm.bias, norm.num_groups, norm.eps
+        self._before = [before]  # in a list, so that its weights aren't this module's as well
+        if before is not None:
+            before.__class__ = WithoutBias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [batch, channels, height, width]; gives the same, in channels_last."""
         from recipes.kernels.group_norm import group_norm  # needs triton, which only a machine with a GPU has
 
-        return group_norm(x, self.weight, self.bias, self.groups, self.eps, True, self.added)
+        (before,) = self._before
+        added = None if before is None else before.bias
+        return group_norm(x, self.weight, self.bias, self.groups, self.eps, True, added)
 
 
 def fuse(vae: AutoencoderKL) -> int:

@@ -11,6 +11,7 @@ from torch import nn
 
 from recipes.optimization import Needs, Optimization
 from recipes.recipe import Recipe
+from utils.device_memory import give_back_memory
 
 # The fused projection's name, and those whose rows it has, in their order.
 SEPARATE = {"to_qkv": ("to_q", "to_k", "to_v"), "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj")}
@@ -29,6 +30,7 @@ def _apply(pipe: DiffusionPipeline, recipe: Recipe) -> str:
                     if isinstance(getattr(module, name, None), nn.Module):
                         freed += sum(p.numel() for p in getattr(module, name).parameters())
                         delattr(module, name)
+    give_back_memory(pipe.device)
     return f"{fused} projections fused, {freed} parameters freed"
 
 

@@ -65,8 +65,9 @@ def refuse_hooks(pipe: DiffusionPipeline, cache: bool) -> None:
     _refuse(
         [pipe, *modules(pipe).values()],
         names,
-        "what it compiled, captured or hoisted needs its weights where they are, as they are: to save memory use a "
-        "recipe with quantization=float8_per_row, modulation=offloaded or float8_text_encoder=true",
+        "what it compiled, captured or hoisted needs its weights where they are, as they are, and with "
+        "hook_search_removal=true nobody looks for hooks: to save memory use a recipe with "
+        "quantization=float8_per_row, modulation=offloaded or float8_text_encoder=true",
     )
 
 

@@ -21,7 +21,7 @@ def _apply(pipe: DiffusionPipeline, recipe: Recipe) -> str:
     def embed(states: torch.Tensor, text: torch.Tensor, image: torch.Tensor) -> tuple[torch.Tensor, Rotary]:
         return transformer.context_embedder(states), rotary_table(transformer, text, image)
 
-    hoisted = Hoisted(embed)
+    hoisted = Hoisted("embeddings", embed)
     # By the embedder's weights too, which may change while a user calls with the same prompt embeddings again.
     embedded = Remembered(lambda states, text, image, *weights: hoisted(states, text, image))
 

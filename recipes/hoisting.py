@@ -64,8 +64,8 @@ class Hoisted(Generic[Result]):
     What captures calls (recipes/cuda_graph.py) puts a graph in place of `function`.
     """
 
-    def __init__(self, function: Callable[..., Result]):
-        self.function = function
+    def __init__(self, name: str, function: Callable[..., Result]):
+        self.name, self.function = name, function
 
     def __call__(self, *arguments: Any) -> Result:
         return self.function(*arguments)

@@ -2,7 +2,9 @@
 
 To find out which device it computes on, diffusers looks through all 2,100 modules of FLUX.1 for hooks of offloading,
 and, when the image is there, through the transformer's for those of step caching: some milliseconds of the host, in
-which the GPU has nothing to do. A recipe refuses such hooks before and after it (recipes/guards.py).
+which the GPU has nothing to do. What is left are looks through the text encoders' and the VAE's modules, in which it
+mostly has. A recipe refuses such hooks before and after it (recipes/guards.py), but for those that diffusers' functions
+set on a module (`apply_first_block_cache`): don't.
 
 Source: DiffusionPipeline._execution_device and CacheMixin._reset_stateful_cache of diffusers.
 """

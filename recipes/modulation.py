@@ -51,7 +51,7 @@ class HoistedModulation:
         self.pipe, self.transformer = pipe, pipe.transformer
         self.linears = [linear for group in _precompute(self.transformer) for linear in group]
         self.table = Remembered(self._table)
-        self.rows_of_steps = Hoisted(self._rows_of_steps)
+        self.rows_of_steps = Hoisted("modulation", self._rows_of_steps)
 
     def replace(self, arguments: dict[str, Any]) -> dict[str, Any]:
         if "modulation" in arguments:
@@ -61,7 +61,7 @@ class HoistedModulation:
         if timestep.ndim == 2:  # of all of a loop's steps
             rows = self.rows_of_steps(timestep, guidance, pooled)
         elif getattr(self.pipe, "_current_timestep", None) is None:  # called by hand, not from the pipeline's loop
-            rows = self.rows(timestep, guidance, pooled)
+            rows = self.rows_of_steps(timestep[None], guidance, pooled)[0]
         else:
             timesteps = self.pipe.scheduler.timesteps
             steps, table = self.table(timesteps, timestep.dtype, len(timestep), guidance, pooled)

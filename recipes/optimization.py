@@ -91,6 +91,10 @@ class Optimization:
     def requested(self, recipe: Recipe) -> bool:
         return self.always or getattr(recipe, self.field) != default(self.field)
 
+    def hookless(self, recipe: Recipe) -> bool:
+        """Whether hooks of the pipeline's modules would go by it."""
+        return self.replaces_forward(recipe) or self.without_hooks(recipe)
+
     def refusal(self, recipe: Recipe, device: torch.device, pipe: DiffusionPipeline | None = None) -> str | None:
         """Why this recipe's value of the field can't be applied on `device`, to `pipe`; None if it can."""
         if not self.requested(recipe):
@@ -108,8 +112,7 @@ class Optimization:
                 "needs a transformer without LoRA layers: call fuse_lora and unload_lora_weights before, or load it "
                 "afterwards with export.lora.Adapter"
             )
-        hookless = self.replaces_forward(recipe) or self.without_hooks(recipe)
-        if hookless and (name := guards.hooked(pipe)):
+        if self.hookless(recipe) and (name := guards.hooked(pipe)):
             return (
                 f"needs a pipeline without hooks, {name} has some: load it without offloading, layerwise casting and "
                 "caching"

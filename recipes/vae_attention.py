@@ -1,9 +1,8 @@
 """The VAE's attention as GEMMs: one head of 512 channels, for which PyTorch has no kernel that is fast on a GPU.
 
 Flash attention ends at heads of 256; the kernel that takes wider ones reaches 137 TFLOP/s on an H200, 4 of the 27 ms
-that decoding to 1024x1024 took. Two GEMMs and a softmax between them take 1.6, though scores go through memory. They
-are computed for a quarter of the pixels at a time, so that a quarter of them is there at once (all, in a package for a
-range of sizes).
+that decoding to 1024x1024 took. Here scores go through memory, some rows of them at a time, in float32 as inside of
+that kernel.
 
 Source: Attention and AttnProcessor2_0 of diffusers.
 """
@@ -11,21 +10,53 @@ Source: Attention and AttnProcessor2_0 of diffusers.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKL, DiffusionPipeline
 from diffusers.models.attention_processor import Attention
 
 from recipes.optimization import Needs, Optimization
 from recipes.recipe import Recipe
 
-_PARTS = 4
+_SCORES = 2**26  # there at a time: 256 MiB
+
+
+@torch.library.custom_op("flux_fast::mm_float32", mutates_args=())
+def mm_float32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """The product of matrices of one dtype, in float32.
+
+    An op of its own, for packages have no way to call torch.mm with `out_dtype` in all versions of PyTorch, nor a CPU.
+    """
+    if a.device.type == "cpu" or a.dtype == torch.float32:
+        return a.float() @ b.float()
+    return torch.mm(a, b, out_dtype=torch.float32)
+
+
+@mm_float32.register_fake
+def _(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return a.new_empty((a.shape[0], b.shape[1]), dtype=torch.float32)
 
 
 def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Attention of one head, each [batch, tokens, channels]; the result as well, in their dtype."""
-    keys, scale, tokens = key.transpose(1, 2), query.shape[-1] ** -0.5, query.shape[1]
-    # A compiler that is to leave their number open can't know that no part is empty.
-    parts = query.tensor_split(_PARTS, dim=1) if isinstance(tokens, int) else [query]
-    return torch.cat([((part @ keys) * scale).softmax(dim=-1) @ value for part in parts], dim=1)
+    """Attention of one head, each [batch, tokens, channels]; the result as well, in their dtype.
+
+    Where a compiler is to leave the number of tokens open, PyTorch's: there is no saying how many scores fit.
+    """
+    tokens = query.shape[1]
+    if not isinstance(tokens, int):
+        return F.scaled_dot_product_attention(query[:, None], key[:, None], value[:, None])[:, 0]
+    parts = -(-(tokens**2) // _SCORES)
+    return torch.stack(
+        [
+            torch.cat([_rows(part, k, v) for part in q.tensor_split(parts)])
+            for q, k, v in zip(query.unbind(), key.unbind(), value.unbind(), strict=True)
+        ]
+    )
+
+
+def _rows(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Of some tokens [rows, channels] to all [tokens, channels]."""
+    scores = mm_float32(query, key.t()) * query.shape[-1] ** -0.5
+    return scores.softmax(dim=-1).to(value.dtype) @ value
 
 
 class GEMMAttention:

@@ -20,7 +20,8 @@ from torch.utils import _pytree as pytree
 from utils.errors import UserError
 from utils.graph_memsets import replace_memsets
 
-LIMIT = 18  # graphs of one pipeline: transformer, decoder and what is hoisted at four sizes, and two text encoders
+LIMIT = 10  # graphs of one pipeline: transformer and decoder at four sizes, and two text encoders
+HOISTED_LIMIT = 6  # and of what is hoisted: for four sizes and two numbers of steps, or the like
 _WARM_UP_CALLS = 2  # the first compiles and autotunes, which a capture can't hold; the second finds it done
 
 Value = TypeVar("Value")
@@ -90,13 +91,23 @@ class LeastRecentlyUsed(Generic[Value]):
 
 
 class Graphs(LeastRecentlyUsed["Captured"]):
-    """The graphs of one pipeline, in one memory pool."""
+    """Graphs of one pipeline, in one memory pool; also in that of `others`, which have a limit of their own."""
+
+    def __init__(self, limit: int, others: Graphs | None = None):
+        super().__init__(limit)
+        self.family: list[Graphs] = others.family if others is not None else []
+        self.family.append(self)
+
+    def clear(self) -> None:
+        """Forget all graphs in the pool."""
+        for graphs in self.family:
+            graphs.values.clear()
 
     def capture(self, function: Callable, arguments: Arguments, warm_up: Callable) -> Captured:
         device = _device(arguments.tensors)
         # A pool ends with its last graph: it is that of the graphs that are there, and the first one begins another.
         # The stream stays the same, for cuBLAS keeps a workspace for each that it has seen.
-        one = next(iter(self.values.values()), None)
+        one = next((captured for graphs in self.family for captured in graphs.values.values()), None)
         if one is None:
             return Captured(function, arguments, warm_up, None, torch.cuda.Stream(device))
         return Captured(function, arguments, warm_up, one.graph.pool(), one.side)

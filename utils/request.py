@@ -80,7 +80,6 @@ class Request:
 
     def arguments(self, pipe: DiffusionPipeline) -> dict[str, Any]:
         """The keyword arguments of `pipe`'s call."""
-        start = noise(pipe, self.height, self.width, range(self.seed, self.seed + self.batch))
         arguments: dict[str, Any] = {
             "prompt": self.prompt,
             "height": self.height,
@@ -89,9 +88,7 @@ class Request:
             "guidance_scale": self.guidance,
             "max_sequence_length": self.max_sequence_length,
             "num_images_per_prompt": self.batch,
-            # On the device before all else: the pipeline would copy it there when the text encoders have begun, and so
-            # wait until they are through.
-            "latents": start.to(pipe.transformer.proj_out.weight.device),
+            "latents": noise(pipe, self.height, self.width, range(self.seed, self.seed + self.batch)),
         }
         if self.image is not None:
             # Kontext would scale the output and the image to about a megapixel: take the sizes that were asked for.

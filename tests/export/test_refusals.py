@@ -159,11 +159,12 @@ def test_package_of_another_architecture(refuse: Callable, damaged: Path) -> Non
 
 
 def test_package_of_another_recipe(refuse: Callable, damaged: Path, library: Library, after: PackagedRegion) -> None:
-    of_graphs = {"cuda_graph": True, "scheduler_sync_removal": True, "loop_graph": True}
+    of_decoder = {"channels_last": True, "fused_group_norm": True, "vae_attention": "gemm"}
+    of_graphs = {"cuda_graph": True, "scheduler_sync_removal": True, "loop_graph": True, "hook_search_removal": True}
     forge(damaged, lambda manifest: manifest["identity"]["recipe"].update(of_graphs))
     fresh = replace(library, store=PackageStore(damaged.parent, build=False))
     assert fresh.find(after.region, inputs_of_after()) is not None, "these fields shape no graph"
-    forge(damaged, lambda manifest: manifest["identity"]["recipe"].update(channels_last=True, fused_group_norm=True))
+    forge(damaged, lambda manifest: manifest["identity"]["recipe"].update(of_decoder))
     assert fresh.find(after.region, inputs_of_after()) is not None, "these fields shape the decoder's graph alone"
     forge(damaged, lambda manifest: manifest["identity"]["recipe"].update(fused_qkv=True))
     assert "was built for fused_qkv=true, the recipe here has false" in refuse(damaged.parent)

@@ -26,13 +26,12 @@ def graphs(pipe: Any) -> int:
     assert isinstance(pipe.transformer.forward, Graphed)
     assert isinstance(pipe.vae.decoder.forward, Graphed)
     assert pipe.transformer.forward.graphs is pipe.vae.decoder.forward.graphs
-    return len(pipe.transformer.forward.graphs.values) - len(of_loop(pipe))
+    return len(pipe.transformer.forward.graphs.values)
 
 
-def of_loop(pipe: Any) -> list[Any]:
-    """Those of what is computed once before the loop."""
-    functions = [one.function.function for one in hoisted(pipe.transformer)]
-    return [key for key in pipe.transformer.forward.graphs.values if key[0] in functions]
+def before_loop(pipe: Any) -> list[Any]:
+    """The keys of the graphs of what is hoisted."""
+    return list({key for one in hoisted(pipe.transformer) for key in one.function.graphs.values})
 
 
 def test_raises_on_cpu(tiny: Callable) -> None:
@@ -48,15 +47,17 @@ def test_refuses_a_step_cache() -> None:
 
 
 @pytest.mark.gpu
-def test_weights_that_were_moved_are_read_where_they_are(tiny: Callable, draw: Callable) -> None:
+@pytest.mark.parametrize("recipe", [EAGER, HOISTED], ids=["plain", "hoisted"])
+def test_weights_that_were_moved_are_read_where_they_are(tiny: Callable, draw: Callable, recipe: Recipe) -> None:
     pipe = tiny(device=torch.device("cuda"))
-    recipes.apply(pipe, EAGER)
+    recipes.apply(pipe, recipe)
     before = torch.from_numpy(draw(pipe))
     assert graphs(pipe) == 2
     pipe.to("cuda")
     assert graphs(pipe) == 2, "they stayed where they were"
     pipe.to("cpu")
     assert graphs(pipe) == 0
+    assert not before_loop(pipe)
     others = [torch.full((n,), 1e3, device="cuda") for n in (2**20, 2**16, 2**12) for _ in range(20)]
     pipe.to("cuda")
     torch.testing.assert_close(torch.from_numpy(draw(pipe)), before, atol=1e-2, rtol=0)
@@ -88,7 +89,9 @@ def test_keeps_images_without_waiting(
     close(prompt="two blue squares", seed=1)
     close(prompt="a green star above a white circle", seed=2)
     assert graphs(graphed) == 2, "another prompt, seed and number of steps are the same kind of call"
-    assert len(of_loop(graphed)) == (3 if recipe is HOISTED else 0), "embeddings, and modulation of 2 and of 3 steps"
+    assert len(before_loop(graphed)) == (3 if recipe is HOISTED else 0), (
+        "embeddings, and modulation of 2 and of 3 steps"
+    )
     if recipe.execution != "aoti":  # a package for each would take a minute
         close(batch=2)
         assert graphs(graphed) == 4

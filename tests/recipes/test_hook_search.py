@@ -1,4 +1,4 @@
-"""A pipeline that doesn't look for hooks: the same images, and no module looked at but the components themselves."""
+"""A pipeline that doesn't look for hooks: the same images, and the transformer's modules are left alone."""
 
 from __future__ import annotations
 
@@ -88,7 +88,8 @@ def test_hooks_before_and_after_it_are_refused(tiny: Callable) -> None:
     recipes.apply(pipe, RECIPE)
     with pytest.raises(UsageError, match="enable_cache after a recipe"):
         pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
-    with pytest.raises(UsageError, match="enable_model_cpu_offload after a recipe"):
+    with pytest.raises(UsageError, match="enable_model_cpu_offload after a recipe: ") as refused:
         pipe.enable_model_cpu_offload()
+    assert "with hook_search_removal=true nobody looks for hooks" in str(refused.value)
     with pytest.raises(RecipeError, match="cache needs hook_search_removal=false"):
         Recipe(cache=FirstBlockCache(), hook_search_removal=True)

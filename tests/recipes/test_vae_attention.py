@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKL, DiffusionPipeline
 
 import recipes
 from export.build import Call, compile_call
 from export.manifest import Range
 from export.regions import DECODER
-from recipes import Recipe, RecipeError
+from recipes import Recipe, RecipeError, vae_attention
 from recipes.vae_attention import OPTIMIZATION, GEMMAttention
 
 GEMM = Recipe(dtype="bfloat16", vae_attention="gemm")
@@ -46,6 +47,25 @@ def test_decodes_as_before(tiny: Callable, changed: Callable, error_of: Callable
     assert error_of(decode(changed(torch.float32).vae, latents(*size)), expected) < 1e-5
     before, now = (error_of(decode(p(torch.bfloat16).vae, latents(*size)), expected) for p in (tiny, changed))
     assert now < 1.1 * before
+
+
+@pytest.mark.parametrize("size", [1, 9, 25])
+def test_large_scores_are_exact(error_of: Callable, size: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only probabilities and output are rounded to bfloat16. Scores would come to 0.006 to 0.035; in parts of rows."""
+    random = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, 130, 512, generator=random) for _ in range(3))
+    query, key, value = (x.bfloat16() for x in (query * size**0.5, key * size**0.5, value))
+    exact = F.scaled_dot_product_attention(*(x.double() for x in (query, key, value)))
+    for scores in (2**26, 130 * 40):
+        monkeypatch.setattr(vae_attention, "_SCORES", scores)
+        assert error_of(vae_attention.attend(query, key, value).double(), exact) < 0.7 * 2**-8
+
+
+def test_the_op(error_of: Callable) -> None:
+    a, b = torch.randn(5, 16).bfloat16(), torch.randn(16, 3).bfloat16()
+    torch.library.opcheck(vae_attention.mm_float32, (a, b))
+    assert vae_attention.mm_float32(a, b).dtype == torch.float32
+    assert error_of(vae_attention.mm_float32(a, b).double(), a.double() @ b.double()) < 1e-6
 
 
 def test_with_fused_projections(tiny: Callable, changed: Callable, error_of: Callable) -> None:

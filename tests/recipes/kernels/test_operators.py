@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 pytest.importorskip("triton", reason="needs the package triton, which isn't installed")
 
 import recipes
-from recipes import Recipe, cudnn_attention, cudnn_bfloat16, flash_attention_3
+from recipes import Recipe, cudnn_attention, cudnn_bfloat16, flash_attention_3, vae_attention
 from recipes.float8_heads import to_float8, tokens_innermost
 from recipes.kernels import adaln, attention, cast, gelu, group_norm, qkv, residual
 
@@ -109,6 +109,7 @@ CASES = {
             *x.normal(1, 32),
         ),
     ),
+    "mm_float32": Case(vae_attention.mm_float32, lambda x: (x.normal(6, 16), x.normal(16, 4))),
     "qk_norm_rotary": Case(qkv.qk_norm_rotary, lambda x: (*x.streams(3, HEADS, HEAD_DIM), *x.norm_and_rotary(), EPS)),
     "qkv_norm_rotary_float8": Case(
         qkv.qkv_norm_rotary_float8,
