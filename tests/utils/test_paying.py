@@ -66,7 +66,7 @@ def test_nearest_results_count(tmp_path: Path) -> None:
 
 
 def test_noise_is_no_reason(tmp_path: Path) -> None:
-    write(tmp_path, GPU, "random/flux-dev", bf16=2.0, compiled=1.0, fused_qkv=1.07)
+    write(tmp_path, GPU, "random/flux-dev", bf16=2.0, compiled=1.0, fused_qkv=1.13)
     assert not_paying(tmp_path, GPU, "random/flux-dev") == frozenset()
 
 
