@@ -15,7 +15,7 @@ from export.manifest import identify
 from export.runtime import library_of
 from export.store import PackageStore
 from export.verify import verify
-from recipes import Recipe, attention, compile
+from recipes import Recipe, attention, compile, vae_attention
 from recipes.attention_processor import Processor
 from tests.recipes import cudnn_in_pytorch
 from utils import environment
@@ -76,3 +76,28 @@ def test_cudnn_fp8_in_a_package(tiny: Callable, tmp_path: Path, tokens: tuple[in
     assert calls == [[torch.float8_e4m3fn] * 3 + [torch.float32]] * (
         2 * error.modules * (1 if len(tokens) == 1 else 3)
     ), "once eager, once packaged; of a range three sizes"
+
+
+@pytest.mark.slow
+def test_the_vaes_attention_in_a_package(tiny: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a CPU, where its op is there too; in four parts."""
+    pipe, recipe = tiny(torch.bfloat16), Recipe(dtype="bfloat16", execution="aoti", vae_attention="gemm")
+    vae_attention.OPTIMIZATION.apply(pipe, recipe)
+    monkeypatch.setattr(vae_attention, "_SCORES", 64 * 16)
+    runtime.attach(pipe, recipe, compile.inductor_options(recipe, CPU), PackageStore(tmp_path))
+    library = library_of(pipe)
+    decoder = next(region for region in library.packaged if region.module is pipe.vae.decoder)
+    sample = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    entry, _ = library.build([(decoder, decoder.region.arguments((), {"sample": sample}))])
+    calls = []
+
+    def counted(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        calls.append((tuple(a.shape), tuple(b.shape)))
+        return a.float() @ b.float()
+
+    with torch.library._scoped_library("flux_fast", "IMPL") as implementation:
+        implementation.impl("mm_float32", counted, "CPU")
+        (error,) = verify(entry, library)
+    assert error.ok, error
+    channels = pipe.vae.decoder.mid_block.attentions[0].to_q.in_features
+    assert calls == [((16, channels), (channels, 64))] * 4 * 2, "eager and packaged"
