@@ -13,12 +13,14 @@ from pathlib import Path
 
 import torch
 
+from utils.device_memory import give_back_memory
+
 
 def reset_peak(device: torch.device) -> None:
     """Begin anew; what a GPU's allocator merely keeps from before is given back, so that it doesn't count."""
     if device.type == "cuda":
         gc.collect()
-        torch.cuda.empty_cache()
+        give_back_memory(device)
         torch.cuda.reset_peak_memory_stats(device)
     else:
         # Resets VmHWM, see proc(5); where that isn't allowed, the peak is that since the process's start.

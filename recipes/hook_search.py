@@ -17,6 +17,7 @@ from diffusers import DiffusionPipeline
 from recipes.optimization import Needs, Optimization
 from recipes.recipe import Recipe
 from utils.components import modules
+from utils.mixin import mix_in
 
 
 class Unhooked(DiffusionPipeline):
@@ -35,8 +36,7 @@ def _reset_nothing(recurse: bool = True) -> None:
 
 
 def _apply(pipe: DiffusionPipeline, recipe: Recipe) -> str:
-    kind = type(pipe)
-    pipe.__class__ = type(kind.__name__, (Unhooked, kind), {"__module__": kind.__module__})
+    mix_in(pipe, Unhooked)
     for part in modules(pipe).values():
         if hasattr(part, "_reset_stateful_cache"):
             part._reset_stateful_cache = _reset_nothing  # type: ignore[assignment]

@@ -30,6 +30,7 @@ from recipes.hoisting import by_name
 from recipes.optimization import Needs, Optimization
 from recipes.recipe import Recipe
 from utils.errors import UsageError
+from utils.mixin import mix_in
 from utils.ranges import DENOISING_LOOP
 
 _WARM_UP_STEPS = 2  # the second one's latents come from the first
@@ -167,9 +168,8 @@ def _apply(pipe: DiffusionPipeline, recipe: Recipe) -> str:
     pipe.transformer.forward = DenoisingLoop(pipe.transformer.forward)
     # Before what is hoisted, which then is for all steps.
     pipe.transformer.register_forward_pre_hook(give_all_steps, prepend=True, with_kwargs=True)
-    for owner, mixin in ((pipe, LoopPipeline), (pipe.scheduler, OneStep)):
-        kind = type(owner)
-        owner.__class__ = type(kind.__name__, (mixin, kind), {"__module__": kind.__module__})
+    mix_in(pipe, LoopPipeline)
+    mix_in(pipe.scheduler, OneStep)
     return "all steps in one call of the transformer"
 
 

@@ -22,6 +22,7 @@ from torch import nn
 from recipes.hoisting import Hoisted, Remembered, conditioning, hoist, modulated
 from recipes.optimization import Needs, Optimization
 from recipes.recipe import Recipe
+from utils.mixin import mix_in
 
 
 class Precomputed(nn.Module):
@@ -115,7 +116,7 @@ def _end_loop_with_call(pipe: DiffusionPipeline) -> None:
         finally:
             self._current_timestep = None
 
-    pipe.__class__ = type(kind.__name__, (kind,), {"__call__": call, "__module__": kind.__module__})
+    mix_in(pipe, __call__=call)
 
 
 def _precompute(transformer: FluxTransformer2DModel) -> list[tuple[Precomputed, ...]]:

@@ -1,8 +1,7 @@
 """The VAE's attention as GEMMs: one head of 512 channels, for which PyTorch has no kernel that is fast on a GPU.
 
-Flash attention ends at heads of 256; the kernel that takes wider ones reaches 137 TFLOP/s on an H200, 4 of the 27 ms
-that decoding to 1024x1024 took. Here scores go through memory, some rows of them at a time, in float32 as inside of
-that kernel.
+Flash attention ends at heads of 256; the kernel that takes wider ones is of an older kind of GPU. Here scores go
+through memory, some rows of them at a time, in float32 as inside of that kernel.
 
 Source: Attention and AttnProcessor2_0 of diffusers.
 """
