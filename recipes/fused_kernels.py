@@ -20,6 +20,7 @@ from recipes.attention_backends import backend
 from recipes.float8_linear import Float8Linear
 from recipes.optimization import Needs, Optimization
 from recipes.recipe import Recipe
+from utils.device_memory import give_back_memory
 
 # The single block's joined projection, and the layers whose rows it has, in their order.
 SEPARATE = {"proj_qkv_mlp": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")}
@@ -52,6 +53,7 @@ def rearrange(transformer: FluxTransformer2DModel, recipe: Recipe) -> None:
     for block in transformer.single_transformer_blocks:
         block.proj_qkv_mlp = _joined(block.attn.to_qkv, block.proj_mlp)
         del block.attn.to_qkv, block.proj_mlp
+        give_back_memory(transformer.device)
 
 
 def _joined(first: nn.Module, second: nn.Module) -> nn.Module:

@@ -187,3 +187,38 @@ def test_draws_the_image_that_torch_compile_draws(pair: Pair, draw: Callable) ->
     )
     rounding = relative_error(eager, plain)
     assert relative_error(packaged, compiled) < 2 * rounding, "steps carry on what differs"
+
+
+@pytest.mark.parametrize(
+    "less",
+    [{}, {"vae_attention": "native"}, {"fused_group_norm": False}],
+    ids=["whole", "native-attention", "native-group-norm"],
+)
+def test_decoder_of_the_whole_recipe(
+    tiny: Callable, draw: Callable, error_of: Callable, tmp_path: Path, less: dict
+) -> None:
+    """Latents that it wasn't captured with, before and after the transformer's packages ran in the same memory pool."""
+    packaged, rounded, exact = (tiny(dtype, CUDA) for dtype in (torch.bfloat16, torch.bfloat16, torch.float32))
+    recipes.apply(packaged, replace(recipes.named()["aoti"], **less), PackageStore(tmp_path))
+    weights = {name: tensor.clone() for name, tensor in packaged.vae.decoder.state_dict().items()}
+
+    def decoded(pipe: DiffusionPipeline, seed: int) -> torch.Tensor:
+        latents = torch.randn((1, 16, 8, 8), generator=torch.Generator().manual_seed(seed))
+        with torch.no_grad():
+            return pipe.vae.decode(latents.to(CUDA, pipe.vae.dtype), return_dict=False)[0].float()
+
+    def errors(seeds: range) -> list[float]:
+        """Times plain bfloat16's."""
+        return [
+            error_of(decoded(packaged, seed), decoded(exact, seed))
+            / error_of(decoded(rounded, seed), decoded(exact, seed))
+            for seed in seeds
+        ]
+
+    alone = errors(range(3))
+    assert max(alone) < 1.25, alone
+    draw(packaged, steps=2)
+    now = packaged.vae.decoder.state_dict()
+    assert [name for name, tensor in weights.items() if not torch.equal(now[name], tensor)] == []
+    after = errors(range(6))
+    assert max(after) < 1.25, after
