@@ -191,8 +191,14 @@ def test_draws_the_image_that_torch_compile_draws(pair: Pair, draw: Callable) ->
 
 @pytest.mark.parametrize(
     "less",
-    [{}, {"vae_attention": "native"}, {"fused_group_norm": False}],
-    ids=["whole", "native-attention", "native-group-norm"],
+    [
+        pytest.param({}, id="whole"),
+        pytest.param({"vae_attention": "native"}, id="native-attention"),
+        pytest.param({"fused_group_norm": False}, id="native-group-norm"),
+        pytest.param({"cuda_graph": False}, id="no-graph"),
+        pytest.param({"modulation": "per_step", "hoisted_embeddings": False}, id="nothing-hoisted"),
+        pytest.param({"compiled_text_encoders": False}, id="eager-text-encoders"),
+    ],
 )
 def test_decoder_of_the_whole_recipe(
     tiny: Callable, draw: Callable, error_of: Callable, tmp_path: Path, less: dict
