@@ -148,7 +148,7 @@ def write_folder(folder: Path) -> str:
         with replacing(folder / f"images{name}.png") as temporary:
             plots.image_strip(rungs, folder, temporary)
     if folder.is_relative_to(results.RESULTS):
-        write_text(README, with_tables(README.read_text()))
+        write_text(README, with_tables(README.read_text(), folder))
     return text
 
 
@@ -161,12 +161,15 @@ def tables(folder: Path) -> str:
     return "\n".join(table(load(folder, size)) for size in sizes(folder)) or table([])
 
 
-def with_tables(readme: str) -> str:
-    """README's text with the tables between its markers made anew."""
+def with_tables(readme: str, folder: Path | None = None) -> str:
+    """README's text with the tables between its markers made anew; only those of one folder, if it is given."""
 
     def block(match: re.Match) -> str:
         name, _, size = match[2].partition("@")
-        return match[1] + "\n" + table(load(results.RESULTS / name, size or None)) + "\n" + match[3]
+        of = results.RESULTS / name
+        if folder not in (None, of):
+            return match[0]
+        return match[1] + "\n" + table(load(of, size or None)) + "\n" + match[3]
 
     return _BLOCK.sub(block, readme)
 

@@ -185,6 +185,10 @@ def test_only_what_is_between_the_markers_is_replaced(monkeypatch: pytest.Monkey
     sized = one.replace("tiny", "tiny@64x128-b1-s4")
     assert tables[0] in report.with_tables(f"{sized}\n{end}\n")
     assert report.with_tables("no markers") == "no markers"
+    # A ladder's table, where another folder's results aren't there.
+    other = f"{two.replace('flux', 'gone')}\nas it was\n{end}\n"
+    alone = report.with_tables(f"{one}\n{end}\n{other}", tmp_path / "cpu-2c" / "tiny")
+    assert alone == f"{one}\n\n{tables[0]}\n{end}\n{other}"
 
 
 def test_readme_and_ladder_files_are_what_the_results_give() -> None:
