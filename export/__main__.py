@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from utils.quiet import quiet
@@ -28,7 +29,9 @@ def parser() -> Parser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     build = commands.add_parser("build", help="compile a package for a recipe and shapes")
     build.add_argument("--checkpoint", required=True, help="hub id, folder, tiny, or random/flux-...")
-    build.add_argument("--recipe", help="a rung's name, with changes: aoti,attention=native; default: the fastest here")
+    build.add_argument(
+        "--recipe", help="a rung's name, with changes: aoti,attention=native; default: the fastest here, as packages"
+    )
     build.add_argument("--resolutions", help="HEIGHTxWIDTH in pixels, several with commas (default: the checkpoint's)")
     build.add_argument("--batch", default="1", help="images a call, several with commas (default: %(default)s)")
     build.add_argument("--text-lengths", help="T5 tokens, several with commas (default: the checkpoint's)")
@@ -99,7 +102,7 @@ def run_build(arguments: argparse.Namespace) -> None:
     chosen = arguments.recipe and recipes.parse(arguments.recipe)
     wanted = Order(
         checkpoint=arguments.checkpoint,
-        recipe=chosen or command_line.fastest(arguments.checkpoint, device),
+        recipe=chosen or replace(command_line.fastest(arguments.checkpoint, device), execution="aoti"),
         resolutions=resolutions(arguments.resolutions or f"{known.height}x{known.width}"),
         batches=numbers("batch", arguments.batch),
         text_lengths=numbers("text-lengths", arguments.text_lengths or str(known.max_sequence_length)),

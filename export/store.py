@@ -108,12 +108,15 @@ def of_file(path: Path) -> Entry:
     """The entry of a package given by the name of its file.
 
     Raises:
-        UsageError: there is no such file, or none beside it.
+        UsageError: there is no such file, it isn't a package's, or there is none beside it.
         UserError: its manifest can't be read.
     """
     for file in (path, path.with_suffix(".json")):
-        if path.suffix != ".pt2" or not file.is_file():
-            raise UsageError(f"{file} is not there: give a package's .pt2 file with its .json beside it")
+        fault = "is not there" if not file.exists() else "is a folder" if file.is_dir() else None
+        if fault is None and path.suffix != ".pt2":
+            fault = "is no .pt2 file"
+        if fault is not None:
+            raise UsageError(f"{file} {fault}: give a package's .pt2 file with its .json beside it")
     return entry(path.with_suffix(".json"))
 
 

@@ -240,7 +240,8 @@ def _parse_change(change: str) -> tuple[str, Any]:
     if not equals or name not in hints:
         close = difflib.get_close_matches(name, hints, n=1)
         hint = f"did you mean {close[0]}? " if close and equals else ""
-        raise RecipeError(f"{change!r} is not FIELD=VALUE: {hint}The fields are {', '.join(hints)}")
+        fault = f"unknown field {name!r}" if equals else f"{change!r} is not FIELD=VALUE"
+        raise RecipeError(f"{fault}: {hint}The fields are {', '.join(hints)}")
     if value in ("true", "false", "null"):
         return name, json.loads(value)
     if name not in ("inductor_flags", "cache"):

@@ -69,6 +69,9 @@ def test_no_packages(export: Callable, tmp_path: Path) -> None:
     missing = export("inspect", tmp_path / "a.pt2")
     assert "a.pt2 is not there: give a package's .pt2 file" in missing.error()
     assert missing.code == 2
+    assert f"{tmp_path} is a folder: give a package's .pt2 file" in export("inspect", tmp_path).error()
+    (tmp_path / "a.txt").write_text("")
+    assert "a.txt is no .pt2 file: give a package's" in export("inspect", tmp_path / "a.txt").error()
 
 
 @pytest.mark.slow
