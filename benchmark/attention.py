@@ -26,7 +26,7 @@ with quiet():
     from utils.errors import Parser, UsageError, run_command
     from utils.relative_error import relative_error
 
-BACKENDS = ("native", "cudnn", "fa3", "fa3_fp8", "triton_fp8", "cudnn_fp8")
+BACKENDS = ("native", "cudnn", "fa3", "fa3_fp8", "triton_fp8", "cudnn_fp8", "wgmma_fp8")
 HEADS, HEAD_DIM = 24, 128
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -60,8 +60,7 @@ def timed_call(name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> 
         return lambda: (one.attend(q, k, v),)
     float8 = one.float8
     (q8, dq), (k8, dk), (v8, dv) = (float8_heads.to_float8(x, float8.value_per_head) for x in (q, k, v))
-    if float8.tokens_innermost:
-        v8 = float8_heads.tokens_innermost(v8)
+    v8 = float8_heads.lay_out(v8, float8.value_layout)
     descales = torch.stack([dq, dk, dv])
     if (rows := float8.rows) is not None:
         return lambda: rows(q8, k8, v8, descales)
@@ -105,7 +104,7 @@ def main() -> None:
             series.Measurement(
                 {"backend": name, "tokens": tokens, "heads": HEADS, "head_dim": HEAD_DIM},
                 partial(measure, name, tokens, device),
-                attention.OPTIMIZATION.refusal(Recipe(attention=name), device),
+                attention.OPTIMIZATION.refusal(Recipe(dtype="bfloat16", attention=name), device),
             )
             for tokens in arguments.tokens
             for name in arguments.backends

@@ -36,7 +36,10 @@ def recipes() -> list[Recipe]:
     bfloat16 = [
         Recipe(dtype="bfloat16", fused_qkv=True, attention="cudnn", fused_kernels=fused) for fused in (False, True)
     ]
-    variants: list[tuple[Any, bool]] = [("cudnn", False), ("cudnn", True), ("triton_fp8", True), ("cudnn_fp8", True)]
+    variants: list[tuple[Any, bool]] = [
+        *(("cudnn", False), ("cudnn", True)),
+        *((float8, True) for float8 in ("triton_fp8", "cudnn_fp8", "wgmma_fp8")),
+    ]
     return bfloat16 + [
         Recipe(dtype="bfloat16", fused_qkv=True, quantization="float8_per_row", attention=attend, fused_kernels=fused)
         for attend, fused in variants

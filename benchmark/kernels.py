@@ -19,7 +19,7 @@ from utils.quiet import quiet
 with quiet():
     from benchmark import series
     from benchmark.device_timing import graph_ms
-    from recipes.float8_heads import E4M3_MAX, SMALLEST_AMAX
+    from recipes.float8_heads import E4M3_MAX, SMALLEST_AMAX, lay_out
 
 TEXT, IMAGE, DIM, HEADS, HEAD_DIM = 512, 4096, 3072, 24, 128
 SIDE = 1024  # of the VAE's image, in pixels
@@ -75,12 +75,11 @@ def cases(device: torch.device) -> list[Case]:
         out = qkv.reference(image, text, (norm_q, norm_k), None if text is None else (text_q, text_k), cos, sin, eps)
         return out[:, :, : 2 if text is None else 3].bfloat16()
 
-    def unfused_qkv_float8(image, text, norm_q, norm_k, text_q, text_k, cos, sin, eps, tokens_innermost, per_head):
+    def unfused_qkv_float8(image, text, norm_q, norm_k, text_q, text_k, cos, sin, eps, layout, per_head):
         out = qkv.reference(image, text, (norm_q, norm_k), None if text is None else (text_q, text_k), cos, sin, eps)
         amax = out.abs().amax(dim=(1, 4)).clamp(min=SMALLEST_AMAX)  # [batch, 3, heads]
         scaled = (out * (E4M3_MAX / amax)[:, None, :, :, None]).to(torch.float8_e4m3fn)
-        value = scaled[:, :, 2].permute(0, 2, 3, 1).contiguous() if tokens_innermost else scaled[:, :, 2].contiguous()
-        return scaled[:, :, :2].contiguous(), value, amax
+        return scaled[:, :, :2].contiguous(), lay_out(scaled[:, :, 2], layout).contiguous(), amax
 
     return [
         Case("adaln", adaln.adaln, bfloat16(adaln.reference), lambda: (*joint(), *modulation(2), EPS)),
@@ -134,13 +133,13 @@ def cases(device: torch.device) -> list[Case]:
             "qkv_norm_rotary_float8, double",
             qkv.qkv_norm_rotary_float8,
             unfused_qkv_float8,
-            lambda: (*of_qkv(True), True, True),
+            lambda: (*of_qkv(True), "for_wgmma", False),
         ),
         Case(
             "qkv_norm_rotary_float8, single",
             qkv.qkv_norm_rotary_float8,
             unfused_qkv_float8,
-            lambda: (*of_qkv(False), True, True),
+            lambda: (*of_qkv(False), "for_wgmma", False),
         ),
     ]
 

@@ -22,7 +22,7 @@ from torch import nn
 from torch.export.pt2_archive import _package as pt2
 from torch.utils import _pytree as pytree
 
-from export import host_code, regions, sizes, weights
+from export import conv_layouts, host_code, regions, sizes, weights
 from export.manifest import SCHEMA, Built, Identity, Manifest, Model, Range, TensorSpec
 from export.regions import Inputs, Region
 from utils.compile_clock import compilation
@@ -148,7 +148,7 @@ def compile_call(call: Call, options: dict[str, Any], embed_weights: bool) -> li
     }
     shapes = sizes.dynamic_shapes(call.inputs, call.ranges, sizes.of(input_specs(call.inputs)))
     try:
-        with torch.no_grad(), host_code.portable(device) as entries:
+        with torch.no_grad(), conv_layouts.as_computed(call.module), host_code.portable(device) as entries:
             exported = torch.export.export(call.module, (), call.inputs, dynamic_shapes=shapes, strict=False)
             graph = exported.module(check_guards=False)
             known = _taken_for_given(graph)

@@ -50,7 +50,9 @@ _NOT_SHAPING = (
     *("recipes/loop_graph.py", "recipes/weights.py", "recipes/device_postprocessing.py", "recipes/guards.py"),
     "recipes/hook_search.py",
 )
-_SHAPING_OF_EXPORT = ("export/regions.py", "export/sizes.py", "export/build.py", "export/host_code.py")
+_SHAPING_OF_EXPORT = (
+    *("export/regions.py", "export/sizes.py", "export/build.py", "export/host_code.py", "export/conv_layouts.py"),
+)
 # What the decoder's graph depends on; the rest of the VAE's configuration is the encoder's and the pipeline's.
 _OF_DECODER = (
     *("latent_channels", "out_channels", "up_block_types", "block_out_channels", "layers_per_block", "act_fn"),

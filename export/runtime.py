@@ -20,7 +20,8 @@ from export.build_command import TransformerCall, build_command
 from export.checks import check_file
 from export.manifest import Identity, Manifest, content_key, identify
 from export.regions import Inputs, Key, Region
-from export.store import Entry, PackageStore
+from export.store import Entry, PackageStore, not_yet_stored
+from export.verify import verify
 from recipes import hoisting
 from utils import checkpoints
 from utils.errors import UserError
@@ -194,11 +195,19 @@ class Library:
         )
 
     def build(
-        self, calls: Collection[PackagedCall], embed_weights: bool = False, dynamic: bool = False
+        self,
+        calls: Collection[PackagedCall],
+        embed_weights: bool = False,
+        dynamic: bool = False,
+        verified: bool = True,
     ) -> tuple[Entry, bool]:
         """One package with a model for each of these calls, and whether it was there already.
 
         dynamic: one for all those of a region that differ in their sizes alone, and for what lies between them.
+        verified: its models are run on the calls' modules, and it is there only if they compute what those do.
+
+        Raises:
+            UserError: a model for a range of sizes can't be had, or one doesn't compute what its module does.
         """
         each = [Call(region.region, region.module, inputs) for region, inputs in calls]
         planned = {call.name: call for call in (build.over_ranges(each) if dynamic else each)}
@@ -212,9 +221,21 @@ class Library:
 
             def make(path: Path) -> Manifest:
                 checkpoint = checkpoints.public_name(self.checkpoint)
-                return build.build(path, self.identity, planned, models, self.options, checkpoint)
+                manifest = build.build(path, self.identity, planned, models, self.options, checkpoint)
+                if verified:
+                    self._refuse_wrong(not_yet_stored(path, manifest), [region for region, _ in calls])
+                return manifest
 
             return self.store.write(name, make)
+
+    def _refuse_wrong(self, built: Entry, compiled: list[PackagedRegion]) -> None:
+        """Raise UserError unless each model of a package computes what the modules do that it was compiled from."""
+        wrong = [error for error in verify(built, self, compiled) if not error.ok]
+        if wrong:
+            raise UserError(
+                f"no package was written, for what was compiled computes something else than the module: {wrong[0]}; "
+                "use a recipe with execution=compile, and report it with PyTorch's version"
+            )
 
     @contextmanager
     def recording(self) -> Iterator[dict[tuple[Region, Key], PackagedCall]]:

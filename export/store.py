@@ -86,9 +86,8 @@ class PackageStore:
                 return entry(beside), True
             self._clean(name)
             with replacing(path) as temporary:
-                manifest = make(temporary)
-                size, digest = temporary.stat().st_size, sha256(temporary)
-            write_text(beside, Beside(manifest, size, digest).to_json())
+                made = not_yet_stored(temporary, make(temporary))
+            write_text(beside, made.beside.to_json())
         return entry(beside), False
 
     def _clean(self, name: str) -> None:
@@ -102,6 +101,11 @@ class PackageStore:
 
 def entry(beside: Path) -> Entry:
     return Entry(beside.with_suffix(".pt2"), read_beside(beside))
+
+
+def not_yet_stored(path: Path, manifest: Manifest) -> Entry:
+    """The entry of a package that has nothing beside it yet."""
+    return Entry(path, Beside(manifest, path.stat().st_size, sha256(path)))
 
 
 def of_file(path: Path) -> Entry:

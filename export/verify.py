@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch.utils import _pytree as pytree
@@ -11,11 +13,13 @@ from torch.utils import _pytree as pytree
 from export import regions, sizes
 from export.manifest import Model
 from export.regions import Inputs
-from export.runtime import Library, PackagedRegion
 from export.sizes import Specs
 from export.store import Entry
 from recipes.attention_backends import FLOAT8
 from utils.relative_error import relative_error
+
+if TYPE_CHECKING:  # it verifies what it builds
+    from export.runtime import Library, PackagedRegion
 
 # Largest relative error of a whole output, by dtype: what other roundings make of it. In float8, that of the Linears or
 # of the attention, an activation that is rounded otherwise moves by up to an eighth.
@@ -54,8 +58,8 @@ class Error:
 
 
 @torch.no_grad()
-def verify(entry: Entry, library: Library) -> list[Error]:
-    """Every model of a package, on each module that it stands in for.
+def verify(entry: Entry, library: Library, among: Iterable[PackagedRegion] | None = None) -> list[Error]:
+    """Every model of a package, on each module that it stands in for; `among`: on those of them that are given.
 
     Raises:
         UserError: the package doesn't fit the library's pipeline.
@@ -65,11 +69,12 @@ def verify(entry: Entry, library: Library) -> list[Error]:
     dtype = entry.manifest.identity.dtype
     plain = TOLERANCE[dtype]
     device = library.pipe.transformer.device
+    regions_here = library.packaged if among is None else list(dict.fromkeys(among))
     errors = []
     for name, model in entry.manifest.models.items():
         is_decoder = model.region == regions.DECODER.name  # which a float8 recipe leaves as it is
         tolerance = TOLERANCE_FLOAT8 if in_float8 and not is_decoder else plain
-        standing_in = [region for region in library.packaged if region.region.name == model.region]
+        standing_in = [region for region in regions_here if region.region.name == model.region]
         calls = [(region, random_inputs(specs, device)) for specs in tried(model) for region in standing_in]
         worst = max((_error(library, entry, name, *call) for call in calls), key=_nan_first)
         over_eager = None

@@ -62,8 +62,6 @@ OPTIMIZATIONS: tuple[Optimization, ...] = (
     cuda_graph.OPTIMIZATION,
 )
 _MARK = "_applied_recipe"
-# Rungs that a test saw draw wrong images, by the type of device: see results/h200-700w-torch2.11/notes.md.
-_DRAWS_WRONG = {"cuda": ("aoti",)}
 
 # Fields whose change from one of some values to another saves memory, by how much it saves of FLUX.1-dev's weights:
 # half of all, 8.6 GB, 6.5 and 4.4.
@@ -172,12 +170,10 @@ def is_lossless(recipe: Recipe) -> bool:
 
 
 def fastest(device: torch.device, not_paying: Collection[str] = ()) -> Recipe:
-    """The ladder's top on `device`: every rung that it supports (not merely emulates), without those `not_paying`,
-    those that are for who asks for them (`ladder.NOT_INHERITED`), and those seen to draw wrong images there."""
+    """The ladder's top on `device`: every rung that it supports (not merely emulates), without those `not_paying` and
+    those that are for who asks for them (`ladder.NOT_INHERITED`)."""
 
     def skip(rung: Rung) -> str | None:
-        if rung.name in _DRAWS_WRONG.get(device.type, ()):
-            return "was seen to draw a wrong image"
         pays_not = "does not pay" if rung.name in not_paying else None
         return pays_not or refusal(rung.recipe, device) or not_timed(rung.recipe, device)
 

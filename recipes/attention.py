@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from diffusers import DiffusionPipeline
 
-from recipes import attention_backends, flash_attention_3
+from recipes import attention_backends, flash_attention_3, wgmma_attention
 from recipes.attention_processor import Processor
 from recipes.optimization import Needs, Optimization
 from recipes.recipe import Recipe
@@ -28,6 +28,9 @@ _NEEDS = {
     "fa3_fp8": _FLASH_ATTENTION_3,
     "cudnn_fp8": Needs(device="cuda", capability=(9, 0), packages=("cudnn",)),
     "triton_fp8": Needs(device="cuda", capability=(8, 9), packages=("triton",)),
+    "wgmma_fp8": Needs(
+        device="cuda", capability=(9, 0), capability_below=(10, 0), loading_error=wgmma_attention.loading_error
+    ),
 }
 
 

@@ -13,7 +13,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_a
 from recipes import cudnn_bfloat16
 from recipes.attention_processor import Attend
 
-FLOAT8 = ("fa3_fp8", "cudnn_fp8", "triton_fp8")
+FLOAT8 = ("fa3_fp8", "cudnn_fp8", "triton_fp8", "wgmma_fp8")
 
 
 @dataclass(frozen=True)
@@ -21,12 +21,12 @@ class Float8Attend:
     """Attention over float8_e4m3fn, as `kernels.qkv.qkv_norm_rotary_float8` makes it.
 
     attend(query, key, value, descales [3, batch, heads]): bfloat16 [batch, tokens, heads, head_dim].
-    tokens_innermost: the layout of the values that it takes; value_per_head: whether their scale is a head's own.
+    value_layout: of the values that it takes, by `float8_heads`' name; value_per_head: whether their scale is a head's.
     rows: the same as `attend`, where it gives float8 itself: that, and its float32 scale [batch, tokens, 1].
     """
 
     attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-    tokens_innermost: bool
+    value_layout: str
     value_per_head: bool
     rows: (
         Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None
@@ -53,13 +53,20 @@ def backend(name: str) -> Backend:
 
         if name == "fa3":
             return Backend(fa3.flash_attention_3)
-        return Backend(fa3.flash_attention_3_fp8, Float8Attend(fa3.flash_attention_3_float8, False, True))
+        return Backend(fa3.flash_attention_3_fp8, Float8Attend(fa3.flash_attention_3_float8, "by_token", True))
     if name == "cudnn_fp8":
         from recipes import cudnn_attention
 
-        float8 = Float8Attend(cudnn_attention.attention_from_float8, False, False, cudnn_attention.rows_from_float8)
+        float8 = Float8Attend(
+            cudnn_attention.attention_from_float8, "by_token", False, cudnn_attention.rows_from_float8
+        )
         return Backend(cudnn_attention.cudnn_fp8, float8)
+    if name == "wgmma_fp8":
+        from recipes import wgmma_attention as wgmma
+
+        float8 = Float8Attend(wgmma.attention_from_float8, "for_wgmma", False, wgmma.rows_from_float8)
+        return Backend(wgmma.wgmma_fp8, float8)
     assert name == "triton_fp8", name
     from recipes.kernels import attention
 
-    return Backend(attention.triton_fp8, Float8Attend(attention.attention_float8, True, True))
+    return Backend(attention.triton_fp8, Float8Attend(attention.attention_float8, "tokens_innermost", True))

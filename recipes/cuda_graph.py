@@ -13,8 +13,8 @@ from diffusers import DiffusionPipeline
 from recipes.hoisting import hoisted
 from recipes.optimization import Needs, Optimization
 from recipes.recipe import Recipe
+from utils import cuda_bindings
 from utils.cuda_graph import HOISTED_LIMIT, LIMIT, Graphed, Graphs
-from utils.graph_memsets import can_replace
 from utils.moving import when_moved
 
 
@@ -32,7 +32,7 @@ def _apply(pipe: DiffusionPipeline, recipe: Recipe) -> str:
     before_loop = Graphs(HOISTED_LIMIT, graphs)
     for one in hoisted(pipe.transformer):
         one.function = Graphed(one.function, before_loop)
-    memsets = "" if can_replace() else ", memsets among their kernels for want of the package cuda-bindings"
+    memsets = "" if cuda_bindings.installed() else ", memsets among their kernels for want of the package cuda-bindings"
     names = [*captured, *(one.name for one in hoisted(pipe.transformer))]
     return f"{', '.join(names)}: at most {LIMIT + HOISTED_LIMIT} graphs in one memory pool{memsets}"
 

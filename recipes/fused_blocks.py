@@ -160,7 +160,7 @@ def _attention(
     of_qkv = (image_qkv, text_qkv, attn.norm_q.weight, attn.norm_k.weight, *added, *rotary, attn.norm_q.eps)
     float8 = kernels.attention.float8
     if float8 is not None:
-        query_key, value, descales = qkv.qkv_norm_rotary_float8(*of_qkv, float8.tokens_innermost, float8.value_per_head)
+        query_key, value, descales = qkv.qkv_norm_rotary_float8(*of_qkv, float8.value_layout, float8.value_per_head)
         arguments = (query_key[:, :, 0], query_key[:, :, 1], value, descales)
         if float8.rows is not None and isinstance(kernels, Float8):
             values, scale = float8.rows(*arguments)

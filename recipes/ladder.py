@@ -109,7 +109,7 @@ def device_postprocessing(parent: Recipe) -> Recipe:
 
 
 def float8_attention(parent: Recipe) -> Recipe:
-    """Attention in float8 by cuDNN, the fastest measured on an H100."""
+    """Attention in float8 by cuDNN."""
     return replace(parent, attention="cudnn_fp8")
 
 
@@ -121,6 +121,11 @@ def vae_attention(parent: Recipe) -> Recipe:
 def no_hook_search(parent: Recipe) -> Recipe:
     """The pipeline no longer looks through the transformer's modules for hooks at every call."""
     return replace(parent, hook_search_removal=True)
+
+
+def wgmma_attention(parent: Recipe) -> Recipe:
+    """Attention in float8 by our own kernel for Hopper's tensor cores instead of cuDNN's."""
+    return replace(parent, attention="wgmma_fp8")
 
 
 def loop_graph(parent: Recipe) -> Recipe:
@@ -156,6 +161,7 @@ LADDER: tuple[Callable[[Recipe], Recipe], ...] = (
     float8_attention,
     vae_attention,
     no_hook_search,
+    wgmma_attention,
     loop_graph,
     aoti,
 )

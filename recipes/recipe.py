@@ -68,7 +68,7 @@ class Recipe:
     max_autotune: bool = False
     fused_qkv: bool = False
     channels_last: bool = False
-    attention: Literal["native", "cudnn", "fa3", "fa3_fp8", "cudnn_fp8", "triton_fp8"] = "native"
+    attention: Literal["native", "cudnn", "fa3", "fa3_fp8", "cudnn_fp8", "triton_fp8", "wgmma_fp8"] = "native"
     quantization: Literal["none", "float8_per_row", "float8_per_tensor"] = "none"
     fused_kernels: bool = False
     fused_group_norm: bool = False

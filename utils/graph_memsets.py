@@ -9,13 +9,12 @@ Sources: NVIDIA's "Constant Time Launch for Straight-Line CUDA Graphs" (2024); t
 
 from __future__ import annotations
 
-import importlib.util
 from functools import partial
 from typing import Any
 
 import torch
 
-from utils.errors import UserError
+from utils import cuda_bindings
 
 
 class _Memory:
@@ -37,11 +36,11 @@ def replace_memsets(graph: torch.cuda.CUDAGraph, side: torch.cuda.Stream) -> int
     Raises:
         UserError: a call of the driver failed; it says which one.
     """
-    if not can_replace():
+    if not cuda_bindings.installed():
         return 0
     from cuda.bindings import driver
 
-    call = partial(_call, driver)
+    call = partial(cuda_bindings.call, driver, what="cuda_graph")
 
     def listed(name: str, of: Any) -> list[Any]:
         return call(name, of, call(name, of)[-1])[0]
@@ -70,21 +69,8 @@ def replace_memsets(graph: torch.cuda.CUDAGraph, side: torch.cuda.Stream) -> int
     return len(memsets)
 
 
-def can_replace() -> bool:
-    """Whether the package `cuda-bindings` is there."""
-    return importlib.util.find_spec("cuda") is not None and importlib.util.find_spec("cuda.bindings") is not None
-
-
 def _signed(value: int, size: int) -> int:
     """The lowest `size` bytes of `value` as the number that a tensor of such elements holds."""
     bits = 8 * size
     value &= (1 << bits) - 1
     return value if size == 1 or value < 1 << (bits - 1) else value - (1 << bits)
-
-
-def _call(driver: Any, name: str, *args: Any) -> tuple:
-    """What a function of the driver gives besides its status; of two kinds (CUDA 12) the one that knows edges' data."""
-    status, *results = getattr(driver, f"{name}_v2", getattr(driver, name))(*args)
-    if status != driver.CUresult.CUDA_SUCCESS:
-        raise UserError(f"cuda_graph: {name} failed with {status.name}")
-    return tuple(results)

@@ -99,20 +99,25 @@ def qkv_norm_rotary_float8(
     cos: torch.Tensor,
     sin: torch.Tensor,
     eps: float,
-    tokens_innermost: bool,
+    value_layout: str,
     value_per_head: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Query, key and value for float8 attention; the arguments are those of `qk_norm_rotary`.
 
     Returns query and key [batch, tokens, 2, heads, head_dim] and the values, float8_e4m3fn, and the float32 descales
     [3, batch, heads] of query, key and value; the values' is one for all heads unless value_per_head. The values are
-    [batch, tokens, heads, head_dim], or, tokens_innermost, [batch, heads, head_dim, tokens rounded up to 16], zero
-    beyond the tokens.
+    laid out as `float8_heads` names it: by_token [batch, tokens, heads, head_dim]; tokens_innermost and for_wgmma
+    [batch, heads, head_dim, tokens rounded up to 16], zero beyond the tokens.
+
+    Raises:
+        ValueError: the layout for_wgmma of heads that aren't of 128.
     """
     batch, tokens, _, heads, head_dim = image.shape
+    if value_layout == "for_wgmma" and head_dim != 128:
+        raise ValueError(f"the layout for_wgmma is that of heads of 128 values, not of {head_dim}")
     tokens += 0 if text is None else text.shape[1]
     query_key = image.new_empty((batch, tokens, 2, heads, head_dim), dtype=torch.float8_e4m3fn)
-    if tokens_innermost:
+    if value_layout != "by_token":
         padded = triton.cdiv(tokens, 16) * 16
         value = image.new_empty((batch, heads, head_dim, padded), dtype=torch.float8_e4m3fn)
         by_token = value.permute(0, 3, 1, 2)
@@ -129,7 +134,8 @@ def qkv_norm_rotary_float8(
         first, image, amax, value, descales, 0 if text is None else text.shape[1], tokens, padded,
         first.stride(0), first.stride(1), image.stride(0), image.stride(1),
         by_token.stride(0), by_token.stride(1), by_token.stride(2), by_token.stride(3),
-        HEADS=heads, HEAD_DIM=head_dim, BLOCK=_VALUE_BLOCK, PER_HEAD=value_per_head, num_warps=4,
+        HEADS=heads, HEAD_DIM=head_dim, BLOCK=_VALUE_BLOCK, PER_HEAD=value_per_head,
+        FOR_WGMMA=value_layout == "for_wgmma", num_warps=4,
     )  # fmt: skip
     return query_key, value, descales
 
@@ -274,10 +280,16 @@ def _value_to_float8_kernel(
     HEAD_DIM: tl.constexpr,  # noqa: N803
     BLOCK: tl.constexpr,  # noqa: N803
     PER_HEAD: tl.constexpr,  # noqa: N803
+    FOR_WGMMA: tl.constexpr,  # noqa: N803
 ):
     head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    to_token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    token = to_token
     dims = tl.arange(0, HEAD_DIM)
+    to_dim = dims
+    if FOR_WGMMA:  # see float8_heads.for_wgmma
+        token = token // 16 * 16 + token % 4 // 2 * 8 + token % 16 // 4 * 2 + token % 2
+        to_dim = dims % 32 // 2 * 8 + dims // 32 * 2 + dims % 2
     is_text = token < text_tokens
     row = tl.where(is_text, text, image) + tl.where(
         is_text, batch * text_batch + token * text_row, batch * image_batch + (token - text_tokens) * image_row
@@ -289,6 +301,6 @@ def _value_to_float8_kernel(
     inverse = 1.0 / scale
     if tl.program_id(0) == 0:
         tl.store(descales + (2 * tl.num_programs(2) + batch) * HEADS + head, scale)
-    place = batch * out_batch + head * out_head + token[:, None] * out_token + dims[None, :] * out_dim
+    place = batch * out_batch + head * out_head + to_token[:, None] * out_token + to_dim[None, :] * out_dim
     # Ending at a multiple of 16 the mask lets 16 tokens go in one store; at the last token it would write single bytes.
-    tl.store(out + place, to_e4m3(x, inverse), (token < padded)[:, None])
+    tl.store(out + place, to_e4m3(x, inverse), (to_token < padded)[:, None])

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from export import build, order
+from export import build, manifest, order
+from export.build import Call
 from export.runtime import PackagedRegion
 from export.store import PackageStore
 from recipes import Recipe
 from tests.export.conftest import AOTI, CPU, inputs_of_after
+from utils.errors import UserError
 from utils.files import ROOT
 
 BUILD = """
@@ -73,6 +78,57 @@ def test_killed_half_way_then_two_at_once(tmp_path: Path) -> None:
     torch.testing.assert_close(after(**inputs), expected, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
+def test_code_that_computes_something_else_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    after = after_of(tmp_path)
+    compile_call = build.compile_call
+
+    def of_twice_as_much(call: Call, *rest: Any) -> list[Any]:
+        forward = call.module.forward
+
+        @functools.wraps(forward)
+        def twice(*args: Any, **kwargs: Any) -> torch.Tensor:
+            return 2 * forward(*args, **kwargs)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(call.module, "forward", twice)
+            return compile_call(call, *rest)
+
+    assert torch.is_grad_enabled()
+    with monkeypatch.context() as patched, pytest.raises(UserError) as raised:
+        patched.setattr(build, "compile_call", of_twice_as_much)
+        after.packages.build([(after, inputs_of_after())])
+    (line,) = str(raised.value).splitlines()
+    assert line.startswith(
+        "no package was written, for what was compiled computes something else than the module: after-"
+    )
+    assert ": WRONG, relative error 1 (at most 0.0001), 1 module; use a recipe with execution=compile" in line
+    assert after.module.forward is after, "as before the build"
+    assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]
+    assert PackageStore(tmp_path).entries() == []
+
+    entry, was_there = after.packages.build([(after, inputs_of_after())])
+    assert not was_there
+    assert PackageStore(tmp_path).entries() == [entry]
+    assert len(list(tmp_path.iterdir())) == 3, ".pt2, .json and .lock"
+
+
+@pytest.mark.slow
+def test_what_is_built_is_held_to_the_module_that_it_was_built_from(tmp_path: Path) -> None:
+    """Not to another one of its kind, whose weights may lie otherwise."""
+    _, library = order.pipeline("tiny", AOTI, tmp_path, CPU)
+    last = [region for region in library.packaged if region.region.name == "single_block"][-1]
+    weight = last.module.proj_out.weight
+    weight.data = weight.data.t().contiguous().t()
+    random = torch.Generator().manual_seed(0)
+    sizes = {"hidden_states": (1, 16, 256), "encoder_hidden_states": (1, 8, 256), "temb": (1, 256)}
+    inputs: dict[str, Any] = {name: torch.randn(size, generator=random) for name, size in sizes.items()}
+    rotary = tuple(torch.randn(24, 128, generator=random) for _ in range(2))
+    entry, _ = library.build([(last, last.region.arguments((), {**inputs, "image_rotary_emb": rotary}))])
+    (model,) = entry.manifest.models.values()
+    assert model.weights["proj_out.weight"].stride == tuple(weight.stride())
+
+
 def test_package_is_there_only_with_what_lies_beside_it(tmp_path: Path) -> None:
     (tmp_path / "transformer-0123.pt2").write_bytes(b"written, and then the process was killed")
     assert PackageStore(tmp_path).entries() == []
@@ -105,6 +161,20 @@ def test_name_belongs_to_recipe_weights_inputs_and_sources(tmp_path: Path, monke
         *(name(change=field) for field in ("torch", "cuda", "arch", "sources", "diffusers", "cudnn_frontend")),
     ]
     assert len({same, *others}) == 1 + len(others)
+
+
+@pytest.mark.parametrize("name", ["build", "conv_layouts", "host_code", "regions", "sizes"])
+def test_how_graphs_are_compiled_is_one_of_the_sources(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("export", "recipes"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    monkeypatch.setattr(manifest, "ROOT", tmp_path)
+    hashed = manifest.sources.__wrapped__
+    assert hashed() == manifest.sources()
+    with (tmp_path / "export" / f"{name}.py").open("a") as file:
+        file.write("# as it was before it was mended\n")
+    assert hashed() != manifest.sources()
 
 
 @pytest.mark.parametrize(

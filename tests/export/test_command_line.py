@@ -157,6 +157,9 @@ def test_doctors_package_is_one_of_ours(
     with pytest.raises(AssertionError):
         doctor_child.main(str(tmp_path), "cpu")
     assert capfd.readouterr().out.split() == ["compiled", "loaded", "ran"]
+    with pytest.raises(AssertionError):
+        doctor_child.main(str(tmp_path / "new"), "cpu")
+    assert capfd.readouterr().out.split() == ["compiled", "loaded", "ran"], "also where it is built first"
     entry.path.write_bytes(entry.path.read_bytes()[:-1])
     with pytest.raises(UserError, match="bytes, its manifest says"):
         doctor_child.main(str(tmp_path), "cpu")

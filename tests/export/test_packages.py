@@ -17,7 +17,7 @@ import recipes
 from export import regions
 from export.lora import Adapter
 from export.lora_file import Factors, LoRA
-from export.runtime import BoundModel, PackagedRegion, library_of
+from export.runtime import BoundModel, Library, PackagedRegion, library_of
 from export.store import Entry, PackageStore
 from export.verify import TOLERANCE, verify
 from recipes import Recipe
@@ -275,6 +275,26 @@ def test_decoder_that_rounds_otherwise_is_held_to_float32(
     (error,) = verify(entry, library)
     assert error.over_eager > 1.1
     assert not error.ok
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrong", [0, 1])
+def test_every_output_of_a_model_is_verified(
+    wrong: int, package: Entry, library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = BoundModel.__call__
+
+    def with_a_wrong_one(self: BoundModel, inputs: dict[str, Any]) -> Any:
+        outputs = run(self, inputs)
+        if not self.source[1].startswith(("double_block", "single_block")):
+            return outputs
+        text, image = outputs
+        return (text, image * 1.01) if wrong else (text * 1.01, image)
+
+    monkeypatch.setattr(BoundModel, "__call__", with_a_wrong_one)
+    errors = {error.model.partition("-")[0]: error for error in verify(package, library)}
+    assert [name for name, error in errors.items() if not error.ok] == ["double_block", "single_block"]
+    assert errors["double_block"].value == pytest.approx(0.01, rel=0.01)
 
 
 @pytest.mark.slow

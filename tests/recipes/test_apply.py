@@ -118,9 +118,7 @@ def test_fastest_is_nothing_that_has_to_be_asked_for(monkeypatch: pytest.MonkeyP
     assert top.cuda_graph
     assert not top.loop_graph
     assert recipes.fastest(CPU, {"aoti"}) == recipes.named()["no_hook_search"], "and not the rung below aoti"
-    assert recipes.fastest(torch.device("cuda")) == recipes.named()["no_hook_search"], (
-        "no packages until they are right"
-    )
+    assert recipes.fastest(torch.device("cuda")) == top, "packages on a GPU, too"
 
 
 def test_lossless() -> None:

@@ -14,7 +14,7 @@ from recipes.attention_backends import FLOAT8, backend
 from recipes.cudnn_attention import cudnn_attention_float8, cudnn_fp8
 from tests.recipes import cudnn_in_pytorch
 
-NAMES = ["native", "cudnn", "fa3", "fa3_fp8", "cudnn_fp8", "triton_fp8"]
+NAMES = ["native", "cudnn", "fa3", "fa3_fp8", "cudnn_fp8", "triton_fp8", "wgmma_fp8"]
 # Rounding query, key, value and probabilities to 3 bits of mantissa, on inputs like those of the model.
 LARGEST_ERROR = {name: 0.06 if name in FLOAT8 else 0.005 for name in NAMES}
 
@@ -120,9 +120,7 @@ def test_float8_inputs_made_beforehand(name: str, error_of: Callable) -> None:
     runs_here(name, device)
     given, float8 = inputs(device), backend(name).float8
     (q, dq), (k, dk), (v, dv) = (float8_heads.to_float8(x, float8.value_per_head) for x in given)
-    if float8.tokens_innermost:
-        v = float8_heads.tokens_innermost(v)
-    out = float8.attend(q, k, v, torch.stack([dq, dk, dv]))
+    out = float8.attend(q, k, float8_heads.lay_out(v, float8.value_layout), torch.stack([dq, dk, dv]))
     assert_close(name, out, reference(*given), error_of)
 
 

@@ -69,7 +69,7 @@ def test_rungs_for_who_asks_for_them_are_not_inherited() -> None:
         plain = getattr(Recipe(), field)
         assert [other for other, rung in rungs.items() if getattr(rung.recipe, field) != plain] == [name]
     assert [name for name, rung in rungs.items() if rung.recipe.loop_graph] == ["loop_graph"]
-    assert rungs["loop_graph"].parent == rungs["aoti"].parent == "no_hook_search"
+    assert rungs["loop_graph"].parent == rungs["aoti"].parent == "wgmma_attention"
     without = climbed("cuda_graph")["loop_graph"]
     assert without.skipped == "loop_graph needs cuda_graph=true"
     assert not without.recipe.loop_graph

@@ -24,7 +24,10 @@ def test_frozen_and_usable_as_key() -> None:
     [
         ({"dtype": "float16"}, "dtype is one of float32, bfloat16, not 'float16'"),
         ({"execution": "jit"}, "execution is one of eager, compile, aoti"),
-        ({"attention": True}, "attention is one of native, cudnn, fa3, fa3_fp8, cudnn_fp8, triton_fp8, not True"),
+        (
+            {"attention": True},
+            "attention is one of native, cudnn, fa3, fa3_fp8, cudnn_fp8, triton_fp8, wgmma_fp8, not True",
+        ),
         ({"quantization": "int8"}, "quantization is one of"),
         ({"fused_qkv": "yes"}, "fused_qkv is true or false, not 'yes'"),
         ({"fused_qkv": 1}, "fused_qkv is true or false, not 1"),
@@ -90,6 +93,7 @@ def test_hash_differs_for_every_field() -> None:
         Recipe(attention="fa3_fp8"),
         Recipe(attention="cudnn_fp8"),
         Recipe(attention="triton_fp8"),
+        Recipe(attention="wgmma_fp8"),
         Recipe(quantization="float8_per_row"),
         Recipe(quantization="float8_per_tensor"),
         Recipe(cache=FirstBlockCache()),

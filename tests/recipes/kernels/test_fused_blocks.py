@@ -68,7 +68,7 @@ def test_bfloat16_is_as_exact_as_unfused(load: Callable, apply: Callable, error:
     assert 0 < error(fused) <= 1.1 * error(plain)
 
 
-@pytest.mark.parametrize("backend", ["native", "triton_fp8", "cudnn_fp8"])
+@pytest.mark.parametrize("backend", ["native", "triton_fp8", "cudnn_fp8", "wgmma_fp8"])
 def test_float8_is_as_exact_as_unfused(load: Callable, apply: Callable, error: Callable, backend: str) -> None:
     plain, fused = load(), load()
     recipe = replace(FUSED, quantization="float8_per_row", attention=backend)
@@ -116,7 +116,7 @@ def test_other_arguments_are_refused(load: Callable, apply: Callable) -> None:
 
 
 @pytest.mark.skipif(INTERPRETED, reason="compiling needs a GPU")
-@pytest.mark.parametrize("backend", ["native", "cudnn", "triton_fp8", "cudnn_fp8"])
+@pytest.mark.parametrize("backend", ["native", "cudnn", "triton_fp8", "cudnn_fp8", "wgmma_fp8"])
 @pytest.mark.parametrize("quantization", ["none", "float8_per_row"])
 def test_compiles_without_a_break(
     load: Callable, predict: Callable, error_of: Callable, backend: str, quantization: str

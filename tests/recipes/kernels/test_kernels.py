@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("triton", reason="needs the package triton, which isn't installed")
 
-from recipes.float8_heads import to_float8, tokens_innermost
+from recipes.float8_heads import lay_out, to_float8, tokens_innermost
 from recipes.kernels import adaln, attention, cast, gelu, group_norm, qkv, residual
 from recipes.kernels.rows import rows_to_float8
 
@@ -173,21 +173,23 @@ def test_qk_norm_rotary(normal: Callable, batch: int, image: int, text: int, hea
     torch.testing.assert_close(out.float(), reference, rtol=1.1 * BFLOAT16, atol=1e-4)
 
 
-@pytest.mark.parametrize("innermost", [False, True])
+@pytest.mark.parametrize("layout", ["by_token", "tokens_innermost", "for_wgmma"])
 @pytest.mark.parametrize("per_head", [False, True])
 @pytest.mark.parametrize(("batch", "image", "text", "heads", "head_dim"), QKV_SIZES)
 def test_qkv_norm_rotary_float8(
-    normal: Callable, batch: int, image: int, text: int, heads: int, head_dim: int, per_head: bool, innermost: bool
+    normal: Callable, batch: int, image: int, text: int, heads: int, head_dim: int, per_head: bool, layout: str
 ) -> None:
     arguments, of_reference = qkv_inputs(normal, batch, image, text, heads, head_dim)
-    query_key, value, descales = qkv.qkv_norm_rotary_float8(*arguments, innermost, per_head)
+    if layout == "for_wgmma" and head_dim != 128:
+        with pytest.raises(ValueError, match=f"for_wgmma is that of heads of 128 values, not of {head_dim}"):
+            qkv.qkv_norm_rotary_float8(*arguments, layout, per_head)
+        return
+    query_key, laid_out, descales = qkv.qkv_norm_rotary_float8(*arguments, layout, per_head)
+    value = qkv.qkv_norm_rotary_float8(*arguments, "by_token", per_head)[1]
+    assert torch.equal(laid_out.view(torch.uint8), lay_out(value, layout).view(torch.uint8))
     reference = qkv.reference(*of_reference)
     expected = qkv.reference_descales(reference, *of_reference[2:4], per_head)
     torch.testing.assert_close(descales, expected, rtol=1e-5, atol=0)
-    if innermost:
-        assert value.shape == (batch, heads, head_dim, -(-(text + image) // 16) * 16)
-        assert (value[..., text + image :].view(torch.uint8) == 0).all()
-        value = value.permute(0, 3, 1, 2)[:, : text + image]
     restored = torch.cat([query_key.float(), value.float()[:, :, None]], dim=2)
     by_part = descales.permute(1, 0, 2)[:, None, :, :, None]
     restored = restored * by_part

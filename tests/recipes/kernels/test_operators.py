@@ -16,8 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 pytest.importorskip("triton", reason="needs the package triton, which isn't installed")
 
 import recipes
-from recipes import Recipe, cudnn_attention, cudnn_bfloat16, flash_attention_3, vae_attention
-from recipes.float8_heads import to_float8, tokens_innermost
+from recipes import Recipe, cudnn_attention, cudnn_bfloat16, flash_attention_3, vae_attention, wgmma_attention
+from recipes.float8_heads import for_wgmma, to_float8, tokens_innermost
 from recipes.kernels import adaln, attention, cast, gelu, group_norm, qkv, residual
 
 BATCH, TEXT, IMAGE, HEADS, HEAD_DIM = 2, 3, 5, 2, 32
@@ -62,6 +62,11 @@ class Inputs:
 def attention_arguments(x: Inputs) -> tuple:
     q, k, v, descales = x.float8_heads()
     return q, k, tokens_innermost(v), descales
+
+
+def wgmma_arguments(x: Inputs) -> tuple:
+    q, k, v, descales = x.float8_heads(128)
+    return q.contiguous(), k.contiguous(), for_wgmma(v), descales, False, True
 
 
 def cudnn_float8_arguments(x: Inputs) -> tuple:
@@ -113,7 +118,7 @@ CASES = {
     "qk_norm_rotary": Case(qkv.qk_norm_rotary, lambda x: (*x.streams(3, HEADS, HEAD_DIM), *x.norm_and_rotary(), EPS)),
     "qkv_norm_rotary_float8": Case(
         qkv.qkv_norm_rotary_float8,
-        lambda x: (*x.streams(3, HEADS, HEAD_DIM), *x.norm_and_rotary(), EPS, True, True),
+        lambda x: (*x.streams(3, HEADS, HEAD_DIM), *x.norm_and_rotary(), EPS, "tokens_innermost", True),
     ),
     "rows_float8": Case(cast.rows_float8, lambda x: x.streams(DIM)[:1]),
     "cudnn_attention": Case(cudnn_bfloat16.cudnn_attention, lambda x: x.heads(128), "cudnn"),
@@ -122,6 +127,7 @@ CASES = {
     "flash_attention_3_float8": Case(
         flash_attention_3.flash_attention_3_float8, lambda x: x.float8_heads(128), "fa3_fp8"
     ),
+    "wgmma_attention": Case(wgmma_attention.wgmma_attention, wgmma_arguments, "wgmma_fp8"),
 }
 
 
@@ -144,9 +150,10 @@ def check(case: Case, device: torch.device) -> None:
         torch.library.opcheck(case.operator, asked, test_utils="test_autograd_registration")
         return
     # opcheck does arithmetic with what may have been mutated, and needs a gradient: float8 has neither.
-    before = [x.view(torch.uint8).clone() if is_float8(x) else x.clone() for x in arguments]
+    tensors = [x for x in arguments if isinstance(x, Tensor)]
+    before = [x.view(torch.uint8).clone() if is_float8(x) else x.clone() for x in tensors]
     results = case.operator(*arguments)
-    for x, kept in zip(arguments, before, strict=True):
+    for x, kept in zip(tensors, before, strict=True):
         assert torch.equal(x.view(torch.uint8) if is_float8(x) else x, kept)
     assert_no_alias(results, arguments)
 

@@ -1,0 +1,121 @@
+"""Kernels in CUDA C++: compiled at their first use on a GPU, in a second, by the compiler that PyTorch brings along.
+
+Sources: NVRTC; the CUDA driver API's module management, execution control and tensor map objects.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from utils import cuda_bindings
+from utils.errors import UserError
+
+_MAPS = 4096  # kept; one a tensor's address and kind
+_MAP_BYTES = 128
+
+
+@dataclass(frozen=True)
+class CudaKernel:
+    """The kernel `name` of a source file in this folder, for one architecture ("sm_90a").
+
+    defines: of the preprocessor. shared_bytes: of dynamic shared memory.
+    """
+
+    file: str
+    name: str
+    arch: str
+    shared_bytes: int
+    defines: tuple[tuple[str, int], ...] = ()
+
+    def launch(self, device: torch.device, blocks: int, threads: int, arguments: Sequence[Any]) -> None:
+        """On PyTorch's current stream. arguments: ctypes' objects, which are copied.
+
+        Raises:
+            UserError: it couldn't be compiled, loaded or launched.
+        """
+        from cuda.bindings import driver
+
+        with torch.cuda.device(device):
+            function = _loaded(self, torch.cuda.current_device())
+            pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(one) for one in arguments))
+            stream = torch.cuda.current_stream().cuda_stream
+            size = blocks, 1, 1, threads, 1, 1
+            launch = partial(cuda_bindings.call, driver, "cuLaunchKernel", what=self.name)
+            launch(function, *size, self.shared_bytes, stream, ctypes.addressof(pointers), 0)
+
+
+@functools.cache
+def _loaded(kernel: CudaKernel, device: int) -> Any:
+    """The function in the context of a device, the current one. None is ever let go: a CUDA graph may hold it."""
+    from cuda.bindings import driver
+
+    call = partial(cuda_bindings.call, driver, what=kernel.name)
+    torch.cuda.current_stream()  # there is a context
+    (module,) = call("cuModuleLoadData", compiled(kernel))
+    (function,) = call("cuModuleGetFunction", module, kernel.name.encode())
+    limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    call("cuFuncSetAttribute", function, limit, kernel.shared_bytes)
+    return function
+
+
+@functools.cache
+def compiled(kernel: CudaKernel) -> bytes:
+    """Its machine code.
+
+    Raises:
+        UserError: it doesn't compile; with what the compiler says first.
+    """
+    from cuda.bindings import nvrtc
+
+    call = partial(cuda_bindings.call, nvrtc, what=kernel.name)
+    source = (Path(__file__).parent / kernel.file).read_bytes()
+    (program,) = call("nvrtcCreateProgram", source, kernel.file.encode(), 0, [], [])
+    options = [f"--gpu-architecture={kernel.arch}", "--std=c++17", *(f"-D{name}={n}" for name, n in kernel.defines)]
+    try:
+        (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
+        if status.value != 0:
+            (size,) = call("nvrtcGetProgramLogSize", program)
+            log = bytearray(size)
+            call("nvrtcGetProgramLog", program, log)
+            raise UserError(f"{kernel.file} doesn't compile: {log.decode(errors='replace').strip().splitlines()[0]}")
+        (size,) = call("nvrtcGetCUBINSize", program)
+        code = bytearray(size)
+        call("nvrtcGetCUBIN", program, code)
+    finally:
+        call("nvrtcDestroyProgram", program)
+    return bytes(code)
+
+
+@functools.lru_cache(_MAPS)
+def tensor_map(
+    address: int, sizes: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]
+) -> ctypes.Array[ctypes.c_char]:
+    """How TMA reads boxes of bytes from a tensor: rows of 128 bytes, swizzled; what lies outside of it is zeros.
+
+    sizes and box from the innermost dimension on, in bytes; strides of all but that one, multiples of 16.
+
+    Raises:
+        UserError: there is no such map.
+    """
+    from cuda.bindings import driver
+
+    kind = driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT8
+    (made,) = cuda_bindings.call(
+        driver, "cuTensorMapEncodeTiled", kind, len(sizes), address,
+        [driver.cuuint64_t(size) for size in sizes], [driver.cuuint64_t(stride) for stride in strides],
+        [driver.cuuint32_t(side) for side in box], [driver.cuuint32_t(1)] * len(sizes),
+        driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+        driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+        driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+        driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        what="tensor map",
+    )  # fmt: skip
+    return (ctypes.c_char * _MAP_BYTES).from_buffer_copy(ctypes.string_at(made.getPtr(), _MAP_BYTES))

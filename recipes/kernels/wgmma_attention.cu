@@ -1,0 +1,416 @@
+// Attention in float8 (e4m3) on Hopper's tensor cores, forward, not causal: FlashAttention-3's way, for heads of 128.
+//
+// A block of threads computes 128 rows of one head: one warpgroup loads, two have 64 rows each. Keys and values come by
+// TMA, 128 tokens at a time, four such stages ahead; a block of threads goes from tile to tile, as many blocks as there
+// are multiprocessors. While the tensor cores add one block of values, a warpgroup computes the next block's softmax.
+//
+// In float8 the tensor cores are so fast that every instruction beside them counts. So
+// - the values come with their tokens innermost, which is how wgmma reads its right operand, and with tokens and
+//   channels in such an order (`float8_heads.for_wgmma`) that a thread's probabilities are, as they lie in its
+//   registers, wgmma's left operand, and that what it computes of a row of the result is 32 channels side by side;
+// - the running maximum isn't taken. Scores are held against the first block's maximum, and what is above it is scaled
+//   down only where a thread's probabilities of one block add up to more than e4m3 can hold: none of them exceeds their
+//   sum, which is wanted anyway. Where scores might outgrow even float32's exponents (`far`), the maximum is taken.
+//
+// FLOPs: 4 x tokens^2 x 128 a head; 24 heads at 4608 tokens: 261 GFLOP.
+//
+// Source: Shah et al., arXiv 2407.08608 (FlashAttention-3); PTX ISA, asynchronous warpgroup matrix instructions.
+
+typedef unsigned char u8;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+constexpr int DIM = 128, ROWS = 128, KEYS = 128, STAGES = 4, TILE = KEYS * DIM, ALL = 384;
+constexpr float SHIFT = 3;      // log2 of what the first block's largest probability is scaled to
+constexpr float LARGEST = 448;  // of e4m3
+constexpr float EXPONENTS = 118;  // by how much scores may grow, in powers of two, and 32 such terms have a sum
+
+struct alignas(64) TensorMap {
+  u8 bytes[128];
+};
+struct Arguments {
+  u8* out;                // [batch, tokens, heads, DIM]
+  const float* descales;  // [3, batch, heads]: of query, key and value
+  int tokens, keys, heads, batch;
+  float scale;  // of the scores, times log2(e)
+  float bound;  // of a score, before its descales
+};
+
+// ---- barriers and loads
+
+__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
+__device__ __forceinline__ void init(u32 barrier, u32 arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+
+__device__ __forceinline__ void expect(u32 barrier, u32 bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void arrive(u32 barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+__device__ __forceinline__ void wait(u32 barrier, u32 phase) {
+  asm volatile(
+      "{\n.reg .pred done;\n"
+      "AGAIN:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra AGAIN;\n}\n" ::"r"(barrier),
+      "r"(phase)
+      : "memory");
+}
+
+// [128 tokens, DIM] of query or key, in rows of 128 bytes.
+__device__ __forceinline__ void load_tokens(u32 to, const TensorMap* map, u32 barrier, int token, int head, int batch) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(to),
+      "l"(map), "r"(barrier), "r"(0), "r"(token), "r"(head), "r"(batch)
+      : "memory");
+}
+
+// [DIM, 128 tokens] of the values.
+__device__ __forceinline__ void load_values(u32 to, const TensorMap* map, u32 barrier, int token, int program) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%3, %4, %5}], [%2];" ::"r"(to),
+      "l"(map), "r"(barrier), "r"(token), "r"(0), "r"(program)
+      : "memory");
+}
+
+// Which of several buffers is next, and how often all were used, modulo 2.
+template <int N>
+struct Turn {
+  int index = 0, phase = 0;
+  __device__ __forceinline__ void next() {
+    if (++index == N) {
+      index = 0;
+      phase ^= 1;
+    }
+  }
+};
+
+// ---- products: 64 x 128 in float32 a warpgroup. Of its warp's 16 rows a thread has two, lane / 4 and 8 more; of both the
+// columns 8 i + 2 (lane % 4) and the next: d[4 i] and d[4 i + 1] of the first row, d[4 i + 2] and d[4 i + 3].
+
+#define ACCUMULATORS \
+  "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), \
+  "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), \
+  "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), \
+  "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]), "+f"(d[32]), "+f"(d[33]), \
+  "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), "+f"(d[40]), "+f"(d[41]), \
+  "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]), "+f"(d[48]), "+f"(d[49]), \
+  "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]), "+f"(d[56]), "+f"(d[57]), \
+  "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
+#define NUMBERS \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
+  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+
+// d (+)= a b^T, of 32 bytes of the operands' rows: a in registers.
+__device__ __forceinline__ void wgmma(float (&d)[64], const u32* a, u64 b) {
+  asm volatile("wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {" NUMBERS
+               "}, {%64, %65, %66, %67}, %68, 1, 1, 1;"
+               : ACCUMULATORS
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
+// The same, a in shared memory; from zero if not `add`.
+__device__ __forceinline__ void wgmma(float (&d)[64], u64 a, u64 b, bool add) {
+  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\n"
+               "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {" NUMBERS "}, %64, %65, add, 1, 1;\n}\n"
+               : ACCUMULATORS
+               : "l"(a), "l"(b), "r"((int)add));
+}
+
+// The compiler is to have these values now, and take them to be others afterwards.
+__device__ __forceinline__ void hold(float (&d)[64]) { asm volatile("" : ACCUMULATORS::"memory"); }
+
+__device__ __forceinline__ void fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int N>
+__device__ __forceinline__ void wait_but_for() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
+}
+
+// Rows of 128 bytes, swizzled over 128 bytes, in groups of 8.
+__device__ __forceinline__ u64 descriptor(u32 tile) {
+  return (u64)((tile & 0x3FFFF) >> 4) | (u64)1 << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
+}
+
+__device__ __forceinline__ void start_scores(float (&s)[64], u32 query, u32 keys) {
+  const u64 a = descriptor(query), b = descriptor(keys);
+#pragma unroll
+  for (int k = 0; k < 4; k++) wgmma(s, a + 2 * k, b + 2 * k, k > 0);
+  commit();
+}
+
+__device__ __forceinline__ void start_values(float (&o)[64], const u32 (&p)[16], u32 values) {
+  const u64 b = descriptor(values);
+#pragma unroll
+  for (int k = 0; k < 4; k++) wgmma(o, p + 4 * k, b + 2 * k);
+  commit();
+}
+
+// ---- softmax
+
+__device__ __forceinline__ float power_of_two(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ u32 e4m3(float a, float b, float c, float d) {
+  u32 packed;
+  asm("{\n.reg .b16 low, high;\ncvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\ncvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\n"
+      "mov.b32 %0, {low, high};\n}\n"
+      : "=r"(packed)
+      : "f"(a), "f"(b), "f"(c), "f"(d));
+  return packed;
+}
+
+// Of a thread's two rows: a probability is 2 ^ (score * factor + offset); `sum`: theirs so far, of its columns alone.
+struct Softmax {
+  float sum[2], offset[2], factor;
+  float correction[2];  // what sums before the last block have to be multiplied by
+  bool far;
+
+  // A row's largest, of all its columns.
+  __device__ __forceinline__ float largest(const float (&s)[64], int r) {
+    float x = fmaxf(s[2 * r], s[2 * r + 1]);
+#pragma unroll
+    for (int i = 4 + 2 * r; i < 64; i += 4) x = fmaxf(x, fmaxf(s[i], s[i + 1]));
+    x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+    return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+  }
+
+  __device__ __forceinline__ void begin(const float (&first)[64]) {
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      sum[r] = 0;
+      offset[r] = SHIFT - largest(first, r) * factor;
+    }
+  }
+
+  // A block's scores to its probabilities; whether a correction of this warp's isn't 1.
+  __device__ __forceinline__ bool step(float (&s)[64]) {
+    bool grown = false;
+    correction[0] = correction[1] = 1;
+    if (__builtin_expect(far, 0)) {
+#pragma unroll
+      for (int r = 0; r < 2; r++) {
+        const float above = fmaxf(largest(s, r) * factor + offset[r] - SHIFT, 0.f);
+        grown |= above > 0;
+        offset[r] -= above;
+        correction[r] = power_of_two(-above);
+        sum[r] *= correction[r];
+      }
+    }
+    float of_block[2];
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      float even = 0, odd = 0;
+#pragma unroll
+      for (int i = 2 * r; i < 64; i += 4) {
+        s[i] = power_of_two(s[i] * factor + offset[r]);
+        s[i + 1] = power_of_two(s[i + 1] * factor + offset[r]);
+        even += s[i];
+        odd += s[i + 1];
+      }
+      of_block[r] = even + odd;
+    }
+    if (__builtin_expect(__any_sync(~0u, fmaxf(of_block[0], of_block[1]) > LARGEST), 0)) {
+      grown = true;
+#pragma unroll
+      for (int r = 0; r < 2; r++) {
+        const float above = fmaxf(__log2f(largest(s, r)) - SHIFT, 0.f), down = power_of_two(-above);
+        offset[r] -= above;
+        correction[r] *= down;
+        sum[r] *= down;
+        of_block[r] *= down;
+#pragma unroll
+        for (int i = 2 * r; i < 64; i += 4) {
+          s[i] *= down;
+          s[i + 1] *= down;
+        }
+      }
+    }
+    sum[0] += of_block[0];
+    sum[1] += of_block[1];
+    return __any_sync(~0u, grown);
+  }
+};
+
+// wgmma's left operand: of 32 columns a thread has four words, each row's in turn; see `float8_heads.for_wgmma`.
+__device__ __forceinline__ void pack(u32 (&p)[16], const float (&s)[64]) {
+#pragma unroll
+  for (int i = 0; i < 16; i++) {
+    const int from = 8 * (i / 2) + 2 * (i % 2);
+    p[i] = e4m3(s[from], s[from + 1], s[from + 4], s[from + 5]);
+  }
+}
+
+// ---- the kernel. BFLOAT16: the result in that, with the values' descale; else in float8, in its unit.
+
+extern "C" __global__ void __launch_bounds__(ALL, 1)
+    wgmma_attention(const __grid_constant__ TensorMap query, const __grid_constant__ TensorMap key,
+                    const __grid_constant__ TensorMap value, const __grid_constant__ Arguments args) {
+  extern __shared__ u8 memory[];
+  __shared__ u64 barriers[4 * STAGES + 4];
+  const u32 keys_at = (shared_address(memory) + 1023) & ~1023u, values_at = keys_at + STAGES * TILE;
+  const u32 queries_at = values_at + STAGES * TILE;
+  const u32 full_k = shared_address(barriers), empty_k = full_k + 8 * STAGES, full_v = empty_k + 8 * STAGES;
+  const u32 empty_v = full_v + 8 * STAGES, full_q = empty_v + 8 * STAGES, empty_q = full_q + 16;
+  const int warps = 8;  // that compute
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < STAGES; i++) {
+      init(full_k + 8 * i, 1);
+      init(full_v + 8 * i, 1);
+      init(empty_k + 8 * i, warps);
+      init(empty_v + 8 * i, warps);
+    }
+    for (int i = 0; i < 2; i++) {
+      init(full_q + 8 * i, 1);
+      init(empty_q + 8 * i, warps);
+    }
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  __syncthreads();
+
+  const int blocks = (args.keys + KEYS - 1) / KEYS, of_head = (args.tokens + ROWS - 1) / ROWS;
+  const int programs = args.heads * args.batch, tiles = of_head * programs;
+  Turn<STAGES> at;
+  Turn<2> of_query;
+
+  if (threadIdx.x < 128) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+    if (threadIdx.x != 0) return;
+    for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+      const int program = tile / of_head, head = program % args.heads, batch = program / args.heads;
+      const u32 barrier_q = full_q + 8 * of_query.index;
+      wait(empty_q + 8 * of_query.index, of_query.phase ^ 1);
+      expect(barrier_q, ROWS * DIM);
+      load_tokens(queries_at + of_query.index * ROWS * DIM, &query, barrier_q, tile % of_head * ROWS, head, batch);
+      of_query.next();
+      for (int token = (blocks - 1) * KEYS; token >= 0; token -= KEYS) {
+        const u32 barrier_k = full_k + 8 * at.index, barrier_v = full_v + 8 * at.index;
+        wait(empty_k + 8 * at.index, at.phase ^ 1);
+        expect(barrier_k, TILE);
+        load_tokens(keys_at + at.index * TILE, &key, barrier_k, token, head, batch);
+        wait(empty_v + 8 * at.index, at.phase ^ 1);
+        expect(barrier_v, TILE);
+        load_values(values_at + at.index * TILE, &value, barrier_v, token, program);
+        at.next();
+      }
+    }
+    return;
+  }
+
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
+  const int lane = threadIdx.x % 32, quad = lane % 4;
+  const int row_of_tile = (threadIdx.x - 128) / 32 * 16 + lane / 4;
+  auto release = [&](u32 barrier) {
+    if (lane == 0) arrive(barrier);
+  };
+  float s[64], o[64];
+  u32 p[16];
+  for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+    const int program = tile / of_head;
+    Softmax softmax;
+    softmax.factor = args.scale * args.descales[program] * args.descales[programs + program];
+    softmax.far = 2 * args.bound * softmax.factor > EXPONENTS;
+    const u32 rows = queries_at + of_query.index * ROWS * DIM + (threadIdx.x / 128 - 1) * 64 * DIM;
+#pragma unroll
+    for (int i = 0; i < 64; i++) o[i] = 0;
+
+    // The last block of keys comes first, for it may be short.
+    wait(full_q + 8 * of_query.index, of_query.phase);
+    wait(full_k + 8 * at.index, at.phase);
+    hold(s);
+    fence();
+    start_scores(s, rows, keys_at + at.index * TILE);
+    wait_but_for<0>();
+    hold(s);
+    release(empty_k + 8 * at.index);
+    const int left = args.keys - (blocks - 1) * KEYS;
+    if (left < KEYS) {
+#pragma unroll
+      for (int i = 0; i < 64; i++)
+        if (i / 4 * 8 + quad * 2 + i % 2 >= left) s[i] = -__int_as_float(0x7f800000);
+    }
+    softmax.begin(s);
+    softmax.step(s);
+    pack(p, s);
+
+    for (int block = 1; block < blocks; block++) {
+      const Turn<STAGES> before = at;
+      at.next();
+      wait(full_k + 8 * at.index, at.phase);
+      hold(s);
+      hold(o);
+      fence();
+      start_scores(s, rows, keys_at + at.index * TILE);
+      wait(full_v + 8 * before.index, before.phase);
+      start_values(o, p, values_at + before.index * TILE);
+      wait_but_for<1>();
+      hold(s);
+      const bool grown = softmax.step(s);
+      // + 0, for sums have no sign. Without it ptxas waits for the values before it computes the exponentials.
+      release(empty_k + 8 * at.index + (__float_as_uint(softmax.sum[0] + softmax.sum[1]) >> 31));
+      wait_but_for<0>();
+      hold(o);
+      release(empty_v + 8 * before.index);
+      pack(p, s);
+      if (grown) {
+#pragma unroll
+        for (int i = 0; i < 64; i++) o[i] *= softmax.correction[i / 2 % 2];
+      }
+    }
+
+    release(empty_q + 8 * of_query.index);
+    of_query.next();
+    wait(full_v + 8 * at.index, at.phase);
+    hold(o);
+    fence();
+    start_values(o, p, values_at + at.index * TILE);
+    wait_but_for<0>();
+    hold(o);
+    release(empty_v + 8 * at.index);
+    at.next();
+
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      float sum = softmax.sum[r];
+      sum += __shfl_xor_sync(~0u, sum, 1);
+      sum += __shfl_xor_sync(~0u, sum, 2);
+      const int row = tile % of_head * ROWS + row_of_tile + 8 * r;
+      if (row >= args.tokens) continue;
+      const long long token = (long long)(program / args.heads) * args.tokens + row;
+      const long long first = (token * args.heads + program % args.heads) * DIM + quad * 32;
+#if BFLOAT16
+      const float unit = args.descales[2 * programs + program] / sum;
+      uint4* to = (uint4*)(args.out + 2 * first);
+      u32 w[16];
+#pragma unroll
+      for (int i = 0; i < 16; i++)
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;"
+            : "=r"(w[i])
+            : "f"(o[4 * i + 2 * r + 1] * unit), "f"(o[4 * i + 2 * r] * unit));
+#pragma unroll
+      for (int i = 0; i < 4; i++) to[i] = make_uint4(w[4 * i], w[4 * i + 1], w[4 * i + 2], w[4 * i + 3]);
+#else
+      const float unit = 1 / sum;
+      uint4* to = (uint4*)(args.out + first);
+      u32 w[8];
+#pragma unroll
+      for (int i = 0; i < 8; i++) {
+        const int from = 8 * i + 2 * r;
+        w[i] = e4m3(o[from] * unit, o[from + 1] * unit, o[from + 4] * unit, o[from + 5] * unit);
+      }
+      to[0] = make_uint4(w[0], w[1], w[2], w[3]);
+      to[1] = make_uint4(w[4], w[5], w[6], w[7]);
+#endif
+    }
+  }
+}

@@ -1,0 +1,120 @@
+"""Attention in float8 by our own kernel for Hopper's tensor cores (kernels/wgmma_attention.cu), as a custom op."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from functools import partial
+
+import torch
+
+from recipes.float8_heads import E4M3_MAX, for_wgmma, to_float8
+from recipes.kernels.cuda_kernel import CudaKernel, tensor_map
+from utils import cuda_bindings
+
+HEAD_DIM = 128
+_BLOCK, _STAGES, _THREADS = 128, 4, 384  # as in the kernel
+_SHARED = (2 * _STAGES + 2) * _BLOCK * HEAD_DIM + 1024  # keys and values by stages, two blocks of queries, alignment
+_ROUNDED = (1 + 2**-4) ** 2  # what rounding two values to e4m3 may make of their product
+
+_kernel = partial(CudaKernel, "wgmma_attention.cu", "wgmma_attention", "sm_90a", _SHARED)
+_KERNELS = {
+    dtype: _kernel((("BFLOAT16", int(dtype == torch.bfloat16)),)) for dtype in (torch.bfloat16, torch.float8_e4m3fn)
+}
+
+
+class _Arguments(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("out", "descales")),
+        *((name, ctypes.c_int) for name in ("tokens", "keys", "heads", "batch")),
+        *((name, ctypes.c_float) for name in ("scale", "bound")),
+    )
+
+
+def loading_error() -> str | None:
+    """Why the kernel can't be had; None if it can."""
+    if cuda_bindings.installed():
+        return None
+    return "it is compiled by the package cuda-bindings, which comes with PyTorch's CUDA builds and isn't installed"
+
+
+@torch.library.custom_op("flux_fast::wgmma_attention", mutates_args=())
+def wgmma_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, descales: torch.Tensor, normed: bool, in_float8: bool
+) -> torch.Tensor:
+    """softmax(q k^T / sqrt(128)) v from float8_e4m3fn, not causal.
+
+    query [batch, tokens, heads, 128] and key [batch, keys, heads, 128], of which the last dimension is contiguous and
+    the other strides are multiples of 16; value as `float8_heads.for_wgmma` lays it out; descales [3, batch, heads]
+    float32, of query, key and value. normed: no row of query or key was longer than 448 before it was rounded, as
+    RMSNorm and `kernels.qkv` make them, so that scores are known to be bounded, which is faster. Returns [batch,
+    tokens, heads, 128], contiguous, in bfloat16; in_float8: in float8_e4m3fn and the unit of the values' descale.
+
+    Raises:
+        ValueError: heads aren't of 128, or a layout is another.
+    """
+    batch, tokens, heads, head_dim = query.shape
+    keys = key.shape[1]
+    padded = -(-keys // 16) * 16
+    if head_dim != HEAD_DIM:
+        raise ValueError(f"wgmma_attention takes heads of {HEAD_DIM} values, not of {head_dim}")
+    for name, x in (("query", query), ("key", key)):
+        if x.stride(-1) != 1 or any(stride % 16 for stride in x.stride()[:-1]) or x.data_ptr() % 16:
+            raise ValueError(f"wgmma_attention reads 16 bytes at once: {name} has strides {x.stride()}")
+    if value.shape != (batch, heads, HEAD_DIM, padded) or not value.is_contiguous() or not descales.is_contiguous():
+        raise ValueError(f"wgmma_attention takes values as for_wgmma lays them out, not {tuple(value.shape)}")
+    dtype = torch.float8_e4m3fn if in_float8 else torch.bfloat16
+    out = query.new_empty((batch, tokens, heads, HEAD_DIM), dtype=dtype)
+    bound = E4M3_MAX**2 * (_ROUNDED if normed else HEAD_DIM)
+    scale = math.log2(math.e) / math.sqrt(HEAD_DIM)
+    arguments = _Arguments(out.data_ptr(), descales.data_ptr(), tokens, keys, heads, batch, scale, bound)
+    by_token = [
+        tensor_map(
+            x.data_ptr(),
+            (HEAD_DIM, x.shape[1], heads, batch),
+            (x.stride(1), x.stride(2), x.stride(0)),
+            (HEAD_DIM, _BLOCK, 1, 1),
+        )
+        for x in (query, key)
+    ]
+    sizes, strides = (padded, HEAD_DIM, batch * heads), (padded, padded * HEAD_DIM)
+    by_channel = tensor_map(value.data_ptr(), sizes, strides, (_BLOCK, HEAD_DIM, 1))
+    tiles = -(-tokens // _BLOCK) * heads * batch
+    blocks = min(tiles, torch.cuda.get_device_properties(query.device).multi_processor_count)
+    _KERNELS[dtype].launch(query.device, blocks, _THREADS, (*by_token, by_channel, arguments))
+    return out
+
+
+@wgmma_attention.register_fake
+def _(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, descales: torch.Tensor, normed: bool, in_float8: bool
+) -> torch.Tensor:
+    return query.new_empty(query.shape, dtype=torch.float8_e4m3fn if in_float8 else torch.bfloat16)
+
+
+def rows_from_float8(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, descales: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`wgmma_attention` of `kernels.qkv.qkv_norm_rotary_float8`'s results in float8, and its scale [batch, tokens, 1].
+
+    Of the values' descales all are the same: a mean of values can't exceed them, so their own scale fits it.
+    """
+    out = wgmma_attention(query, key, value, descales, True, True)
+    return out, descales[2, 0, 0].expand(*out.shape[:2], 1).contiguous()
+
+
+def attention_from_float8(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, descales: torch.Tensor
+) -> torch.Tensor:
+    """`wgmma_attention` of `kernels.qkv.qkv_norm_rotary_float8`'s results in bfloat16."""
+    return wgmma_attention(query, key, value, descales, True, False)
+
+
+def wgmma_fp8(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Attention over [batch, tokens, heads, 128], computed in float8 with a scale for each (batch, head).
+
+    Returns the query's shape and dtype.
+    """
+    (q, q_descale), (k, k_descale), (v, v_descale) = (to_float8(x) for x in (query, key, value))
+    descales = torch.stack([q_descale, k_descale, v_descale])
+    return wgmma_attention(q, k, for_wgmma(v), descales, False, False).to(query.dtype)

@@ -1,0 +1,166 @@
+"""Our kernel for Hopper's tensor cores: its operands' layout, what it refuses, its softmax where scores are unkind."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+
+import pytest
+import torch
+
+import recipes
+from recipes import Recipe, wgmma_attention
+from recipes.float8_heads import E4M3_MAX, for_wgmma, to_float8
+from recipes.kernels import cuda_kernel
+from recipes.kernels.cuda_kernel import CudaKernel
+from utils.errors import UserError
+
+CUDA = torch.device("cuda")
+DIM = 128
+Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def parts(tokens: int, keys: int, heads: int = 2, batch: int = 1, loud: float = 1.0) -> Parts:
+    """Query, key and value [batch, tokens, heads, 128] float32, the first two of norm `loud` * sqrt(128) a row."""
+    random = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(batch, n, heads, DIM, generator=random) for n in (tokens, keys, keys))
+    return *(loud * torch.nn.functional.rms_norm(x, (DIM,)) for x in (q, k)), v
+
+
+def attend(given: Parts, normed: bool = False, in_float8: bool = False, device: torch.device = CUDA) -> torch.Tensor:
+    """normed: scaled by the bound of a row's values, as the fused kernel does; else by the largest value."""
+    q, k, v = (x.to(device) for x in given)
+    if normed:
+        (q8, dq), (k8, dk) = (_by_norm(x) for x in (q, k))
+    else:
+        (q8, dq), (k8, dk) = to_float8(q), to_float8(k)
+    v8, dv = to_float8(v, per_head=not in_float8)
+    out = wgmma_attention.wgmma_attention(q8, k8, for_wgmma(v8), torch.stack([dq, dk, dv]), normed, in_float8)
+    return out.float() * (dv[:, None, :, None] if in_float8 else 1)
+
+
+def _by_norm(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    descale = (x.norm(dim=-1).amax(dim=1) / E4M3_MAX).contiguous()
+    return (x / descale[:, None, :, None]).to(torch.float8_e4m3fn), descale
+
+
+def exact(given: Parts) -> torch.Tensor:
+    q, k, v = (x.double().transpose(1, 2) for x in given)
+    return ((q @ k.transpose(2, 3) / DIM**0.5).softmax(-1) @ v).transpose(1, 2).float()
+
+
+def test_layout_of_the_values() -> None:
+    tokens, heads = 37, 3
+    value = torch.arange(2 * tokens * heads * DIM).remainder(251).to(torch.uint8).view(2, tokens, heads, DIM)
+    out = for_wgmma(value.view(torch.float8_e4m3fn)).view(torch.uint8)
+    assert out.shape == (2, heads, DIM, 48)
+    assert out.is_contiguous()
+    for channel in range(DIM):
+        i, quad, odd = channel // 8, channel % 8 // 2, channel % 2
+        for place in range(48):
+            group, of_thread, pair, second = place // 16, place % 16 // 4, place % 4 // 2, place % 2
+            token = 16 * group + 8 * pair + 2 * of_thread + second
+            expected = value[:, token, :, 32 * quad + 2 * i + odd] if token < tokens else torch.zeros(2, heads)
+            assert torch.equal(out[:, :, channel, place], expected.to(torch.uint8))
+
+
+def test_refuses_what_it_would_read_wrongly() -> None:
+    float8 = torch.float8_e4m3fn
+    x = torch.zeros(1, 5, 2, DIM, dtype=float8)
+    value, descales = for_wgmma(x), torch.ones(3, 1, 2)
+    op = wgmma_attention.wgmma_attention
+    short = torch.zeros(1, 5, 2, 64, dtype=float8)
+    with pytest.raises(ValueError, match="takes heads of 128 values, not of 64"):
+        op(short, short, value, descales, True, True)
+    uneven = torch.zeros(1, 5, 2, DIM + 8, dtype=float8)[..., :DIM]
+    with pytest.raises(ValueError, match=r"reads 16 bytes at once: key has strides \(1360, 272, 136, 1\)"):
+        op(x, uneven, value, descales, True, True)
+    with pytest.raises(ValueError, match=r"values as for_wgmma lays them out, not \(1, 5, 2, 128\)"):
+        op(x, x, x, descales, True, True)
+
+
+def test_says_what_it_is_compiled_by(monkeypatch: pytest.MonkeyPatch, pretend_gpu: Callable) -> None:
+    pretend_gpu((9, 0), "an H100")
+    assert recipes.refusal(Recipe(attention="wgmma_fp8"), CUDA) is None
+    monkeypatch.setattr(importlib.util, "find_spec", lambda package: None)
+    refusal = recipes.refusal(Recipe(attention="wgmma_fp8"), CUDA)
+    assert refusal is not None
+    assert "needs its kernel: it is compiled by the package cuda-bindings, which comes with PyTorch's" in refusal
+    pretend_gpu((10, 0), "a B200")
+    refusal = recipes.refusal(Recipe(attention="wgmma_fp8"), CUDA)
+    assert refusal == "attention=wgmma_fp8 needs compute capability 9.0 to below 10.0, a B200 has 10.0"
+
+
+gpu = pytest.mark.gpu
+
+
+@pytest.fixture
+def _here() -> None:
+    if (refusal := recipes.refusal(Recipe(attention="wgmma_fp8"), CUDA)) is not None:
+        pytest.skip(refusal)
+
+
+SIZES = [(1, 1), (77, 77), (128, 128), (129, 127), (1, 300), (300, 1), (500, 1000), (4544, 4544)]
+
+
+@gpu
+@pytest.mark.usefixtures("_here")
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize(("tokens", "keys"), SIZES)
+def test_any_number_of_tokens(tokens: int, keys: int, normed: bool, error_of: Callable) -> None:
+    given = parts(tokens, keys, batch=2)
+    expected = exact(given).to(CUDA)
+    # Rounding query, key, value and probabilities, 2.6 % each, comes to 5.4 %; the result's own rounding makes 6 of it.
+    assert error_of(attend(given, normed), expected) < 0.065
+    assert error_of(attend(given, normed, in_float8=True), expected) < 0.075
+
+
+@gpu
+@pytest.mark.usefixtures("_here")
+@pytest.mark.parametrize("rising", [False, True])
+@pytest.mark.parametrize("loud", [0.1, 1.0, 2.0, 3.0, 8.0])
+def test_scores_that_outgrow_the_first_block(loud: float, rising: bool, error_of: Callable) -> None:
+    """The kernel begins with the last keys: here they have the smallest scores, or the largest. At 8 the scores differ
+    by more than float32's exponents, and the rows' largest has to be looked for; the softmax is nearly a maximum then,
+    which float8 decides now and then otherwise."""
+    q, k, v = parts(260, 1000, loud=loud)
+    direction = torch.nn.functional.rms_norm(torch.randn(DIM, generator=torch.Generator().manual_seed(1)), (DIM,))
+    towards = torch.linspace(-1, 1, 1000)[None, :, None, None]
+    towards = -towards if rising else towards
+    k = loud * torch.nn.functional.rms_norm(k / 4 + towards * direction, (DIM,))
+    q = loud * torch.nn.functional.rms_norm(q / 4 + direction, (DIM,))
+    q8, k8 = (_by_norm(x) for x in (q, k))
+    rounded = tuple(x.float() * descale[:, None, :, None] for x, descale in (q8, k8))
+    expected = exact((*rounded, v)).to(CUDA)
+    for in_float8 in (False, True):
+        out = attend((q, k, v), normed=True, in_float8=in_float8)
+        assert out.isfinite().all()
+        assert error_of(out, expected) < 0.06
+
+
+@gpu
+@pytest.mark.usefixtures("_here")
+def test_scores_that_are_all_alike(error_of: Callable) -> None:
+    """The mean of the values: probabilities that add up to much, and grow no more."""
+    q, k, v = parts(200, 5000)
+    expected = v.mean(1, keepdim=True).expand(-1, 200, -1, -1).to(CUDA)
+    out = attend((torch.zeros_like(q), k, 1 + v))
+    assert error_of(out, 1 + expected) < 0.04
+
+
+@gpu
+@pytest.mark.usefixtures("_here")
+def test_same_bits_every_time() -> None:
+    given = parts(700, 900, heads=24)
+    first = attend(given, normed=True, in_float8=True)
+    for _ in range(5):
+        assert torch.equal(attend(given, normed=True, in_float8=True), first)
+
+
+@gpu
+@pytest.mark.usefixtures("_here")
+def test_a_kernel_that_does_not_compile() -> None:
+    broken = CudaKernel("wgmma_attention.cu", "wgmma_attention", "sm_90a", 0, (("STAGES", 7),))
+    with pytest.raises(UserError, match=r"wgmma_attention\.cu doesn't compile: wgmma_attention\.cu\(") as error:
+        cuda_kernel.compiled(broken)
+    assert len(str(error.value).splitlines()) == 1
