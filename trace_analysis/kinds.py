@@ -28,7 +28,7 @@ _TABLE: tuple[tuple[str, str], ...] = (
     (rf"^{FUSED.pattern}(.*(amax|quantize|float8|e4m3|e5m2)|fused(__to_copy)+_\d)", QUANTIZE),
     (rf"^{FUSED.pattern}", POINTWISE),
     # Of recipes/kernels; Inductor appends a number.
-    (r"^_attention_kernel(_\d+)?$", ATTENTION),
+    (r"^(_attention_kernel|wgmma_attention)(_\d+)?$", ATTENTION),
     (r"^_(rows|value_to)_float8_kernel(_\d+)?$", QUANTIZE),
     (r"^_(adaln|concat_gelu|gated_residual|qkv)_kernel(_\d+)?$", POINTWISE),
     # Attention before GEMM: FlashAttention-3 is a CUTLASS kernel, and cuDNN's names its GEMMs.

@@ -90,8 +90,8 @@ struct Turn {
   }
 };
 
-// ---- products: 64 x 128 in float32 a warpgroup. Of its warp's 16 rows a thread has two, lane / 4 and 8 more; of both the
-// columns 8 i + 2 (lane % 4) and the next: d[4 i] and d[4 i + 1] of the first row, d[4 i + 2] and d[4 i + 3].
+// ---- products: 64 x 128 in float32 a warpgroup. Of its warp's 16 rows a thread has two, lane / 4 and 8 more; of both
+// the columns 8 i + 2 (lane % 4) and the next: d[4 i] and d[4 i + 1] of the first row, d[4 i + 2] and d[4 i + 3].
 
 #define ACCUMULATORS \
   "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), \

@@ -25,6 +25,7 @@ ABOVE_AN_A100 = {
     "float8_text_encoder=True": "8.9",
     "attention=triton_fp8": "8.9",
     "attention=cudnn_fp8": "9.0",
+    "attention=wgmma_fp8": "9.0 to below 10.0",
     "attention=fa3": "9.0 to below 10.0",
     "attention=fa3_fp8": "9.0 to below 10.0",
 }

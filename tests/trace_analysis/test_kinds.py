@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import time
 
 import pytest
@@ -130,6 +131,7 @@ def test_a_hostile_name_takes_no_time() -> None:
 OWN = {
     "_adaln_kernel": "norm and pointwise",
     "_attention_kernel": "attention",
+    "wgmma_attention": "attention",
     "_concat_gelu_kernel": "norm and pointwise",
     "_gated_residual_kernel": "norm and pointwise",
     "_group_norm_moments_kernel": "norm and pointwise",
@@ -142,10 +144,11 @@ OWN = {
 
 
 def own_kernels() -> set[str]:
-    """Jitted functions in recipes/kernels that no other one calls: those that are launched."""
+    """Those in recipes/kernels that are launched: jitted functions that no other one calls, and CUDA C++'s kernels."""
+    folder = ROOT / "recipes" / "kernels"
     jitted = [
         node
-        for path in (ROOT / "recipes" / "kernels").glob("*.py")
+        for path in folder.glob("*.py")
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.FunctionDef) and any("triton.jit" in ast.unparse(d) for d in node.decorator_list)
     ]
@@ -155,7 +158,12 @@ def own_kernels() -> set[str]:
         for call in ast.walk(function)
         if isinstance(call, ast.Call) and isinstance(call.func, ast.Name)
     }
-    return {function.name for function in jitted} - called
+    in_cuda = {
+        name
+        for path in folder.glob("*.cu")
+        for name in re.findall(r"__global__ void __launch_bounds__\([^)]*\)\s+(\w+)\(", path.read_text())
+    }
+    return {function.name for function in jitted} - called | in_cuda
 
 
 def test_every_kernel_of_the_recipes_has_its_kind() -> None:
