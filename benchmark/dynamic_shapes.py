@@ -49,6 +49,8 @@ def parser() -> Parser:
     parser.add_argument("--checkpoint", required=True, help="hub id, folder, tiny, or random/flux-...")
     parser.add_argument("--resolutions", required=True, help="HEIGHTxWIDTH in pixels, several with commas")
     parser.add_argument("--text-lengths", required=True, help="T5 tokens, several with commas")
+    names = list(regions.REGIONS)
+    parser.add_argument("--regions", nargs="+", choices=names, default=names, help="only these of the pipeline")
     parser.add_argument("--batch", type=int, default=1, help="images a call (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=100, help="timed calls of each model (default: %(default)s)")
     parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto", help="auto: cuda if there is one")
@@ -151,6 +153,7 @@ def benchmark(arguments: argparse.Namespace) -> None:
                 None if len(of_region) > 1 else "its inputs are the same at all these sizes",
             )
             for name, of_region in by_region(order.called(pipe, library, requests)).items()
+            if name in arguments.regions
         ]
         about = {
             "recipe": {"name": recipes.command_line_name(recipe), "hash": recipe.hash, **recipe.to_dict()},

@@ -67,6 +67,13 @@ def test_file_and_table(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFi
     assert capfd.readouterr().out.splitlines()[1] == "before  no time left of 0 s"
 
 
+def test_some_regions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    output = tmp_path / "out.json"
+    sizes = ("--resolutions", "64x64,96x64", "--text-lengths", 64, "--regions", "after", "vae_decoder")
+    run(monkeypatch, *sizes, "--seconds", 0, "--output", output)
+    assert [row["region"] for row in json.loads(output.read_text())["regions"]] == ["after", "vae_decoder"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
