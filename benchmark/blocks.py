@@ -1,12 +1,13 @@
 """Time one double and one single block of FLUX.1 at full size, compiled: `python -m benchmark.blocks --output FILE`.
 
-1024x1024, one image, random weights; by quantization, attention and fused kernels. 19 double and 38 single blocks are
+1024x1024, one image, random weights; by quantization, attention and kernels. 19 double and 38 single blocks are
 nearly all of a denoising step. The error is against the first variant that ran, bfloat16 unless that failed.
 """
 
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +22,7 @@ with quiet():
 
     from benchmark import series
     from benchmark.device_timing import graph_ms
-    from recipes import attention, float8, fused_kernels, fused_qkv
+    from recipes import attention, float8, fused_kernels, fused_qkv, gemm_epilogues
     from recipes.apply import refusal
     from recipes.recipe import Recipe
     from utils.random_weights import creating
@@ -40,10 +41,11 @@ def recipes() -> list[Recipe]:
         *(("cudnn", False), ("cudnn", True)),
         *((float8, True) for float8 in ("triton_fp8", "cudnn_fp8", "wgmma_fp8")),
     ]
-    return bfloat16 + [
+    float8_per_row = [
         Recipe(dtype="bfloat16", fused_qkv=True, quantization="float8_per_row", attention=attend, fused_kernels=fused)
         for attend, fused in variants
     ]
+    return [*bfloat16, *float8_per_row, replace(float8_per_row[-1], gemm_epilogues=True)]
 
 
 class _Vae(nn.Module):
@@ -58,7 +60,7 @@ def transformer(recipe: Recipe, device: torch.device) -> FluxTransformer2DModel:
     with creating(torch.bfloat16, device, seed=0):
         model = FluxTransformer2DModel(num_layers=1, num_single_layers=1, guidance_embeds=True)
     pipe: Any = SimpleNamespace(transformer=model.eval().requires_grad_(False), vae=_Vae())
-    for optimization in (attention, fused_qkv, float8, fused_kernels):
+    for optimization in (attention, fused_qkv, float8, fused_kernels, gemm_epilogues):
         if optimization.OPTIMIZATION.requested(recipe):
             optimization.OPTIMIZATION.apply(pipe, recipe)
     return model
@@ -100,7 +102,8 @@ def measure(recipe: Recipe, references: dict[str, torch.Tensor], device: torch.d
 
 
 def line(row: dict[str, Any]) -> str:
-    text = f"{row['quantization']:<15}  {row['attention']:<10}  {'fused' if row['fused_kernels'] else 'unfused':<7}"
+    kernels = "epilogues" if row["gemm_epilogues"] else "fused" if row["fused_kernels"] else "unfused"
+    text = f"{row['quantization']:<15}  {row['attention']:<10}  {kernels:<9}"
     if "double" in row:
         double, single = row["double"], row["single"]
         text += f"  {double['ms']['median']:9.3f}  {single['ms']['median']:9.3f}  {row['all_blocks_ms']:13.1f}"
@@ -113,7 +116,7 @@ def measurements(device: torch.device) -> list[series.Measurement]:
     references: dict[str, Any] = {}
     return [
         series.Measurement(
-            {name: getattr(recipe, name) for name in ("quantization", "attention", "fused_kernels")},
+            {name: getattr(recipe, name) for name in ("quantization", "attention", "fused_kernels", "gemm_epilogues")},
             partial(measure, recipe, references, device),
             refusal(recipe, device),
         )
@@ -122,7 +125,7 @@ def measurements(device: torch.device) -> list[series.Measurement]:
 
 
 def main() -> None:
-    header = "quantization     attention   kernels  double ms  single ms  all blocks ms  errors         compile s"
+    header = "quantization     attention   kernels    double ms  single ms  all blocks ms  errors         compile s"
     series.main("blocks", __doc__, measurements, header, line)
 
 

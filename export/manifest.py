@@ -39,7 +39,10 @@ _NOT_IN_THE_GRAPH = (
 )
 # Nor do these what the other component's graphs compute.
 _OF_ONE_COMPONENT = {
-    "transformer": ("compile_scope", "attention", "quantization", "fused_kernels", "modulation", "hoisted_embeddings"),
+    "transformer": (
+        *("compile_scope", "attention", "quantization", "fused_kernels", "gemm_epilogues", "modulation"),
+        "hoisted_embeddings",
+    ),
     "vae": ("channels_last", "fused_group_norm", "vae_attention"),
 }
 # Sources that no graph is made of. Any other file counts, one that is added later too.

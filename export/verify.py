@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -57,7 +58,20 @@ class Error:
         return f"{self.model}: {verdict}, {error}, {self.modules} module{'s' if self.modules > 1 else ''}"
 
 
+@contextmanager
+def _exact_convolutions() -> Iterator[None]:
+    """float32 convolutions in float32: TF32, which cuDNN takes by default, rounds more than a tolerance of 1e-4 allows,
+    and otherwise for another algorithm or memory format."""
+    allowed = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = allowed
+
+
 @torch.no_grad()
+@_exact_convolutions()
 def verify(entry: Entry, library: Library, among: Iterable[PackagedRegion] | None = None) -> list[Error]:
     """Every model of a package, on each module that it stands in for; `among`: on those of them that are given.
 

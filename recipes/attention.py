@@ -6,8 +6,9 @@ from dataclasses import replace
 
 from diffusers import DiffusionPipeline
 
-from recipes import attention_backends, flash_attention_3, wgmma_attention
+from recipes import attention_backends, flash_attention_3
 from recipes.attention_processor import Processor
+from recipes.kernels import cuda_kernel
 from recipes.optimization import Needs, Optimization
 from recipes.recipe import Recipe
 
@@ -29,7 +30,7 @@ _NEEDS = {
     "cudnn_fp8": Needs(device="cuda", capability=(9, 0), packages=("cudnn",)),
     "triton_fp8": Needs(device="cuda", capability=(8, 9), packages=("triton",)),
     "wgmma_fp8": Needs(
-        device="cuda", capability=(9, 0), capability_below=(10, 0), loading_error=wgmma_attention.loading_error
+        device="cuda", capability=(9, 0), capability_below=(10, 0), loading_error=cuda_kernel.loading_error
     ),
 }
 

@@ -23,6 +23,7 @@ class Float8Attend:
     attend(query, key, value, descales [3, batch, heads]): bfloat16 [batch, tokens, heads, head_dim].
     value_layout: of the values that it takes, by `float8_heads`' name; value_per_head: whether their scale is a head's.
     rows: the same as `attend`, where it gives float8 itself: that, and its float32 scale [batch, tokens, 1].
+    beside: the same, where it can write float8 into the first columns of wider rows, of a scale that is given.
     """
 
     attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -30,6 +31,9 @@ class Float8Attend:
     value_per_head: bool
     rows: (
         Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None
+    ) = None
+    beside: (
+        Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None] | None
     ) = None
 
 
@@ -64,7 +68,9 @@ def backend(name: str) -> Backend:
     if name == "wgmma_fp8":
         from recipes import wgmma_attention as wgmma
 
-        float8 = Float8Attend(wgmma.attention_from_float8, "for_wgmma", False, wgmma.rows_from_float8)
+        float8 = Float8Attend(
+            wgmma.attention_from_float8, "for_wgmma", False, wgmma.rows_from_float8, wgmma.wgmma_attention_beside
+        )
         return Backend(wgmma.wgmma_fp8, float8)
     assert name == "triton_fp8", name
     from recipes.kernels import attention

@@ -11,8 +11,10 @@ from torch import nn
 class Float8Linear(nn.Module):
     """A Linear quantized by torchao with a scale a row of weights, taking rows in float8.
 
-    The weight and its scale stay where they are: nothing is copied.
+    The weight and its scale stay where they are: nothing is copied. bounds: see `bound`.
     """
+
+    bounds: nn.Parameter | None
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
@@ -21,6 +23,22 @@ class Float8Linear(nn.Module):
         self.weight_scale = nn.Parameter(quantized.scale, requires_grad=False)  # [out features, 1] float32
         self.bias = linear.bias
         self.dtype = quantized.dtype
+        self.register_parameter("bounds", None)
+
+    def bound(self, plain: int) -> None:
+        """Keep in `bounds` what its results depend on that can't be exceeded; `plain` of them don't go through GELU."""
+        self.plain = plain
+        self.bounds = nn.Parameter(self.bounds_of(self.weight, self.weight_scale), requires_grad=False)
+
+    def bounds_of(self, weight: torch.Tensor, weight_scale: torch.Tensor) -> torch.Tensor:
+        """The largest length of this weight's rows and the largest bias: of the features from `plain` on, and of the
+        attention's values, the last third of those before. [4] float32."""
+        found = []
+        for part in (slice(self.plain, None), slice(self.plain * 2 // 3, self.plain)):
+            lengths = (weight[part].float() * weight_scale[part]).norm(dim=1)
+            biases = self.bias[part].float().abs()
+            found += [x.amax() if len(x) else x.new_zeros(()) for x in (lengths, biases)]
+        return torch.stack(found)
 
     def forward(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         """x [batch, tokens, in features] float8_e4m3fn, scale [batch, tokens, 1] float32."""

@@ -8,6 +8,7 @@ Source: FluxTransformerBlock, FluxSingleTransformerBlock and FluxAttnProcessor o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,18 +20,21 @@ from diffusers.models.transformers.transformer_flux import (
 )
 from torch import Tensor, nn
 
+from recipes import wgmma_linear
 from recipes.attention_backends import Backend
 from recipes.kernels import adaln, cast, gelu, qkv, residual
 
 Rotary = tuple[Tensor, Tensor]
-Kernels = Any  # Plain or Float8: what one's adaln and gelu give, its linear takes
+Kernels = Any  # Plain, Float8 or Epilogues: what one's adaln and gelu_linears give, its linear takes
 
 
 class Rows(NamedTuple):
-    """Quantized activations: values [batch, tokens, features] float8_e4m3fn, scale [batch, tokens, 1] float32."""
+    """Quantized activations: values [batch, tokens, features] float8_e4m3fn, scale [batch, tokens, 1] float32; after
+    AdaLN also what a row's length doesn't exceed, the same."""
 
     values: Tensor
     scale: Tensor
+    norm: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -47,8 +51,8 @@ class Plain:
     ) -> tuple[Tensor, Tensor]:
         return residual.gated_residual_adaln(x, gate, before, shift, scale, eps)
 
-    def gelu(self, hidden: Tensor) -> Tensor:
-        return F.gelu(hidden, approximate="tanh")
+    def qkv_mlp(self, linear: nn.Module, x: Tensor, widths: list[int]) -> list[Tensor]:
+        return list(self.linear(linear, x).split(widths, dim=2))
 
     def concat_gelu(self, attended: Tensor, hidden: Tensor) -> Tensor:
         return gelu.concat_gelu(attended, hidden)
@@ -58,6 +62,12 @@ class Plain:
 
     def linear(self, linear: nn.Module, x: Tensor) -> Tensor:
         return linear(x)
+
+    def linears(self, pairs: Sequence[tuple[nn.Module, Tensor]]) -> list[Tensor]:
+        return [self.linear(linear, x) for linear, x in pairs]
+
+    def gelu_linears(self, pairs: Sequence[tuple[nn.Module, Tensor]]) -> list[Tensor]:
+        return [F.gelu(hidden, approximate="tanh") for hidden in self.linears(pairs)]
 
 
 @dataclass(frozen=True)
@@ -75,20 +85,59 @@ class Float8:
         hidden, *rows = residual.gated_residual_adaln_float8(x, gate, before, shift, scale, eps)
         return hidden, Rows(*rows)
 
-    def gelu(self, hidden: Tensor) -> Rows:
-        return Rows(*gelu.gelu_float8(hidden))
+    def qkv_mlp(self, linear: nn.Module, x: Rows, widths: list[int]) -> list[Any]:
+        return list(self.linear(linear, x).split(widths, dim=2))
 
     def concat_gelu(self, attended: Tensor | Rows, hidden: Tensor) -> Rows:
-        values, scale = attended if isinstance(attended, Rows) else (attended, None)
+        values, scale = attended[:2] if isinstance(attended, Rows) else (attended, None)
         return Rows(*gelu.concat_gelu_float8(values, hidden, scale))
 
     def streams(self, attended: Tensor | Rows, tokens: list[int]) -> list[Rows]:
         if isinstance(attended, Rows):
-            return [Rows(*parts) for parts in zip(*(x.split(tokens, dim=1) for x in attended), strict=True)]
+            values, scales = (x.split(tokens, dim=1) for x in (attended.values, attended.scale))
+            return [Rows(*parts) for parts in zip(values, scales, strict=True)]
         return [Rows(*cast.rows_float8(stream)) for stream in attended.split(tokens, dim=1)]
 
     def linear(self, linear: nn.Module, x: Rows) -> Tensor:
         return linear(x.values, x.scale)
+
+    def linears(self, pairs: Sequence[tuple[nn.Module, Rows]]) -> list[Tensor]:
+        return [self.linear(linear, x) for linear, x in pairs]
+
+    def gelu_linears(self, pairs: Sequence[tuple[nn.Module, Rows]]) -> list[Rows]:
+        return [Rows(*gelu.gelu_float8(hidden)) for hidden in self.linears(pairs)]
+
+
+@dataclass(frozen=True)
+class Epilogues(Float8):
+    """As Float8, but what follows a Linear is done in its own kernel, of both streams in one launch."""
+
+    def qkv_mlp(self, linear: nn.Module, x: Rows, widths: list[int]) -> list[Any]:
+        """Query, key and value; and GELU of the MLP behind columns that the attention is to fill."""
+        projected, *rows = wgmma_linear.wgmma_qkv_gelu_linear(*_for_gelu(linear, x), widths[0], widths[0] // 3)
+        return [projected, Rows(*rows)]
+
+    def concat_gelu(self, attended: Tensor | Rows, hidden: Any) -> Rows:
+        return hidden  # which the attention has filled
+
+    def linears(self, pairs: Sequence[tuple[nn.Module, Rows]]) -> list[Tensor]:
+        first, second = (_tensors(*pair) for pair in pairs)
+        return list(wgmma_linear.wgmma_linears(*first, *second))
+
+    def gelu_linears(self, pairs: Sequence[tuple[nn.Module, Rows]]) -> list[Rows]:
+        first, second = (_for_gelu(*pair) for pair in pairs)
+        out = wgmma_linear.wgmma_gelu_linears(*first, *second)
+        return [Rows(*out[:2]), Rows(*out[2:])]
+
+
+def _tensors(linear: Any, x: Rows) -> tuple[Tensor, ...]:
+    """A stream and its Float8Linear as `wgmma_linear`'s operators take them: with several images a stream has gaps."""
+    return x.values.contiguous(), x.scale.contiguous(), linear.weight, linear.weight_scale, linear.bias
+
+
+def _for_gelu(linear: Any, x: Rows) -> tuple[Any, ...]:
+    values, scale, *of_linear = _tensors(linear, x)
+    return values, scale, x.norm, *of_linear, linear.bounds
 
 
 def double_block(
@@ -106,13 +155,22 @@ def double_block(
     of_image, of_text = _modulation(self.norm1, temb, 6), _modulation(self.norm1_context, temb, 6)
     image_normed = kernels.adaln(image, None, *of_image[:2], self.norm1.norm.eps)
     text_normed = kernels.adaln(text, None, *of_text[:2], self.norm1_context.norm.eps)
-    image_qkv, text_qkv = kernels.linear(attn.to_qkv, image_normed), kernels.linear(attn.to_added_qkv, text_normed)
+    image_qkv, text_qkv = kernels.linears([(attn.to_qkv, image_normed), (attn.to_added_qkv, text_normed)])
     attended = _attention(kernels, attn, image_qkv, text_qkv, image_rotary_emb)
     of_text_tokens, of_image_tokens = kernels.streams(attended, [text.shape[1], image.shape[1]])
-    image_update = kernels.linear(attn.to_out[0], of_image_tokens)
-    text_update = kernels.linear(attn.to_add_out, of_text_tokens)
-    image = _feed_forward(kernels, self.ff, image_update, image, of_image[2:], self.norm2.eps)
-    text = _feed_forward(kernels, self.ff_context, text_update, text, of_text[2:], self.norm2_context.eps)
+    image_update, text_update = kernels.linears([(attn.to_out[0], of_image_tokens), (attn.to_add_out, of_text_tokens)])
+    gate, *of_norm, image_gate = of_image[2:]
+    image, image_normed = kernels.residual_adaln(image_update, gate, image, *of_norm, self.norm2.eps)
+    gate, *of_norm, text_gate = of_text[2:]
+    text, text_normed = kernels.residual_adaln(text_update, gate, text, *of_norm, self.norm2_context.eps)
+    image_hidden, text_hidden = kernels.gelu_linears(
+        [(self.ff.net[0].proj, image_normed), (self.ff_context.net[0].proj, text_normed)]
+    )
+    image_update, text_update = (
+        kernels.linear(ff.net[2], hidden) for ff, hidden in ((self.ff, image_hidden), (self.ff_context, text_hidden))
+    )
+    image = residual.gated_residual(image_update, image_gate, image, None)
+    text = residual.gated_residual(text_update, text_gate, text, None)
     return text, image
 
 
@@ -130,10 +188,9 @@ def single_block(
     image, text = hidden_states, encoder_hidden_states
     shift, scale, gate = _modulation(self.norm, temb, 3)
     normed = kernels.adaln(image, text, shift, scale, self.norm.norm.eps)
-    projected = kernels.linear(self.proj_qkv_mlp, normed)
-    projected_qkv, projected_mlp = projected.split([3 * attn.inner_dim, self.mlp_hidden_dim], dim=2)
-    attended = _attention(kernels, attn, projected_qkv, None, image_rotary_emb)
-    update = kernels.linear(self.proj_out, kernels.concat_gelu(attended, projected_mlp))
+    projected, hidden = kernels.qkv_mlp(self.proj_qkv_mlp, normed, [3 * attn.inner_dim, self.mlp_hidden_dim])
+    attended = _attention(kernels, attn, projected, None, image_rotary_emb, hidden)
+    update = kernels.linear(self.proj_out, kernels.concat_gelu(attended, hidden))
     joint = residual.gated_residual(update, gate, image, text)
     text, image = joint.split([text.shape[1], image.shape[1]], dim=1)
     return text, image
@@ -151,9 +208,17 @@ def _modulation(norm: Any, temb: Tensor, parts: int) -> tuple[Tensor, ...]:
 
 
 def _attention(
-    kernels: Kernels, attn: FluxAttention, image: Tensor, text: Tensor | None, rotary: Rotary
+    kernels: Kernels,
+    attn: FluxAttention,
+    image: Tensor,
+    text: Tensor | None,
+    rotary: Rotary,
+    beside: Tensor | Rows | None = None,
 ) -> Tensor | Rows:
-    """image and text [batch, tokens, 3 * dim], fused projections; returns [batch, tokens, dim], text first."""
+    """image and text [batch, tokens, 3 * dim], fused projections; returns [batch, tokens, dim], text first.
+
+    beside: rows, if it is to fill their first columns; they are returned.
+    """
     heads = (3, -1, attn.head_dim)
     image_qkv, text_qkv = image.unflatten(-1, heads), None if text is None else text.unflatten(-1, heads)
     added = (None, None) if text is None else (attn.norm_added_q.weight, attn.norm_added_k.weight)
@@ -162,6 +227,10 @@ def _attention(
     if float8 is not None:
         query_key, value, descales = qkv.qkv_norm_rotary_float8(*of_qkv, float8.value_layout, float8.value_per_head)
         arguments = (query_key[:, :, 0], query_key[:, :, 1], value, descales)
+        if isinstance(beside, Rows):
+            assert float8.beside is not None
+            float8.beside(*arguments, beside.values, beside.scale)
+            return beside
         if float8.rows is not None and isinstance(kernels, Float8):
             values, scale = float8.rows(*arguments)
             return Rows(values.flatten(2, 3), scale)
@@ -171,13 +240,3 @@ def _attention(
         value = (image_qkv if text is None else parts)[:, :, 2]
         out = kernels.attention.attend(parts[:, :, 0], parts[:, :, 1], value)
     return out.flatten(2, 3)
-
-
-def _feed_forward(
-    kernels: Kernels, ff: Any, update: Tensor, before: Tensor, modulation: tuple[Tensor, ...], eps: float
-) -> Tensor:
-    """A stream's gated attention output, AdaLN and feed-forward. modulation: gate, shift, scale, gate."""
-    gate, shift, scale, gate_after = modulation
-    hidden, normed = kernels.residual_adaln(update, gate, before, shift, scale, eps)
-    out = kernels.linear(ff.net[2], kernels.gelu(kernels.linear(ff.net[0].proj, normed)))
-    return residual.gated_residual(out, gate_after, hidden, None)

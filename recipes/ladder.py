@@ -128,6 +128,11 @@ def wgmma_attention(parent: Recipe) -> Recipe:
     return replace(parent, attention="wgmma_fp8")
 
 
+def gemm_epilogues(parent: Recipe) -> Recipe:
+    """GELU and its float8 cast in the GEMMs' epilogues, and both streams in one launch, by our own kernel."""
+    return replace(parent, gemm_epilogues=True)
+
+
 def loop_graph(parent: Recipe) -> Recipe:
     """All denoising steps are one CUDA graph; step ms is the loop's time by steps. Later rungs are without it."""
     return replace(parent, loop_graph=True)
@@ -162,6 +167,7 @@ LADDER: tuple[Callable[[Recipe], Recipe], ...] = (
     vae_attention,
     no_hook_search,
     wgmma_attention,
+    gemm_epilogues,
     loop_graph,
     aoti,
 )

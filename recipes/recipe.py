@@ -71,6 +71,7 @@ class Recipe:
     attention: Literal["native", "cudnn", "fa3", "fa3_fp8", "cudnn_fp8", "triton_fp8", "wgmma_fp8"] = "native"
     quantization: Literal["none", "float8_per_row", "float8_per_tensor"] = "none"
     fused_kernels: bool = False
+    gemm_epilogues: bool = False
     fused_group_norm: bool = False
     vae_attention: Literal["native", "gemm"] = "native"
     hook_search_removal: bool = False
@@ -93,6 +94,8 @@ class Recipe:
                 raise RecipeError(f"{name} is true or false, not {value!r}")
         if self.fused_kernels:
             self._check_fused_kernels()
+        if self.gemm_epilogues:
+            self._check_gemm_epilogues()
         if self.fused_group_norm and not self.channels_last:
             raise RecipeError("fused_group_norm needs channels_last=true")
         if self.loop_graph and not self.cuda_graph:
@@ -122,8 +125,11 @@ class Recipe:
         """This recipe with field `name` at its default, and with it the fields that mean nothing then."""
         dependent = {
             "execution": COMPILER_FIELDS,
-            "dtype": ("fused_kernels",),
-            "fused_qkv": ("fused_kernels",),
+            "dtype": ("fused_kernels", "gemm_epilogues"),
+            "fused_qkv": ("fused_kernels", "gemm_epilogues"),
+            "fused_kernels": ("gemm_epilogues",),
+            "quantization": ("gemm_epilogues",),
+            "attention": ("gemm_epilogues",),
             "channels_last": ("fused_group_norm",),
             "cuda_graph": ("loop_graph",),
             "scheduler_sync_removal": ("loop_graph",),
@@ -171,6 +177,15 @@ class Recipe:
             if getattr(self, name) not in values:
                 wanted = " or ".join(str(value).lower() for value in values)
                 raise RecipeError(f"fused_kernels needs {name}={wanted}")
+
+    def _check_gemm_epilogues(self) -> None:
+        for name, value in {
+            "fused_kernels": True,
+            "quantization": "float8_per_row",
+            "attention": "wgmma_fp8",
+        }.items():
+            if getattr(self, name) != value:
+                raise RecipeError(f"gemm_epilogues needs {name}={str(value).lower()}")
 
 
 def default(name: str) -> Any:

@@ -36,9 +36,10 @@ class Weight:
 
     @property
     def stored(self) -> tuple[torch.Tensor, ...]:
-        """The tensors that hold it: itself, or float8 values and scale."""
+        """The tensors that hold it: itself, or float8 values and scale, and what is kept of these."""
         if isinstance(self.module, Float8Linear):
-            return self.module.weight, self.module.weight_scale
+            kept = () if self.module.bounds is None else (self.module.bounds,)
+            return self.module.weight, self.module.weight_scale, *kept
         weight = self.module.weight
         return (weight.qdata, weight.scale) if _is_float8(weight) else (weight,)
 
@@ -47,7 +48,10 @@ class Weight:
         if len(self.stored) == 1:
             return (plain,)
         quantized = float8.quantize(plain, self.quantization)
-        return quantized.qdata, quantized.scale
+        if len(self.stored) == 2:
+            return quantized.qdata, quantized.scale
+        on_device = (part.to(self.module.weight.device) for part in (quantized.qdata, quantized.scale))
+        return quantized.qdata, quantized.scale, self.module.bounds_of(*on_device)
 
     def holds(self, plain: torch.Tensor) -> bool:
         """Whether its value is `plain`, bit for bit."""

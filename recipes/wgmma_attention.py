@@ -10,7 +10,6 @@ import torch
 
 from recipes.float8_heads import E4M3_MAX, for_wgmma, to_float8
 from recipes.kernels.cuda_kernel import CudaKernel, tensor_map
-from utils import cuda_bindings
 
 HEAD_DIM = 128
 _BLOCK, _STAGES, _THREADS = 128, 4, 384  # as in the kernel
@@ -25,17 +24,11 @@ _KERNELS = {
 
 class _Arguments(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("out", "descales")),
+        *((name, ctypes.c_void_p) for name in ("out", "descales", "scales")),
+        ("stride", ctypes.c_longlong),
         *((name, ctypes.c_int) for name in ("tokens", "keys", "heads", "batch")),
         *((name, ctypes.c_float) for name in ("scale", "bound")),
     )
-
-
-def loading_error() -> str | None:
-    """Why the kernel can't be had; None if it can."""
-    if cuda_bindings.installed():
-        return None
-    return "it is compiled by the package cuda-bindings, which comes with PyTorch's CUDA builds and isn't installed"
 
 
 @torch.library.custom_op("flux_fast::wgmma_attention", mutates_args=())
@@ -53,6 +46,65 @@ def wgmma_attention(
     Raises:
         ValueError: heads aren't of 128, or a layout is another.
     """
+    dtype = torch.float8_e4m3fn if in_float8 else torch.bfloat16
+    out = query.new_empty(query.shape, dtype=dtype)
+    _launch(query, key, value, descales, normed, out, None)
+    return out
+
+
+@wgmma_attention.register_fake
+def _(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, descales: torch.Tensor, normed: bool, in_float8: bool
+) -> torch.Tensor:
+    return query.new_empty(query.shape, dtype=torch.float8_e4m3fn if in_float8 else torch.bfloat16)
+
+
+@torch.library.custom_op("flux_fast::wgmma_attention_beside", mutates_args=("rows",))
+def wgmma_attention_beside(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    descales: torch.Tensor,
+    rows: torch.Tensor,
+    scale: torch.Tensor,
+) -> None:
+    """`wgmma_attention` of rows that were normed, written into the first columns of wider rows.
+
+    rows [batch, tokens, heads * 128 + others] float8_e4m3fn and their scale [batch, tokens, 1] float32, contiguous.
+
+    Raises:
+        ValueError: as `wgmma_attention`, or rows and scale are others.
+    """
+    batch, tokens, heads, head_dim = query.shape
+    if rows.shape[:2] != (batch, tokens) or rows.shape[2] < heads * head_dim or rows.dtype != torch.float8_e4m3fn:
+        raise ValueError(f"rows are to be {heads * head_dim} values in float8 and others, not {tuple(rows.shape)}")
+    if scale.shape != (batch, tokens, 1) or not scale.is_contiguous() or not rows.is_contiguous():
+        raise ValueError(f"rows and their scale are contiguous, one scale a row, not {tuple(scale.shape)}")
+    _launch(query, key, value, descales, True, rows, scale)
+
+
+@wgmma_attention_beside.register_fake
+def _(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    descales: torch.Tensor,
+    rows: torch.Tensor,
+    scale: torch.Tensor,
+) -> None:
+    return None
+
+
+def _launch(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    descales: torch.Tensor,
+    normed: bool,
+    out: torch.Tensor,
+    scales: torch.Tensor | None,
+) -> None:
+    """The kernel; a token's heads lie in the first columns of out's rows. scales: theirs, where not the values'."""
     batch, tokens, heads, head_dim = query.shape
     keys = key.shape[1]
     padded = -(-keys // 16) * 16
@@ -63,11 +115,12 @@ def wgmma_attention(
             raise ValueError(f"wgmma_attention reads 16 bytes at once: {name} has strides {x.stride()}")
     if value.shape != (batch, heads, HEAD_DIM, padded) or not value.is_contiguous() or not descales.is_contiguous():
         raise ValueError(f"wgmma_attention takes values as for_wgmma lays them out, not {tuple(value.shape)}")
-    dtype = torch.float8_e4m3fn if in_float8 else torch.bfloat16
-    out = query.new_empty((batch, tokens, heads, HEAD_DIM), dtype=dtype)
     bound = E4M3_MAX**2 * (_ROUNDED if normed else HEAD_DIM)
     scale = math.log2(math.e) / math.sqrt(HEAD_DIM)
-    arguments = _Arguments(out.data_ptr(), descales.data_ptr(), tokens, keys, heads, batch, scale, bound)
+    arguments = _Arguments(out.data_ptr(), descales.data_ptr(), stride=out.stride(1))
+    arguments.scales = None if scales is None else scales.data_ptr()
+    arguments.tokens, arguments.keys, arguments.heads, arguments.batch = tokens, keys, heads, batch
+    arguments.scale, arguments.bound = scale, bound
     by_token = [
         tensor_map(
             x.data_ptr(),
@@ -81,15 +134,7 @@ def wgmma_attention(
     by_channel = tensor_map(value.data_ptr(), sizes, strides, (_BLOCK, HEAD_DIM, 1))
     tiles = -(-tokens // _BLOCK) * heads * batch
     blocks = min(tiles, torch.cuda.get_device_properties(query.device).multi_processor_count)
-    _KERNELS[dtype].launch(query.device, blocks, _THREADS, (*by_token, by_channel, arguments))
-    return out
-
-
-@wgmma_attention.register_fake
-def _(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, descales: torch.Tensor, normed: bool, in_float8: bool
-) -> torch.Tensor:
-    return query.new_empty(query.shape, dtype=torch.float8_e4m3fn if in_float8 else torch.bfloat16)
+    _KERNELS[out.dtype].launch(query.device, blocks, _THREADS, (*by_token, by_channel, arguments))
 
 
 def rows_from_float8(

@@ -21,6 +21,8 @@ from recipes.kernels.rows import (
     modulated,
     normalized,
     row_amax,
+    row_norm,
+    row_norms,
     row_parts,
     row_scale,
     rows_to_float8,
@@ -40,8 +42,9 @@ def reference(
 
 def reference_float8(
     image: torch.Tensor, text: torch.Tensor | None, shift: torch.Tensor, scale: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return rows_to_float8(reference(image, text, shift, scale, eps))
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    normed = reference(image, text, shift, scale, eps)
+    return *rows_to_float8(normed), row_norms(normed)
 
 
 @triton_op("flux_fast::adaln", mutates_args=())
@@ -54,19 +57,20 @@ def adaln(
     dimension of each contiguous. Returns [batch, tokens, dim], contiguous, of image's dtype; computed in float32.
     """
     out = _empty(image, text, image.dtype)
-    _launch(image, text, shift, scale, eps, out, None)
+    _launch(image, text, shift, scale, eps, out, None, None)
     return out
 
 
 @triton_op("flux_fast::adaln_float8", mutates_args=())
 def adaln_float8(
     image: torch.Tensor, text: torch.Tensor | None, shift: torch.Tensor, scale: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`adaln`, as float8_e4m3fn [batch, tokens, dim] and its float32 scale [batch, tokens, 1]."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`adaln`, as float8_e4m3fn [batch, tokens, dim]; its scale [batch, tokens, 1] float32; and for each row what its
+    length doesn't exceed, [batch, tokens, 1] float32."""
     out = _empty(image, text, torch.float8_e4m3fn)
-    out_scale = out.new_empty((*out.shape[:2], 1), dtype=torch.float32)
-    _launch(image, text, shift, scale, eps, out, out_scale)
-    return out, out_scale
+    out_scale, norm = (out.new_empty((*out.shape[:2], 1), dtype=torch.float32) for _ in range(2))
+    _launch(image, text, shift, scale, eps, out, out_scale, norm)
+    return out, out_scale, norm
 
 
 def _empty(image: torch.Tensor, text: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
@@ -83,13 +87,14 @@ def _launch(
     eps: float,
     out: torch.Tensor,
     out_scale: torch.Tensor | None,
+    norm: torch.Tensor | None,
 ) -> None:
     check_rows(image=image, text=text, shift=shift, scale=scale)
     batch, tokens, dim = out.shape
     parts, block, warps = row_parts(dim)
     first = image if text is None else text
     wrap_triton(_adaln_kernel)[(tokens, batch)](
-        first, image, shift, scale, out, image if out_scale is None else out_scale,
+        first, image, shift, scale, out, image if out_scale is None else out_scale, image if norm is None else norm,
         0 if text is None else text.shape[1], tokens,
         first.stride(0), first.stride(1), image.stride(0), image.stride(1), shift.stride(0), scale.stride(0),
         EPS=eps, DIM=dim, BLOCK=block, PARTS=parts, FLOAT8=out_scale is not None, num_warps=warps,
@@ -104,6 +109,7 @@ def _adaln_kernel(
     scale,
     out,
     out_scale,
+    norm,
     text_tokens,
     tokens,
     text_batch,
@@ -128,6 +134,7 @@ def _adaln_kernel(
     if FLOAT8:
         own_scale = row_scale(row_amax(y, PARTS))
         tl.store(out_scale + index, own_scale)
+        tl.store(norm + index, row_norm(y, PARTS))
         store_row_e4m3(out + index * DIM, y, own_scale, BLOCK, PARTS)
     else:
         store_row(out + index * DIM, y, BLOCK, PARTS)

@@ -22,6 +22,13 @@ _MAPS = 4096  # kept; one a tensor's address and kind
 _MAP_BYTES = 128
 
 
+def loading_error() -> str | None:
+    """Why no such kernel can be had; None if they can."""
+    if cuda_bindings.installed():
+        return None
+    return "it is compiled by the package cuda-bindings, which comes with PyTorch's CUDA builds and isn't installed"
+
+
 @dataclass(frozen=True)
 class CudaKernel:
     """The kernel `name` of a source file in this folder, for one architecture ("sm_90a").
@@ -76,9 +83,11 @@ def compiled(kernel: CudaKernel) -> bytes:
     from cuda.bindings import nvrtc
 
     call = partial(cuda_bindings.call, nvrtc, what=kernel.name)
-    source = (Path(__file__).parent / kernel.file).read_bytes()
+    folder = Path(__file__).parent
+    source = (folder / kernel.file).read_bytes()
     (program,) = call("nvrtcCreateProgram", source, kernel.file.encode(), 0, [], [])
-    options = [f"--gpu-architecture={kernel.arch}", "--std=c++17", *(f"-D{name}={n}" for name, n in kernel.defines)]
+    options = [f"--gpu-architecture={kernel.arch}", "--std=c++17", f"--include-path={folder}"]
+    options += [f"-D{name}={n}" for name, n in kernel.defines]
     try:
         (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
         if status.value != 0:

@@ -21,6 +21,8 @@ from recipes.kernels.rows import (
     modulated,
     normalized,
     row_amax,
+    row_norm,
+    row_norms,
     row_parts,
     row_scale,
     rows_to_float8,
@@ -57,9 +59,9 @@ def reference_adaln_float8(
     shift: torch.Tensor,
     scale: torch.Tensor,
     eps: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     hidden, normed = reference_adaln(x, gate, residual, shift, scale, eps)
-    return hidden, *rows_to_float8(normed)
+    return hidden, *rows_to_float8(normed), row_norms(normed)
 
 
 @triton_op("flux_fast::gated_residual", mutates_args=())
@@ -73,7 +75,7 @@ def gated_residual(
     computed in float32.
     """
     out = residual.new_empty(x.shape)
-    _launch(x, gate, residual, text_residual, out, None, None, 0.0, None, None)
+    _launch(x, gate, residual, text_residual, out, None, None, 0.0, None, None, None)
     return out
 
 
@@ -93,7 +95,7 @@ def gated_residual_adaln(
     """
     hidden = residual.new_empty(x.shape)
     normed = residual.new_empty(x.shape)
-    _launch(x, gate, residual, None, hidden, shift, scale, eps, normed, None)
+    _launch(x, gate, residual, None, hidden, shift, scale, eps, normed, None, None)
     return hidden, normed
 
 
@@ -105,13 +107,13 @@ def gated_residual_adaln_float8(
     shift: torch.Tensor,
     scale: torch.Tensor,
     eps: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`gated_residual_adaln`, its norm as float8_e4m3fn and its float32 scale [batch, tokens, 1]."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`gated_residual_adaln`, its norm as `adaln_float8` gives it: float8_e4m3fn, scale and length."""
     hidden = residual.new_empty(x.shape)
     normed = residual.new_empty(x.shape, dtype=torch.float8_e4m3fn)
-    normed_scale = residual.new_empty((*x.shape[:2], 1), dtype=torch.float32)
-    _launch(x, gate, residual, None, hidden, shift, scale, eps, normed, normed_scale)
-    return hidden, normed, normed_scale
+    normed_scale, length = (residual.new_empty((*x.shape[:2], 1), dtype=torch.float32) for _ in range(2))
+    _launch(x, gate, residual, None, hidden, shift, scale, eps, normed, normed_scale, length)
+    return hidden, normed, normed_scale, length
 
 
 def _launch(
@@ -125,6 +127,7 @@ def _launch(
     eps: float,
     normed: torch.Tensor | None,
     normed_scale: torch.Tensor | None,
+    length: torch.Tensor | None,
 ) -> None:
     check_rows(x=x, gate=gate, residual=residual, text_residual=text_residual, shift=shift, scale=scale)
     batch, tokens, dim = x.shape
@@ -134,7 +137,7 @@ def _launch(
     scale = gate if scale is None else scale
     wrap_triton(_gated_residual_kernel)[(tokens, batch)](
         x, gate, text, residual, shift, scale, hidden,
-        x if normed is None else normed, x if normed_scale is None else normed_scale,
+        x if normed is None else normed, x if normed_scale is None else normed_scale, x if length is None else length,
         0 if text_residual is None else text_residual.shape[1], tokens,
         x.stride(0), x.stride(1), gate.stride(0), text.stride(0), text.stride(1),
         residual.stride(0), residual.stride(1), shift.stride(0), scale.stride(0),
@@ -154,6 +157,7 @@ def _gated_residual_kernel(
     hidden,
     normed,
     normed_scale,
+    length,
     text_tokens,
     tokens,
     x_batch,
@@ -189,6 +193,7 @@ def _gated_residual_kernel(
         if FLOAT8:
             own_scale = row_scale(row_amax(y, PARTS))
             tl.store(normed_scale + index, own_scale)
+            tl.store(length + index, row_norm(y, PARTS))
             store_row_e4m3(normed + index * DIM, y, own_scale, BLOCK, PARTS)
         else:
             store_row(normed + index * DIM, y, BLOCK, PARTS)

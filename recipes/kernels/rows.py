@@ -12,6 +12,9 @@ import triton.language as tl
 
 from recipes.float8_heads import E4M3_MAX, SMALLEST_AMAX
 
+# What rounding a row to float8 with its own scale may add to its length: 2^-4 of each value, little to the smallest.
+ROUNDED = 1.065
+
 
 def row_parts(columns: int) -> tuple[int, int, int]:
     """A row of `columns` as parts of a power of two each, none of them partly empty: their number, size, and the warps.
@@ -26,6 +29,11 @@ def rows_to_float8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The reference: x [..., columns] as float8_e4m3fn, and its float32 scale [..., 1]; x = float8 * scale."""
     scale = x.float().abs().amax(dim=-1, keepdim=True).clamp(min=SMALLEST_AMAX) / E4M3_MAX
     return (x.float() / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scale
+
+
+def row_norms(x: torch.Tensor) -> torch.Tensor:
+    """The reference: of each row of x [..., columns] no less than its length once rounded to float8; [..., 1]."""
+    return x.float().norm(dim=-1, keepdim=True) * ROUNDED
 
 
 def check_rows(**tensors: torch.Tensor | None) -> None:
@@ -82,6 +90,15 @@ def row_amax(parts, PARTS: tl.constexpr):  # noqa: N803
     for i in tl.static_range(1, PARTS):
         largest = tl.maximum(largest, tl.abs(parts[i]))
     return tl.max(largest, axis=0)
+
+
+@triton.jit
+def row_norm(parts, PARTS: tl.constexpr):  # noqa: N803
+    """As `row_norms`, the same constant."""
+    squares = ()
+    for i in tl.static_range(PARTS):
+        squares = squares + (parts[i] * parts[i],)
+    return tl.sqrt(row_sum(squares, PARTS)) * 1.065
 
 
 @triton.jit

@@ -16,49 +16,24 @@
 //
 // Source: Shah et al., arXiv 2407.08608 (FlashAttention-3); PTX ISA, asynchronous warpgroup matrix instructions.
 
-typedef unsigned char u8;
-typedef unsigned int u32;
-typedef unsigned long long u64;
+#include "hopper.cuh"
 
 constexpr int DIM = 128, ROWS = 128, KEYS = 128, STAGES = 4, TILE = KEYS * DIM, ALL = 384;
 constexpr float SHIFT = 3;      // log2 of what the first block's largest probability is scaled to
 constexpr float LARGEST = 448;  // of e4m3
 constexpr float EXPONENTS = 118;  // by how much scores may grow, in powers of two, and 32 such terms have a sum
 
-struct alignas(64) TensorMap {
-  u8 bytes[128];
-};
 struct Arguments {
-  u8* out;                // [batch, tokens, heads, DIM]
+  u8* out;                // [batch, tokens, heads, DIM], of which a token begins `stride` values after the last one
   const float* descales;  // [3, batch, heads]: of query, key and value
+  const float* scales;    // [batch, tokens] of a result in float8; null: the values' descale
+  long long stride;
   int tokens, keys, heads, batch;
   float scale;  // of the scores, times log2(e)
   float bound;  // of a score, before its descales
 };
 
-// ---- barriers and loads
-
-__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-
-__device__ __forceinline__ void init(u32 barrier, u32 arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
-}
-
-__device__ __forceinline__ void expect(u32 barrier, u32 bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-
-__device__ __forceinline__ void arrive(u32 barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
-__device__ __forceinline__ void wait(u32 barrier, u32 phase) {
-  asm volatile(
-      "{\n.reg .pred done;\n"
-      "AGAIN:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra AGAIN;\n}\n" ::"r"(barrier),
-      "r"(phase)
-      : "memory");
-}
+// ---- loads
 
 // [128 tokens, DIM] of query or key, in rows of 128 bytes.
 __device__ __forceinline__ void load_tokens(u32 to, const TensorMap* map, u32 barrier, int token, int head, int batch) {
@@ -77,18 +52,6 @@ __device__ __forceinline__ void load_values(u32 to, const TensorMap* map, u32 ba
       "l"(map), "r"(barrier), "r"(token), "r"(0), "r"(program)
       : "memory");
 }
-
-// Which of several buffers is next, and how often all were used, modulo 2.
-template <int N>
-struct Turn {
-  int index = 0, phase = 0;
-  __device__ __forceinline__ void next() {
-    if (++index == N) {
-      index = 0;
-      phase ^= 1;
-    }
-  }
-};
 
 // ---- products: 64 x 128 in float32 a warpgroup. Of its warp's 16 rows a thread has two, lane / 4 and 8 more; of both
 // the columns 8 i + 2 (lane % 4) and the next: d[4 i] and d[4 i + 1] of the first row, d[4 i + 2] and d[4 i + 3].
@@ -127,18 +90,6 @@ __device__ __forceinline__ void wgmma(float (&d)[64], u64 a, u64 b, bool add) {
 // The compiler is to have these values now, and take them to be others afterwards.
 __device__ __forceinline__ void hold(float (&d)[64]) { asm volatile("" : ACCUMULATORS::"memory"); }
 
-__device__ __forceinline__ void fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int N>
-__device__ __forceinline__ void wait_but_for() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
-}
-
-// Rows of 128 bytes, swizzled over 128 bytes, in groups of 8.
-__device__ __forceinline__ u64 descriptor(u32 tile) {
-  return (u64)((tile & 0x3FFFF) >> 4) | (u64)1 << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
-}
-
 __device__ __forceinline__ void start_scores(float (&s)[64], u32 query, u32 keys) {
   const u64 a = descriptor(query), b = descriptor(keys);
 #pragma unroll
@@ -159,15 +110,6 @@ __device__ __forceinline__ float power_of_two(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
-}
-
-__device__ __forceinline__ u32 e4m3(float a, float b, float c, float d) {
-  u32 packed;
-  asm("{\n.reg .b16 low, high;\ncvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\ncvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\n"
-      "mov.b32 %0, {low, high};\n}\n"
-      : "=r"(packed)
-      : "f"(a), "f"(b), "f"(c), "f"(d));
-  return packed;
 }
 
 // Of a thread's two rows: a probability is 2 ^ (score * factor + offset); `sum`: theirs so far, of its columns alone.
@@ -251,7 +193,7 @@ __device__ __forceinline__ void pack(u32 (&p)[16], const float (&s)[64]) {
   }
 }
 
-// ---- the kernel. BFLOAT16: the result in that, with the values' descale; else in float8, in its unit.
+// ---- the kernel. BFLOAT16: the result in that; else in float8, in units of the values' descale or of `scales`.
 
 extern "C" __global__ void __launch_bounds__(ALL, 1)
     wgmma_attention(const __grid_constant__ TensorMap query, const __grid_constant__ TensorMap key,
@@ -387,7 +329,7 @@ extern "C" __global__ void __launch_bounds__(ALL, 1)
       const int row = tile % of_head * ROWS + row_of_tile + 8 * r;
       if (row >= args.tokens) continue;
       const long long token = (long long)(program / args.heads) * args.tokens + row;
-      const long long first = (token * args.heads + program % args.heads) * DIM + quad * 32;
+      const long long first = token * args.stride + program % args.heads * DIM + quad * 32;
 #if BFLOAT16
       const float unit = args.descales[2 * programs + program] / sum;
       uint4* to = (uint4*)(args.out + 2 * first);
@@ -400,7 +342,8 @@ extern "C" __global__ void __launch_bounds__(ALL, 1)
 #pragma unroll
       for (int i = 0; i < 4; i++) to[i] = make_uint4(w[4 * i], w[4 * i + 1], w[4 * i + 2], w[4 * i + 3]);
 #else
-      const float unit = 1 / sum;
+      const float unit =
+          args.scales ? args.descales[2 * programs + program] / (sum * args.scales[token]) : 1 / sum;
       uint4* to = (uint4*)(args.out + first);
       u32 w[8];
 #pragma unroll

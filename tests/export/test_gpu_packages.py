@@ -38,6 +38,7 @@ RECIPES = {
     "float8-cudnn_fp8": replace(FLOAT8, attention="cudnn_fp8"),
     "float8-cudnn_fp8-kernels": replace(FLOAT8, attention="cudnn_fp8", fused_kernels=True),
     "float8-wgmma_fp8-kernels": replace(FLOAT8, attention="wgmma_fp8", fused_kernels=True),
+    "float8-wgmma_fp8-epilogues": replace(FLOAT8, attention="wgmma_fp8", fused_kernels=True, gemm_epilogues=True),
 }
 
 

@@ -43,6 +43,7 @@ RECIPES = {
 ON_A_GPU = {
     "graph-offloaded": replace(FUSED, cuda_graph=True, modulation="offloaded"),
     "graph-kernels": replace(FLOAT8, cuda_graph=True, fused_kernels=True),
+    "graph-epilogues": replace(FLOAT8, cuda_graph=True, fused_kernels=True, attention="wgmma_fp8", gemm_epilogues=True),
 }
 ALL = pytest.mark.parametrize(
     "recipe",
@@ -267,6 +268,7 @@ def test_other_formats(
 
 PACKAGED = replace(FLOAT8, execution="aoti")
 IN_A_GRAPH = replace(PACKAGED, cuda_graph=True, attention="triton_fp8")
+EPILOGUES = replace(IN_A_GRAPH, fused_kernels=True, attention="wgmma_fp8", gemm_epilogues=True)
 
 
 @pytest.mark.slow
@@ -277,6 +279,7 @@ IN_A_GRAPH = replace(PACKAGED, cuda_graph=True, attention="triton_fp8")
         pytest.param(PACKAGED, id="aoti-float8"),
         pytest.param(IN_A_GRAPH, id="aoti-graph", marks=pytest.mark.gpu),
         pytest.param(replace(IN_A_GRAPH, fused_kernels=True), id="aoti-graph-kernels", marks=pytest.mark.gpu),
+        pytest.param(EPILOGUES, id="aoti-graph-epilogues", marks=pytest.mark.gpu),
     ],
 )
 def test_nothing_is_compiled_anew(

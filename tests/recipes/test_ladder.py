@@ -69,7 +69,7 @@ def test_rungs_for_who_asks_for_them_are_not_inherited() -> None:
         plain = getattr(Recipe(), field)
         assert [other for other, rung in rungs.items() if getattr(rung.recipe, field) != plain] == [name]
     assert [name for name, rung in rungs.items() if rung.recipe.loop_graph] == ["loop_graph"]
-    assert rungs["loop_graph"].parent == rungs["aoti"].parent == "wgmma_attention"
+    assert rungs["loop_graph"].parent == rungs["aoti"].parent == "gemm_epilogues"
     without = climbed("cuda_graph")["loop_graph"]
     assert without.skipped == "loop_graph needs cuda_graph=true"
     assert not without.recipe.loop_graph
@@ -108,7 +108,7 @@ def many_recipes() -> list[Recipe]:
         "hoisted_embeddings", "compiled_text_encoders", "float8_text_encoder", "device_postprocessing", "cuda_graph",
         "hook_search_removal",
     )  # fmt: skip
-    assert {*values, *one_by_one, "loop_graph"} == {field.name for field in fields(Recipe)}
+    assert {*values, *one_by_one, "loop_graph", "gemm_epilogues"} == {field.name for field in fields(Recipe)}
     recipes = []
     for combination in itertools.product(*values.values()):
         try:
@@ -117,7 +117,9 @@ def many_recipes() -> list[Recipe]:
             continue
     compiled = [recipe for recipe in recipes if recipe.execution == "compile"]
     loops = [replace(r, scheduler_sync_removal=True, cuda_graph=True, loop_graph=True) for r in compiled[::7]]
-    return recipes + [replace(recipe, **{name: True}) for name in one_by_one for recipe in compiled[::5]] + loops
+    in_float8 = {"quantization": "float8_per_row", "attention": "wgmma_fp8", "gemm_epilogues": True}
+    fused = [replace(r, **in_float8) for r in compiled[::5] if r.fused_kernels]
+    return recipes + [replace(r, **{name: True}) for name in one_by_one for r in compiled[::5]] + loops + fused
 
 
 def test_every_recipe_has_a_name_that_parses_back() -> None:

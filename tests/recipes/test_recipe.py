@@ -72,6 +72,8 @@ def test_refuses_inductor_flags_that_are_not_boolean() -> None:
 
 def test_hash_differs_for_every_field() -> None:
     compiled = Recipe(execution="compile")
+    in_float8 = {"dtype": "bfloat16", "fused_qkv": True, "fused_kernels": True}
+    in_float8 |= {"quantization": "float8_per_row", "attention": "wgmma_fp8"}
     variants = [
         Recipe(),
         Recipe(dtype="bfloat16"),
@@ -85,6 +87,7 @@ def test_hash_differs_for_every_field() -> None:
         Recipe(fused_qkv=True),
         Recipe(channels_last=True),
         Recipe(dtype="bfloat16", fused_qkv=True, fused_kernels=True),
+        Recipe(**in_float8, gemm_epilogues=True),
         Recipe(channels_last=True, fused_group_norm=True),
         Recipe(vae_attention="gemm"),
         Recipe(hook_search_removal=True),

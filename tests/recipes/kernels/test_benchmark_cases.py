@@ -20,7 +20,7 @@ def tensors(out: torch.Tensor | tuple[torch.Tensor, ...]) -> tuple[torch.Tensor,
 
 
 def test_both_forms_agree(device: torch.device, monkeypatch: pytest.MonkeyPatch, error_of: Callable) -> None:
-    for name, size in {"TEXT": 3, "IMAGE": 13, "DIM": 64, "HEADS": 2, "HEAD_DIM": 32, "SIDE": 12}.items():
+    for name, size in {"TEXT": 3, "IMAGE": 13, "DIM": 64, "HEADS": 2, "HEAD_DIM": 128, "SIDE": 12}.items():
         monkeypatch.setattr(kernels, name, size)
     cases = kernels.cases(device)
     for case in cases:

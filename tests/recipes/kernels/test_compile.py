@@ -30,7 +30,7 @@ class AllKernels(nn.Module):
 
     def forward(self, image: Tensor, text: Tensor, modulation: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
         shift, scale, gate = modulation.chunk(3, dim=1)
-        values, rows = adaln.adaln_float8(image, text, shift, scale, 1e-6)
+        values, *rows = adaln.adaln_float8(image, text, shift, scale, 1e-6)
         normed = adaln.adaln(image, text, shift, scale, 1e-6)
         wide = torch.cat([normed, -normed, 2 * normed], dim=2).unflatten(2, (3, HEADS, HEAD_DIM))
         wide_text, wide_image = wide.split([TEXT, IMAGE], dim=1)
@@ -47,7 +47,7 @@ class AllKernels(nn.Module):
             *residual.gated_residual_adaln_float8(attended, gate, normed, shift, scale, 1e-6),
             *cast.rows_float8(attended[:, TEXT:]),
         )
-        return (values, rows, plain, attended, both, out, *quantized)
+        return (values, *rows, plain, attended, both, out, *quantized)
 
 
 @pytest.fixture

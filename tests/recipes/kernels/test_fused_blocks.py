@@ -41,6 +41,8 @@ def apply(monkeypatch: pytest.MonkeyPatch) -> Callable[[DiffusionPipeline, Recip
 
 
 def skip_unless_it_runs(recipe: Recipe) -> None:
+    if INTERPRETED and recipe.attention == "wgmma_fp8":
+        pytest.skip("CUDA C++ needs a GPU")
     refusal = None if INTERPRETED else recipes.refusal(recipe, torch.device("cuda"))
     if refusal is not None:
         pytest.skip(refusal)
@@ -78,6 +80,22 @@ def test_float8_is_as_exact_as_unfused(load: Callable, apply: Callable, error: C
     assert 1e-3 < error(fused) <= 1.2 * error(plain)
     linears = [name for name, module in fused.transformer.named_modules() if isinstance(module, Float8Linear)]
     assert len(linears) == 2 * 8 + 4 * 2, "every Linear of the blocks but the modulation's"
+
+
+@pytest.mark.skipif(INTERPRETED, reason="CUDA C++ needs a GPU")
+@pytest.mark.parametrize("execution", ["eager", "compile"])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_gemm_epilogues(
+    load: Callable, predict: Callable, error: Callable, error_of: Callable, execution: str, batch: int
+) -> None:
+    """As exact as the kernels apart; compiled without a break, and without a copy of what the attention fills."""
+    plain, fused = load(), load()
+    recipe = replace(FUSED, quantization="float8_per_row", attention="wgmma_fp8", execution=execution)
+    skip_unless_it_runs(recipe)
+    recipes.apply(plain, recipe)
+    recipes.apply(fused, replace(recipe, gemm_epilogues=True))
+    assert 1e-3 < error(fused, batch) <= 1.1 * error(plain, batch)
+    assert error_of(predict(fused, batch), predict(plain, batch)) < 0.06
 
 
 def test_float8_weights_are_not_copied(load: Callable, apply: Callable) -> None:

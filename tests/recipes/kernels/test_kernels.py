@@ -65,12 +65,22 @@ def assert_float8(
     assert differing < 0.01, "rounded another way"
 
 
+def assert_bounds(norm: torch.Tensor, expected: torch.Tensor, rows: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """norm is as expected, and no less than the length of rows as they were rounded, but for its last bits."""
+    torch.testing.assert_close(norm, expected, rtol=1e-4, atol=0)
+    lengths = (rows[0].float() * rows[1]).norm(dim=-1, keepdim=True)
+    assert (lengths <= norm).all()
+
+
 @pytest.mark.parametrize(("batch", "image", "text", "dim"), SIZES)
 def test_adaln(normal: Callable, batch: int, image: int, text: int, dim: int) -> None:
     inputs = (*streams(normal, batch, image, text, dim), *modulation(normal, batch, dim, 3)[:2], EPS)
     reference = adaln.reference(*inputs)
     assert_rounded(adaln.adaln(*inputs), reference)
-    assert_float8(adaln.adaln_float8(*inputs), reference, adaln.reference_float8(*inputs))
+    *rows, norm = adaln.adaln_float8(*inputs)
+    *same, norms = adaln.reference_float8(*inputs)
+    assert_float8(tuple(rows), reference, tuple(same))
+    assert_bounds(norm, norms, tuple(rows))
 
 
 def test_adaln_of_far_from_zero_mean(normal: Callable) -> None:
@@ -133,9 +143,11 @@ def test_gated_residual_adaln(normal: Callable, batch: int, image: int, text: in
     expected_hidden, expected = residual.reference_adaln(*inputs)
     assert torch.equal(hidden, expected_hidden)
     assert_rounded(normed, expected)
-    hidden, *rows = residual.gated_residual_adaln_float8(*inputs)
+    hidden, *rows, norm = residual.gated_residual_adaln_float8(*inputs)
     assert torch.equal(hidden, expected_hidden)
-    assert_float8(tuple(rows), expected, residual.reference_adaln_float8(*inputs)[1:])
+    _, *same, norms = residual.reference_adaln_float8(*inputs)
+    assert_float8(tuple(rows), expected, tuple(same))
+    assert_bounds(norm, norms, tuple(rows))
 
 
 QKV_SIZES = [

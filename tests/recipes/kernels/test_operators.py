@@ -16,9 +16,18 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 pytest.importorskip("triton", reason="needs the package triton, which isn't installed")
 
 import recipes
-from recipes import Recipe, cudnn_attention, cudnn_bfloat16, flash_attention_3, vae_attention, wgmma_attention
+from recipes import (
+    Recipe,
+    cudnn_attention,
+    cudnn_bfloat16,
+    flash_attention_3,
+    vae_attention,
+    wgmma_attention,
+    wgmma_linear,
+)
 from recipes.float8_heads import for_wgmma, to_float8, tokens_innermost
 from recipes.kernels import adaln, attention, cast, gelu, group_norm, qkv, residual
+from recipes.kernels.rows import rows_to_float8
 
 BATCH, TEXT, IMAGE, HEADS, HEAD_DIM = 2, 3, 5, 2, 32
 DIM = HEADS * HEAD_DIM
@@ -69,6 +78,22 @@ def wgmma_arguments(x: Inputs) -> tuple:
     return q.contiguous(), k.contiguous(), for_wgmma(v), descales, False, True
 
 
+def beside_arguments(x: Inputs) -> tuple:
+    q, k, v, descales = x.float8_heads(128)
+    rows = x.normal(BATCH, TEXT + IMAGE, HEADS * 128 + 64).to(torch.float8_e4m3fn)
+    scale = x.normal(BATCH, TEXT + IMAGE, 1, dtype=torch.float32).abs() + 1
+    return q.contiguous(), k.contiguous(), for_wgmma(v), descales, rows, scale
+
+
+def linear_arguments(x: Inputs, tokens: int, columns: int, for_gelu: bool) -> tuple:
+    """As `wgmma_linear`'s operators take a stream and its layer of 256 in features."""
+    rows, scale = rows_to_float8(x.normal(BATCH, tokens, 256))
+    weight, weight_scale = rows_to_float8(x.normal(columns, 256))
+    norm, bounds = x.normal(BATCH, tokens, 1, dtype=torch.float32).abs() + 20, x.normal(4, dtype=torch.float32).abs()
+    layer = (weight, weight_scale, x.normal(columns))
+    return (rows, scale, norm, *layer, bounds) if for_gelu else (rows, scale, *layer)
+
+
 def cudnn_float8_arguments(x: Inputs) -> tuple:
     q, k, v, descales = x.float8_heads(128, per_head=False)
     a, b, c = descales[:, 0, 0].unbind(0)
@@ -78,11 +103,13 @@ def cudnn_float8_arguments(x: Inputs) -> tuple:
 
 @dataclass(frozen=True)
 class Case:
-    """An operator, and arguments of it. attention: the recipe's, where the operator is part of that."""
+    """An operator, and arguments of it. attention: the recipe's, where the operator is part of that. mutates: which of
+    the arguments it writes to."""
 
     operator: Callable
     arguments: Callable[[Inputs], tuple]
     attention: str = "native"
+    mutates: tuple[int, ...] = ()
 
 
 CASES = {
@@ -128,6 +155,20 @@ CASES = {
         flash_attention_3.flash_attention_3_float8, lambda x: x.float8_heads(128), "fa3_fp8"
     ),
     "wgmma_attention": Case(wgmma_attention.wgmma_attention, wgmma_arguments, "wgmma_fp8"),
+    "wgmma_attention_beside": Case(wgmma_attention.wgmma_attention_beside, beside_arguments, "wgmma_fp8", (4,)),
+    "wgmma_linears": Case(
+        wgmma_linear.wgmma_linears,
+        lambda x: linear_arguments(x, IMAGE, 192, False) + linear_arguments(x, TEXT, 192, False),
+        "wgmma_fp8",
+    ),
+    "wgmma_gelu_linears": Case(
+        wgmma_linear.wgmma_gelu_linears,
+        lambda x: linear_arguments(x, IMAGE, 256, True) + linear_arguments(x, TEXT, 256, True),
+        "wgmma_fp8",
+    ),
+    "wgmma_qkv_gelu_linear": Case(
+        wgmma_linear.wgmma_qkv_gelu_linear, lambda x: (*linear_arguments(x, IMAGE, 448, True), 192, 64), "wgmma_fp8"
+    ),
 }
 
 
@@ -153,14 +194,20 @@ def check(case: Case, device: torch.device) -> None:
     tensors = [x for x in arguments if isinstance(x, Tensor)]
     before = [x.view(torch.uint8).clone() if is_float8(x) else x.clone() for x in tensors]
     results = case.operator(*arguments)
+    written = [arguments[i] for i in case.mutates]
     for x, kept in zip(tensors, before, strict=True):
-        assert torch.equal(x.view(torch.uint8) if is_float8(x) else x, kept)
+        same = torch.equal(x.view(torch.uint8) if is_float8(x) else x, kept)
+        assert same == all(x is not other for other in written)
     assert_no_alias(results, arguments)
 
 
-def assert_no_alias(results: Tensor | tuple[Tensor, ...], arguments: tuple) -> None:
+def each(results: Tensor | tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
+    return results if isinstance(results, tuple) else () if results is None else (results,)
+
+
+def assert_no_alias(results: Tensor | tuple[Tensor, ...] | None, arguments: tuple) -> None:
     given = [x.untyped_storage()._cdata for x in arguments if isinstance(x, Tensor)]
-    for result in results if isinstance(results, tuple) else (results,):
+    for result in each(results):
         assert result.untyped_storage()._cdata not in given
 
 
@@ -181,7 +228,8 @@ def test_fake_kernel(name: str) -> None:
     with FakeTensorMode():
         given = case.arguments(Inputs(torch.device("cpu")))
         results = case.operator(*given)
-    for result in results if isinstance(results, tuple) else (results,):
+    assert (results is None) == bool(case.mutates)
+    for result in each(results):
         assert isinstance(result, FakeTensor)
         assert result.dtype in (torch.bfloat16, torch.float8_e4m3fn, torch.float32)
     assert_no_alias(results, given)
