@@ -59,7 +59,7 @@ def transformer(recipe: Recipe, device: torch.device) -> FluxTransformer2DModel:
     """One block of each kind at full size, random weights, optimized as `recipe` says."""
     with creating(torch.bfloat16, device, seed=0):
         model = FluxTransformer2DModel(num_layers=1, num_single_layers=1, guidance_embeds=True)
-    pipe: Any = SimpleNamespace(transformer=model.eval().requires_grad_(False), vae=_Vae())
+    pipe: Any = SimpleNamespace(transformer=model.eval().requires_grad_(False), vae=_Vae(), device=device)
     for optimization in (attention, fused_qkv, float8, fused_kernels, gemm_epilogues):
         if optimization.OPTIMIZATION.requested(recipe):
             optimization.OPTIMIZATION.apply(pipe, recipe)

@@ -167,7 +167,7 @@ CASES = {
         "wgmma_fp8",
     ),
     "wgmma_qkv_gelu_linear": Case(
-        wgmma_linear.wgmma_qkv_gelu_linear, lambda x: (*linear_arguments(x, IMAGE, 448, True), 192, 64), "wgmma_fp8"
+        wgmma_linear.wgmma_qkv_gelu_linear, lambda x: (*linear_arguments(x, IMAGE, 448, True), 192, 0), "wgmma_fp8"
     ),
 }
 
