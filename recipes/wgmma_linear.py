@@ -25,8 +25,8 @@ class Layer(NamedTuple):
     """One stream's input and its layer.
 
     x [batch, tokens, in features] float8_e4m3fn, scale [batch, tokens, 1] float32; weight [out features, in features]
-    float8_e4m3fn, weight_scale [out features, 1] float32, bias [out features] bfloat16. For GELU also norm [batch,
-    tokens, 1] float32, no less than a row's length, and bounds [4] float32, `Float8Linear`'s. All contiguous.
+    float8_e4m3fn, weight_scale [out features, 1] float32, bias [out features] bfloat16. For GELU also length [batch,
+    tokens, 1] float32, no less than a row's length is, and bounds [4] float32, `Float8Linear`'s. All contiguous.
     """
 
     x: torch.Tensor
@@ -34,7 +34,7 @@ class Layer(NamedTuple):
     weight: torch.Tensor
     weight_scale: torch.Tensor
     bias: torch.Tensor
-    norm: torch.Tensor | None = None
+    length: torch.Tensor | None = None
     bounds: torch.Tensor | None = None
 
 
@@ -42,7 +42,7 @@ class _Stream(ctypes.Structure):
     _fields_ = (
         *(
             (name, ctypes.c_void_p)
-            for name in ("scale", "norm", "weight_scale", "bias", "bounds", "plain", "activated", "activated_scale")
+            for name in ("scale", "length", "weight_scale", "bias", "bounds", "plain", "activated", "activated_scale")
         ),
         ("rows", ctypes.c_longlong),
     )
@@ -78,7 +78,7 @@ def _launch(layers: Sequence[Layer], plain: int, beside: int) -> list[tuple[torc
         _check(layer, columns, depth)
         results = _empty(layer.x, columns, plain, beside)
         out.append(results)
-        for name in ("scale", "norm", "weight_scale", "bias", "bounds"):
+        for name in ("scale", "length", "weight_scale", "bias", "bounds"):
             tensor = getattr(layer, name)
             setattr(stream, name, None if tensor is None else tensor.data_ptr())
         stream.plain, stream.activated, stream.activated_scale = (result.data_ptr() for result in results)
@@ -121,7 +121,7 @@ def _check(layer: Layer, columns: int, depth: int) -> None:
         "weight": (layer.weight, (columns, depth), torch.float8_e4m3fn),
         "weight_scale": (layer.weight_scale, (columns, 1), torch.float32),
         "bias": (layer.bias, (columns,), torch.bfloat16),
-        "norm": (layer.norm, rows, torch.float32),
+        "length": (layer.length, rows, torch.float32),
         "bounds": (layer.bounds, (4,), torch.float32),
     }
     for name, (tensor, shape, dtype) in wanted.items():
@@ -184,14 +184,14 @@ def _(
 def wgmma_gelu_linears(
     x: torch.Tensor,
     scale: torch.Tensor,
-    norm: torch.Tensor,
+    length: torch.Tensor,
     weight: torch.Tensor,
     weight_scale: torch.Tensor,
     bias: torch.Tensor,
     bounds: torch.Tensor,
     other_x: torch.Tensor,
     other_scale: torch.Tensor,
-    other_norm: torch.Tensor,
+    other_length: torch.Tensor,
     other_weight: torch.Tensor,
     other_weight_scale: torch.Tensor,
     other_bias: torch.Tensor,
@@ -205,8 +205,8 @@ def wgmma_gelu_linears(
     Raises:
         ValueError: a tensor isn't as `Layer` says.
     """
-    first = Layer(x, scale, weight, weight_scale, bias, norm, bounds)
-    second = Layer(other_x, other_scale, other_weight, other_weight_scale, other_bias, other_norm, other_bounds)
+    first = Layer(x, scale, weight, weight_scale, bias, length, bounds)
+    second = Layer(other_x, other_scale, other_weight, other_weight_scale, other_bias, other_length, other_bounds)
     (_, *one), (_, *other) = _launch([first, second], 0, 0)
     return one[0], one[1], other[0], other[1]
 
@@ -215,14 +215,14 @@ def wgmma_gelu_linears(
 def _(
     x: torch.Tensor,
     scale: torch.Tensor,
-    norm: torch.Tensor,
+    length: torch.Tensor,
     weight: torch.Tensor,
     weight_scale: torch.Tensor,
     bias: torch.Tensor,
     bounds: torch.Tensor,
     other_x: torch.Tensor,
     other_scale: torch.Tensor,
-    other_norm: torch.Tensor,
+    other_length: torch.Tensor,
     other_weight: torch.Tensor,
     other_weight_scale: torch.Tensor,
     other_bias: torch.Tensor,
@@ -236,7 +236,7 @@ def _(
 def wgmma_qkv_gelu_linear(
     x: torch.Tensor,
     scale: torch.Tensor,
-    norm: torch.Tensor,
+    length: torch.Tensor,
     weight: torch.Tensor,
     weight_scale: torch.Tensor,
     bias: torch.Tensor,
@@ -253,7 +253,7 @@ def wgmma_qkv_gelu_linear(
     Raises:
         ValueError: a tensor isn't as `Layer` says.
     """
-    (results,) = _launch([Layer(x, scale, weight, weight_scale, bias, norm, bounds)], plain, beside)
+    (results,) = _launch([Layer(x, scale, weight, weight_scale, bias, length, bounds)], plain, beside)
     return results
 
 
@@ -261,7 +261,7 @@ def wgmma_qkv_gelu_linear(
 def _(
     x: torch.Tensor,
     scale: torch.Tensor,
-    norm: torch.Tensor,
+    length: torch.Tensor,
     weight: torch.Tensor,
     weight_scale: torch.Tensor,
     bias: torch.Tensor,

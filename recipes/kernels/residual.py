@@ -21,11 +21,10 @@ from recipes.kernels.rows import (
     modulated,
     normalized,
     row_amax,
-    row_norm,
-    row_norms,
+    row_length,
     row_parts,
     row_scale,
-    rows_to_float8,
+    rows_and_lengths,
     store_row,
     store_row_e4m3,
 )
@@ -59,9 +58,10 @@ def reference_adaln_float8(
     shift: torch.Tensor,
     scale: torch.Tensor,
     eps: float,
+    lengths: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     hidden, normed = reference_adaln(x, gate, residual, shift, scale, eps)
-    return hidden, *rows_to_float8(normed), row_norms(normed)
+    return hidden, *rows_and_lengths(normed, lengths)
 
 
 @triton_op("flux_fast::gated_residual", mutates_args=())
@@ -107,11 +107,12 @@ def gated_residual_adaln_float8(
     shift: torch.Tensor,
     scale: torch.Tensor,
     eps: float,
+    lengths: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """`gated_residual_adaln`, its norm as `adaln_float8` gives it: float8_e4m3fn, scale and length."""
     hidden = residual.new_empty(x.shape)
     normed = residual.new_empty(x.shape, dtype=torch.float8_e4m3fn)
-    normed_scale, length = (residual.new_empty((*x.shape[:2], 1), dtype=torch.float32) for _ in range(2))
+    normed_scale, length = (residual.new_empty((*x.shape[:2], n), dtype=torch.float32) for n in (1, int(lengths)))
     _launch(x, gate, residual, None, hidden, shift, scale, eps, normed, normed_scale, length)
     return hidden, normed, normed_scale, length
 
@@ -142,7 +143,7 @@ def _launch(
         x.stride(0), x.stride(1), gate.stride(0), text.stride(0), text.stride(1),
         residual.stride(0), residual.stride(1), shift.stride(0), scale.stride(0),
         EPS=eps, DIM=dim, BLOCK=block, PARTS=parts, ADALN=normed is not None, FLOAT8=normed_scale is not None,
-        num_warps=warps,
+        LENGTH=length is not None and length.shape[2] > 0, num_warps=warps,
     )  # fmt: skip
 
 
@@ -175,6 +176,7 @@ def _gated_residual_kernel(
     PARTS: tl.constexpr,  # noqa: N803
     ADALN: tl.constexpr,  # noqa: N803
     FLOAT8: tl.constexpr,  # noqa: N803
+    LENGTH: tl.constexpr,  # noqa: N803
 ):
     token, batch = tl.program_id(0), tl.program_id(1)
     row = joint_row(text, image, batch, token, text_tokens, text_batch, text_row, image_batch, image_row)
@@ -193,7 +195,8 @@ def _gated_residual_kernel(
         if FLOAT8:
             own_scale = row_scale(row_amax(y, PARTS))
             tl.store(normed_scale + index, own_scale)
-            tl.store(length + index, row_norm(y, PARTS))
+            if LENGTH:
+                tl.store(length + index, row_length(y, PARTS))
             store_row_e4m3(normed + index * DIM, y, own_scale, BLOCK, PARTS)
         else:
             store_row(normed + index * DIM, y, BLOCK, PARTS)

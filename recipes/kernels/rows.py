@@ -31,9 +31,9 @@ def rows_to_float8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (x.float() / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scale
 
 
-def row_norms(x: torch.Tensor) -> torch.Tensor:
-    """The reference: of each row of x [..., columns] no less than its length once rounded to float8; [..., 1]."""
-    return x.float().norm(dim=-1, keepdim=True) * ROUNDED
+def rows_and_lengths(x: torch.Tensor, lengths: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`rows_to_float8`; and, if `lengths`, no less than the rounded rows' lengths, [..., 1], else [..., 0]."""
+    return *rows_to_float8(x), x.float().norm(dim=-1, keepdim=True)[..., : int(lengths)] * ROUNDED
 
 
 def check_rows(**tensors: torch.Tensor | None) -> None:
@@ -93,8 +93,8 @@ def row_amax(parts, PARTS: tl.constexpr):  # noqa: N803
 
 
 @triton.jit
-def row_norm(parts, PARTS: tl.constexpr):  # noqa: N803
-    """As `row_norms`, the same constant."""
+def row_length(parts, PARTS: tl.constexpr):  # noqa: N803
+    """As `rows_and_lengths`, the same constant."""
     squares = ()
     for i in tl.static_range(PARTS):
         squares = squares + (parts[i] * parts[i],)

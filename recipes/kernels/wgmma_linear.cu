@@ -25,7 +25,7 @@ constexpr float LARGEST = 448, SMALLEST = 1e-12f;                         // of 
 
 struct Stream {
   const float* scale;         // [rows]
-  const float* norm;          // [rows]: no less than a row's length
+  const float* length;        // [rows]: no less than a row of X is long
   const float* weight_scale;  // [columns]
   const u16* bias;            // [columns] bfloat16
   const float* bounds;        // largest length of a row of W and largest bias: of GELU's columns; of the values'
@@ -194,7 +194,7 @@ extern "C" __global__ void __launch_bounds__(ALL, 1)
   if (args.beside) {
     const Stream& stream = args.streams[0];
     float longest = 0;
-    for (int i = threadIdx.x - 128; i < stream.rows; i += 256) longest = fmaxf(longest, stream.norm[i]);
+    for (int i = threadIdx.x - 128; i < stream.rows; i += 256) longest = fmaxf(longest, stream.length[i]);
 #pragma unroll
     for (int i = 16; i; i >>= 1) longest = fmaxf(longest, __shfl_xor_sync(~0u, longest, i));
     if (lane == 0) norms[warp] = longest;
@@ -217,7 +217,7 @@ extern "C" __global__ void __launch_bounds__(ALL, 1)
       tile.scale[r] = inside ? stream.scale[row] : 0;
       tile.half[r] = 1;
       if (tile.column >= args.plain) {
-        const float bound = inside ? stream.norm[row] * stream.bounds[0] + stream.bounds[1] : 1;
+        const float bound = inside ? stream.length[row] * stream.bounds[0] + stream.bounds[1] : 1;
         const float scale = fmaxf(fmaxf(bound, floor), SMALLEST) / LARGEST;
         if (tile.column == args.plain && quad == 0 && inside) stream.activated_scale[row] = scale;
         tile.half[r] = 0.5f / scale;

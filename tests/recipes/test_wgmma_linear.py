@@ -34,7 +34,7 @@ class Layer(torch.nn.Module):
         x, weight = (torch.randn(*shape, generator=random) for shape in ((batch, rows, depth), (columns, depth)))
         x = loud * x * (0.1 + torch.rand(batch, rows, 1, generator=random))
         self.values, self.scale = rows_to_float8(x)
-        self.norm = (self.values.float() * self.scale).norm(dim=-1, keepdim=True)
+        self.length = (self.values.float() * self.scale).norm(dim=-1, keepdim=True)
         linear = torch.nn.Linear(columns, depth)  # only what Float8Linear takes of it
         linear.weight = torch.nn.Parameter(torch.zeros(columns, depth))
         linear.weight.qdata, linear.weight.scale = rows_to_float8(weight / depth**0.5)  # type: ignore[attr-defined]
@@ -50,7 +50,7 @@ class Layer(torch.nn.Module):
 
     def arguments(self, for_gelu: bool) -> tuple:
         linear, to = self.linear, lambda x: x.detach().to(CUDA)
-        parts = [self.values, self.scale, *([self.norm] if for_gelu else [])]
+        parts = [self.values, self.scale, *([self.length] if for_gelu else [])]
         parts += [linear.weight, linear.weight_scale, linear.bias, *([linear.bounds] if for_gelu else [])]
         return tuple(map(to, parts))
 
@@ -64,8 +64,8 @@ def test_bounds_are_of_the_columns_they_are_for() -> None:
     exact = layer.exact(torch.device("cpu"))[0]
     assert layer.linear.bounds is not None
     length, bias, value_length, value_bias = layer.linear.bounds
-    assert (exact[:, 192:].abs() <= layer.norm[0] * length + bias).all()
-    assert (exact[:, 128:192].abs() <= layer.norm[0] * value_length + value_bias).all()
+    assert (exact[:, 192:].abs() <= layer.length[0] * length + bias).all()
+    assert (exact[:, 128:192].abs() <= layer.length[0] * value_length + value_bias).all()
     rows = (layer.linear.weight.float() * layer.linear.weight_scale).norm(dim=1)
     assert (length, value_length) == (rows[192:].max(), rows[128:192].max())
     assert (bias, value_bias) == tuple(
@@ -185,8 +185,8 @@ def test_same_bits_every_time() -> None:
 @gpu
 @pytest.mark.usefixtures("_here")
 def test_refuses_what_it_would_read_wrongly() -> None:
-    rows, scale, norm, *layer = Layer(5, 192, 256, 0).arguments(True)
-    with pytest.raises(ValueError, match=r"norm is to be \[1, 5, 1\] torch.float32, contiguous, not \[1, 4, 1\]"):
-        wgmma_linear.wgmma_qkv_gelu_linear(rows, scale, norm[:, :4], *layer, 0, 0)
+    rows, scale, length, *layer = Layer(5, 192, 256, 0).arguments(True)
+    with pytest.raises(ValueError, match=r"length is to be \[1, 5, 1\] torch.float32, contiguous, not \[1, 4, 1\]"):
+        wgmma_linear.wgmma_qkv_gelu_linear(rows, scale, length[:, :4], *layer, 0, 0)
     with pytest.raises(ValueError, match=r"x is to be \[1, 5, 256\] torch.float8_e4m3fn, contiguous, not"):
-        wgmma_linear.wgmma_qkv_gelu_linear(rows.float(), scale, norm, *layer, 0, 0)
+        wgmma_linear.wgmma_qkv_gelu_linear(rows.float(), scale, length, *layer, 0, 0)

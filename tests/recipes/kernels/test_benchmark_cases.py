@@ -31,4 +31,6 @@ def test_both_forms_agree(device: torch.device, monkeypatch: pytest.MonkeyPatch,
         if case.name.startswith("qkv_norm_rotary_float8"):
             continue  # the unfused form scales query and key by their true maximum, the fused one by its bound
         for one, other in zip(fused, unfused, strict=True):
+            if one.numel() == 0:
+                continue  # lengths that weren't asked for
             assert error_of(one.float(), other.float()) < 0.02, case.name

@@ -114,7 +114,7 @@ class Case:
 
 CASES = {
     "adaln": Case(adaln.adaln, lambda x: (*x.streams(DIM), *x.rows(2), EPS)),
-    "adaln_float8": Case(adaln.adaln_float8, lambda x: (*x.streams(DIM), *x.rows(2), EPS)),
+    "adaln_float8": Case(adaln.adaln_float8, lambda x: (*x.streams(DIM), *x.rows(2), EPS, True)),
     "attention_float8": Case(attention.attention_float8, attention_arguments, "triton_fp8"),
     "concat_gelu": Case(gelu.concat_gelu, lambda x: x.streams(DIM)[:1] + x.streams(2 * DIM)[:1]),
     "concat_gelu_float8": Case(gelu.concat_gelu_float8, lambda x: x.streams(DIM)[:1] + x.streams(2 * DIM)[:1]),
@@ -128,7 +128,7 @@ CASES = {
     ),
     "gated_residual_adaln_float8": Case(
         residual.gated_residual_adaln_float8,
-        lambda x: (x.streams(DIM)[0], *x.rows(1), x.streams(DIM)[0], *x.rows(2), EPS),
+        lambda x: (x.streams(DIM)[0], *x.rows(1), x.streams(DIM)[0], *x.rows(2), EPS, True),
     ),
     "group_norm": Case(
         group_norm.group_norm,
