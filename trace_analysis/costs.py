@@ -170,6 +170,30 @@ def _own_attention(operator: str, shapes: Shapes) -> Cost | None:
     return Cost("attention", shapes.dtype(0), text, flops, moved)
 
 
+def _own_linears(*layers: tuple[int, int]) -> Callable[[str, Shapes], Cost | None]:
+    """recipes' float8 Linears in one launch: of each the places of x [batch, tokens, in] and weight [out, in].
+
+    What goes through GELU comes out in float8, all else in bfloat16.
+    """
+
+    def found(operator: str, shapes: Shapes) -> Cost | None:
+        flops, moved, text = 0, _inputs(shapes), []
+        for x, weight in layers:
+            batch, tokens, inner = shapes.dims[x]
+            columns, other = shapes.dims[weight]
+            if inner != other:
+                return None
+            in_bfloat16 = columns
+            if "gelu" in operator:
+                in_bfloat16 = int(shapes.concrete[weight + 4]) if "qkv" in operator else 0
+            flops += 2 * batch * tokens * columns * inner
+            moved += batch * tokens * (columns + in_bfloat16)
+            text.append(f"{batch * tokens} x {columns} x {inner}")
+        return Cost("gemm", shapes.dtype(0), " + ".join(text), flops, moved)
+
+    return found
+
+
 def _convolution(operator: str, shapes: Shapes) -> Cost | None:
     """Two dimensions, not transposed: input [N, C, H, W], weight [O, C / groups, R, S]."""
     (batch, _, height, width), (outputs, inputs, rows, columns) = shapes.dims[0], shapes.dims[1]
@@ -259,7 +283,13 @@ _COSTS: dict[str, Callable[[str, Shapes], Cost | None]] = {
     "aten::_scaled_dot_product_flash_attention": _attention(4),
     "aten::_scaled_dot_product_efficient_attention": _attention(6),
     "aten::_scaled_dot_product_cudnn_attention": _attention(6),
+    "flux_fast::wgmma_linears": _own_linears((0, 2), (5, 7)),
+    "flux_fast::wgmma_gelu_linears": _own_linears((0, 3), (7, 10)),
+    "flux_fast::wgmma_qkv_gelu_linear": _own_linears((0, 3)),
+    "flux_fast::cudnn_attention": _own_attention,
     "flux_fast::cudnn_attention_float8": _own_attention,
+    "flux_fast::wgmma_attention": _own_attention,
+    "flux_fast::wgmma_attention_beside": _own_attention,
     "flux_fast::attention_float8": _own_attention,
     "flux_fast::flash_attention_3": _own_attention,
     "flux_fast::flash_attention_3_float8": _own_attention,

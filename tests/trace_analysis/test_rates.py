@@ -94,7 +94,13 @@ def test_flux_attention() -> None:
     assert half.flops == found.flops // 2
 
 
-@pytest.mark.parametrize("operator", ["cudnn_attention_float8", "attention_float8", "flash_attention_3_float8"])
+OWN_IN_FLOAT8 = (
+    *("cudnn_attention_float8", "attention_float8", "flash_attention_3_float8"),
+    *("wgmma_attention", "wgmma_attention_beside"),
+)
+
+
+@pytest.mark.parametrize("operator", OWN_IN_FLOAT8)
 def test_own_attention_has_its_tokens_before_its_heads(operator: str) -> None:
     dims = ((1, 4608, 24, 128), (1, 4608, 24, 128), (1, 24, 128, 4608), (3, 1, 24))
     found = cost(f"flux_fast::{operator}", Shapes(dims, ("c10::Float8_e4m3fn",) * 3 + ("float",), ("",) * 4))
@@ -109,6 +115,24 @@ def test_float8_gemm_writes_bfloat16() -> None:
     found = cost("aten::_scaled_mm", Shapes(((64, 32), (32, 16), (64, 1), (1, 16)), types, ("",) * 4))
     moved = 64 * 32 + 32 * 16 + 4 * (64 + 16) + 2 * 64 * 16
     assert found == Cost("gemm", "fp8", "64 x 16 x 32", 2 * 64 * 16 * 32, moved)
+
+
+def test_own_linears() -> None:
+    """Two streams count together; GELU's results are float8, in the single block behind what stays in bfloat16."""
+    layer = ((1, 64, 32), (1, 64, 1), (1, 64, 1), (16, 32), (16, 1), (16,), (4,))
+    types = ("c10::Float8_e4m3fn", "float", "float", "c10::Float8_e4m3fn", "float", "c10::BFloat16", "float")
+    read = 64 * 32 + 4 * 2 * 64 + 16 * 32 + 4 * 16 + 2 * 16 + 4 * 4
+    qkv = Shapes((*layer, (), ()), (*types, "Scalar", "Scalar"), ("",) * 7 + ("12", "4"))
+    moved = read + 64 * (2 * 12 + 4)
+    expected = Cost("gemm", "fp8", "64 x 16 x 32", 2 * 64 * 16 * 32, moved)
+    assert cost("flux_fast::wgmma_qkv_gelu_linear", qkv) == expected
+    both = Shapes(layer * 2, types * 2, ("",) * 14)
+    expected = Cost("gemm", "fp8", "64 x 16 x 32 + 64 x 16 x 32", 4 * 64 * 16 * 32, 2 * (read + 64 * 16))
+    assert cost("flux_fast::wgmma_gelu_linears", both) == expected
+    plain, plain_types = (tuple(x for i, x in enumerate(of) if i not in (2, 6)) for of in (layer, types))
+    found = cost("flux_fast::wgmma_linears", Shapes(plain * 2, plain_types * 2, ("",) * 10))
+    assert found is not None
+    assert found.bytes == 2 * (read - 4 * 64 - 4 * 4 + 2 * 64 * 16)
 
 
 def test_fused_kernels_of_inductor() -> None:
