@@ -1,12 +1,15 @@
 """Time one double and one single block of FLUX.1 at full size, compiled: `python -m benchmark.blocks --output FILE`.
 
-1024x1024, one image, random weights; by quantization, attention and kernels. 19 double and 38 single blocks are
-nearly all of a denoising step. The error is against the first variant that ran, bfloat16 unless that failed.
+1024x1024, one image, random weights; by quantization, attention and kernels, or of the recipes that are named. 19
+double and 38 single blocks are nearly all of a denoising step. All are timed in turns, each for so long that a GPU at
+its power limit has come to the clock that it keeps with it. The error is against the first recipe that ran.
 """
 
 from __future__ import annotations
 
+import argparse
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -21,18 +24,22 @@ with quiet():
     from diffusers import FluxTransformer2DModel
 
     from benchmark import series
-    from benchmark.device_timing import graph_ms
+    from benchmark.device_timing import Captured, captured, sustained_ms
     from recipes import attention, float8, fused_kernels, fused_qkv, gemm_epilogues
     from recipes.apply import refusal
+    from recipes.ladder import parse
     from recipes.recipe import Recipe
+    from utils.errors import Parser, run_command
     from utils.random_weights import creating
     from utils.relative_error import relative_error
 
 TEXT, SIDE, DIM = 512, 64, 3072
 DOUBLE_BLOCKS, SINGLE_BLOCKS = 19, 38
+_CALLS = 5  # in a graph
+Graphs = dict[str, Captured]
 
 
-def recipes() -> list[Recipe]:
+def compared() -> list[Recipe]:
     """What is compared, the plainest first."""
     bfloat16 = [
         Recipe(dtype="bfloat16", fused_qkv=True, attention="cudnn", fused_kernels=fused) for fused in (False, True)
@@ -80,25 +87,57 @@ def inputs(model: FluxTransformer2DModel, device: torch.device) -> dict[str, Any
 
 
 @torch.no_grad()
-def measure(recipe: Recipe, references: dict[str, torch.Tensor], device: torch.device) -> dict[str, Any]:
+def prepare(recipe: Recipe, references: dict[str, torch.Tensor], device: torch.device) -> tuple[dict[str, Any], Graphs]:
+    """One recipe's figures but for its times, and graphs of `_CALLS` calls of its blocks."""
     torch._dynamo.reset()
     model = transformer(recipe, device)
     arguments = inputs(model, device)
     row: dict[str, Any] = {}
+    graphs: Graphs = {}
     for kind, block in (("double", model.transformer_blocks[0]), ("single", model.single_transformer_blocks[0])):
         forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
         begun = time.monotonic()
         out = torch.cat(forward(**arguments), dim=1).float()
         reference = references.setdefault(kind, out)
-        row[kind] = {
-            "compile_s": time.monotonic() - begun,
-            "ms": graph_ms([partial(forward, **arguments)] * 5),
-            "relative_error": relative_error(out, reference),
-        }
-    row["all_blocks_ms"] = sum(
-        count * row[kind]["ms"]["median"] for kind, count in (("double", DOUBLE_BLOCKS), ("single", SINGLE_BLOCKS))
-    )
-    return row
+        row[kind] = {"compile_s": time.monotonic() - begun, "relative_error": relative_error(out, reference)}
+        graphs[kind] = captured([partial(forward, **arguments)] * _CALLS)
+    return row, graphs
+
+
+class Turns:
+    """The blocks of all recipes that can run, timed in turns once the first one's figures are asked for."""
+
+    def __init__(self, recipes: Sequence[Recipe], device: torch.device):
+        self.recipes, self.device = recipes, device
+        self._found: dict[Recipe, dict[str, Any] | Exception] = {}
+
+    def figures(self, recipe: Recipe) -> dict[str, Any]:
+        if not self._found:
+            self._measure()
+        found = self._found[recipe]
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def _measure(self) -> None:
+        references: dict[str, torch.Tensor] = {}
+        rows: dict[Recipe, dict[str, Any]] = {}
+        graphs: dict[tuple[Recipe, str], Captured] = {}
+        for recipe in self.recipes:
+            try:
+                rows[recipe], of_recipe = prepare(recipe, references, self.device)
+            except Exception as error:  # the others are worth their measurement
+                self._found[recipe] = error
+                continue
+            graphs |= {(recipe, kind): graph for kind, graph in of_recipe.items()}
+        for (recipe, kind), ms in sustained_ms(graphs, _CALLS).items():
+            rows[recipe][kind]["ms"] = ms
+        for recipe, row in rows.items():
+            blocks = ((DOUBLE_BLOCKS, "double"), (SINGLE_BLOCKS, "single"))
+            self._found[recipe] = {
+                **row,
+                "all_blocks_ms": sum(count * row[kind]["ms"]["median"] for count, kind in blocks),
+            }
 
 
 def line(row: dict[str, Any]) -> str:
@@ -112,21 +151,41 @@ def line(row: dict[str, Any]) -> str:
     return text
 
 
-def measurements(device: torch.device) -> list[series.Measurement]:
-    references: dict[str, Any] = {}
+def measurements(recipes: Sequence[Recipe], device: torch.device) -> list[series.Measurement]:
+    skipped = {recipe: refusal(recipe, device) for recipe in recipes}
+    turns = Turns([recipe for recipe in recipes if skipped[recipe] is None], device)
     return [
         series.Measurement(
             {name: getattr(recipe, name) for name in ("quantization", "attention", "fused_kernels", "gemm_epilogues")},
-            partial(measure, recipe, references, device),
-            refusal(recipe, device),
+            partial(turns.figures, recipe),
+            skipped[recipe],
         )
-        for recipe in recipes()
+        for recipe in recipes
     ]
 
 
+def parser() -> Parser:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "recipes",
+        nargs="*",
+        metavar="RECIPE",
+        help="as run_benchmark.py's --recipe (default: from the plainest to the fastest)",
+    )
+    series.add_options(parser)
+    return parser
+
+
 def main() -> None:
+    arguments = parser().parse_args()
     header = "quantization     attention   kernels    double ms  single ms  all blocks ms  errors         compile s"
-    series.main("blocks", __doc__, measurements, header, line)
+
+    def command() -> None:
+        device = series.check(arguments)
+        asked = [parse(text) for text in arguments.recipes] or compared()
+        series.run("blocks", measurements(asked, device), header, line, arguments, device)
+
+    run_command(command, arguments.debug)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 
 from utils.timing import summary
+
+Captured = tuple[torch.cuda.CUDAGraph, torch.cuda.Stream]
+Name = TypeVar("Name")
 
 
 def graph_ms(calls: Sequence[Callable[[], object]], repeats: int = 20) -> dict[str, float]:
@@ -29,9 +34,7 @@ def graph_ms(calls: Sequence[Callable[[], object]], repeats: int = 20) -> dict[s
     return summary(times)
 
 
-def captured(
-    calls: Sequence[Callable[[], object]], keep_graph: bool = False
-) -> tuple[torch.cuda.CUDAGraph, torch.cuda.Stream]:
+def captured(calls: Sequence[Callable[[], object]], keep_graph: bool = False) -> Captured:
     """`calls` one after the other as a graph, and the stream that it was captured on.
 
     keep_graph: it isn't instantiated yet, and can be changed.
@@ -47,3 +50,35 @@ def captured(
             for call in calls:
                 call()
     return graph, stream
+
+
+def sustained_ms(
+    graphs: Mapping[Name, Captured], calls: int, seconds: float = 0.25, turns: int = 4
+) -> dict[Name, dict[str, float]]:
+    """Of each graph of `calls` calls, milliseconds a call of series of `seconds`, each after as long a series untimed.
+
+    The graphs take turns, every other time backwards: a GPU at its power limit needs some tenths of a second to come to
+    the clock that it keeps, and grows warmer meanwhile.
+    """
+    found: dict[Name, list[float]] = {name: [] for name in graphs}
+    for turn in range(turns):
+        for name in found if turn % 2 == 0 else reversed(found):
+            _series(graphs[name], seconds)
+            elapsed, replays = _series(graphs[name], seconds)
+            found[name].append(1000 * elapsed / replays / calls)
+    return {name: summary(ms) for name, ms in found.items()}
+
+
+def _series(captured: Captured, seconds: float) -> tuple[float, int]:
+    """Replays without a pause for about so long; the seconds that they took, and their number."""
+    graph, stream = captured
+    with torch.cuda.stream(stream):
+        begun = time.perf_counter()
+        graph.replay()
+        torch.cuda.synchronize()
+        number = max(1, round(seconds / (time.perf_counter() - begun)))
+        begun = time.perf_counter()
+        for _ in range(number):
+            graph.replay()
+        torch.cuda.synchronize()
+        return time.perf_counter() - begun, number
