@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from diffusers import DiffusionPipeline
 
-from recipes import attention_backends, flash_attention_3
+from recipes import attention_backends, flash_attention_3, wgmma_attention
 from recipes.attention_processor import Processor
 from recipes.kernels import cuda_kernel
 from recipes.optimization import Needs, Optimization
@@ -35,6 +35,13 @@ _NEEDS = {
 }
 
 
+def _unfit(recipe: Recipe, pipe: DiffusionPipeline) -> str | None:
+    dim = pipe.transformer.config.attention_head_dim
+    if recipe.attention != "wgmma_fp8" or dim == wgmma_attention.HEAD_DIM:
+        return None
+    return f"needs heads of {wgmma_attention.HEAD_DIM} values, this transformer's have {dim}"
+
+
 def _apply(pipe: DiffusionPipeline, recipe: Recipe) -> str:
     pipe.transformer.set_attn_processor(Processor(attention_backends.backend(recipe.attention).attend))
     return recipe.attention
@@ -46,4 +53,5 @@ OPTIMIZATION = Optimization(
     lossless=lambda recipe: recipe.attention not in attention_backends.FLOAT8,
     apply=_apply,
     replaces_attention=lambda recipe: True,
+    unfit=_unfit,
 )

@@ -26,18 +26,18 @@ class Float8Linear(nn.Module):
         self.register_parameter("bounds", None)
 
     def bound(self, plain: int) -> None:
-        """Keep in `bounds` what its results depend on that can't be exceeded; `plain` of them don't go through GELU."""
+        """Keep in `bounds` its weight's largest row norms, and biases; `plain` features don't go through GELU."""
         self.plain = plain
         self.bounds = nn.Parameter(self.bounds_of(self.weight, self.weight_scale), requires_grad=False)
 
     def bounds_of(self, weight: torch.Tensor, weight_scale: torch.Tensor) -> torch.Tensor:
-        """The largest length of this weight's rows and the largest bias: of the features from `plain` on, and of the
+        """The largest norm of this weight's rows and the largest bias: of the features from `plain` on, and of the
         attention's values, the last third of those before. [4] float32."""
         found = []
         for part in (slice(self.plain, None), slice(self.plain * 2 // 3, self.plain)):
-            lengths = (weight[part].float() * weight_scale[part]).norm(dim=1)
+            norms = (weight[part].float() * weight_scale[part]).norm(dim=1)
             biases = self.bias[part].float().abs()
-            found += [x.amax() if len(x) else x.new_zeros(()) for x in (lengths, biases)]
+            found += [x.amax() if len(x) else x.new_zeros(()) for x in (norms, biases)]
         return torch.stack(found)
 
     def forward(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -30,11 +30,11 @@ Kernels = Any  # Plain, Float8 or Epilogues: what one's adaln and gelu_linears g
 
 class Rows(NamedTuple):
     """Quantized activations: values [batch, tokens, features] float8_e4m3fn, scale [batch, tokens, 1] float32; after
-    AdaLN also what a row's length doesn't exceed, the same, if that is wanted."""
+    AdaLN also what a row's norm doesn't exceed, the same, if that is wanted."""
 
     values: Tensor
     scale: Tensor
-    length: Tensor | None = None
+    norm: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -75,15 +75,15 @@ class Float8:
     """The kernels between `Float8Linear`s: what goes into one is cast where it is made."""
 
     attention: Backend
-    lengths: bool = False  # whether rows come with theirs
+    row_norms: bool = False  # whether AdaLN's rows come with theirs
 
     def adaln(self, image: Tensor, text: Tensor | None, shift: Tensor, scale: Tensor, eps: float) -> Rows:
-        return Rows(*adaln.adaln_float8(image, text, shift, scale, eps, self.lengths))
+        return Rows(*adaln.adaln_float8(image, text, shift, scale, eps, self.row_norms))
 
     def residual_adaln(
         self, x: Tensor, gate: Tensor, before: Tensor, shift: Tensor, scale: Tensor, eps: float
     ) -> tuple[Tensor, Rows]:
-        hidden, *rows = residual.gated_residual_adaln_float8(x, gate, before, shift, scale, eps, self.lengths)
+        hidden, *rows = residual.gated_residual_adaln_float8(x, gate, before, shift, scale, eps, self.row_norms)
         return hidden, Rows(*rows)
 
     def qkv_mlp(self, linear: nn.Module, x: Rows, widths: list[int]) -> list[Any]:
@@ -113,15 +113,15 @@ class Float8:
 class Epilogues(Float8):
     """As Float8, but what follows a Linear is done in its own kernel, of both streams in one launch."""
 
-    lengths: bool = True
+    row_norms: bool = True
 
     def qkv_mlp(self, linear: nn.Module, x: Rows, widths: list[int]) -> list[Any]:
         """Query, key and value; and GELU of the MLP behind columns that the attention is to fill."""
         projected, *rows = wgmma_linear.wgmma_qkv_gelu_linear(*_for_gelu(linear, x), widths[0], widths[0] // 3)
         return [projected, Rows(*rows)]
 
-    def concat_gelu(self, attended: Tensor | Rows, hidden: Any) -> Rows:
-        return hidden  # which the attention has filled
+    def concat_gelu(self, attended: Any, hidden: Any) -> Rows:
+        return attended  # which is hidden, filled
 
     def linears(self, pairs: Sequence[tuple[nn.Module, Rows]]) -> list[Tensor]:
         first, second = (_tensors(*pair) for pair in pairs)
@@ -140,7 +140,7 @@ def _tensors(linear: Any, x: Rows) -> tuple[Tensor, ...]:
 
 def _for_gelu(linear: Any, x: Rows) -> tuple[Any, ...]:
     values, scale, *of_linear = _tensors(linear, x)
-    return values, scale, x.length, *of_linear, linear.bounds
+    return values, scale, x.norm, *of_linear, linear.bounds
 
 
 def double_block(

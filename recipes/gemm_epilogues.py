@@ -15,7 +15,6 @@ from recipes.float8_linear import Float8Linear
 from recipes.kernels import cuda_kernel
 from recipes.optimization import Needs, Optimization
 from recipes.recipe import Recipe
-from utils.errors import UserError
 
 
 def _apply(pipe: DiffusionPipeline, recipe: Recipe) -> str:
@@ -30,32 +29,21 @@ def _apply(pipe: DiffusionPipeline, recipe: Recipe) -> str:
 
 
 def arrange(transformer: FluxTransformer2DModel) -> None:
-    """Let the Linears whose results go through GELU know what these can't exceed.
-
-    Raises:
-        UserError: the kernel can't compute a layer of this size.
-    """
-    for name, plain in _layers(transformer).items():
-        linear = transformer.get_submodule(name)
+    """Let the Linears whose results go through GELU know what these can't exceed."""
+    of_gelu = [(ff.net[0].proj, 0) for block in transformer.transformer_blocks for ff in (block.ff, block.ff_context)]
+    of_gelu += [(block.proj_qkv_mlp, 3 * block.attn.inner_dim) for block in transformer.single_transformer_blocks]
+    for linear, plain in of_gelu:
         assert isinstance(linear, Float8Linear)
-        features = len(linear.weight)
-        plain = features if plain is None else plain
-        if reason := wgmma_linear.refusal(features, linear.weight.shape[1], plain):
-            raise UserError(f"gemm_epilogues: of {name} {reason}; use gemm_epilogues=false")
-        if plain != features:
-            linear.bound(plain)
+        linear.bound(plain)
 
 
-def _layers(transformer: FluxTransformer2DModel) -> dict[str, int | None]:
-    """The layers that the kernel computes, and how many of their results don't go through GELU; None: all of them."""
-    found: dict[str, int | None] = {}
-    for i in range(len(transformer.transformer_blocks)):
-        block = f"transformer_blocks.{i}"
-        found |= {f"{block}.attn.{name}": None for name in ("to_qkv", "to_added_qkv", "to_out.0", "to_add_out")}
-        found |= {f"{block}.{ff}.net.0.proj": 0 for ff in ("ff", "ff_context")}
-    for i, single in enumerate(transformer.single_transformer_blocks):
-        found[f"single_transformer_blocks.{i}.proj_qkv_mlp"] = 3 * single.attn.inner_dim
-    return found
+def _unfit(recipe: Recipe, pipe: DiffusionPipeline) -> str | None:
+    config = pipe.transformer.config
+    dim = config.num_attention_heads * config.attention_head_dim
+    # Query, key and value; the attention's output; the MLP; the single block's first; out features and those plain.
+    layers = ((3 * dim, 3 * dim), (dim, dim), (4 * dim, 0), (7 * dim, 3 * dim))
+    reason = next((reason for layer in layers if (reason := wgmma_linear.refusal(layer[0], dim, layer[1]))), None)
+    return f"needs other sizes: {reason}" if reason else None
 
 
 OPTIMIZATION = Optimization(
@@ -65,4 +53,5 @@ OPTIMIZATION = Optimization(
     ),
     lossless=lambda recipe: False,  # float8 keeps its precision under a bound, but reaches less far down
     apply=_apply,
+    unfit=_unfit,
 )

@@ -74,6 +74,7 @@ class Optimization:
     replaces_forward(recipe): whether it puts something in place of modules' forward, bound to these modules.
     without_hooks(recipe): whether it takes it that no module has hooks, as all do that replace forwards.
     replaces_attention(recipe): whether the transformer's attention processors make way for others.
+    unfit(recipe, pipe): why it can't take this pipeline's transformer, in words, if so.
     """
 
     field: str
@@ -87,6 +88,7 @@ class Optimization:
     replaces_forward: Callable[[Recipe], bool] = lambda recipe: False
     without_hooks: Callable[[Recipe], bool] = lambda recipe: False
     replaces_attention: Callable[[Recipe], bool] = lambda recipe: False
+    unfit: Callable[[Recipe, DiffusionPipeline], str | None] = lambda recipe, pipe: None
 
     def requested(self, recipe: Recipe) -> bool:
         return self.always or getattr(recipe, self.field) != default(self.field)
@@ -117,6 +119,8 @@ class Optimization:
                 f"needs a pipeline without hooks, {name} has some: load it without offloading, layerwise casting and "
                 "caching"
             )
+        if reason := self.unfit(recipe, pipe):
+            return reason
         if self.replaces_attention(recipe) and (name := guards.other_attention(pipe)):
             return f"would take {name} away, which the transformer's attention has: load it without (an IP-Adapter)"
         return None

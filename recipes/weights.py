@@ -50,8 +50,7 @@ class Weight:
         quantized = float8.quantize(plain, self.quantization)
         if len(self.stored) == 2:
             return quantized.qdata, quantized.scale
-        on_device = (part.to(self.module.weight.device) for part in (quantized.qdata, quantized.scale))
-        return quantized.qdata, quantized.scale, self.module.bounds_of(*on_device)
+        return quantized.qdata, quantized.scale, self.module.bounds_of(quantized.qdata, quantized.scale)
 
     def holds(self, plain: torch.Tensor) -> bool:
         """Whether its value is `plain`, bit for bit."""

@@ -78,8 +78,10 @@ def wgmma_attention_beside(
     batch, tokens, heads, head_dim = query.shape
     if rows.shape[:2] != (batch, tokens) or rows.shape[2] < heads * head_dim or rows.dtype != torch.float8_e4m3fn:
         raise ValueError(f"rows are to be {heads * head_dim} values in float8 and others, not {tuple(rows.shape)}")
-    if scale.shape != (batch, tokens, 1) or not scale.is_contiguous() or not rows.is_contiguous():
-        raise ValueError(f"rows and their scale are contiguous, one scale a row, not {tuple(scale.shape)}")
+    if scale.shape != (batch, tokens, 1) or scale.dtype != torch.float32 or not scale.is_contiguous():
+        raise ValueError(f"a row's scale is float32, [batch, tokens, 1], contiguous, not {tuple(scale.shape)}")
+    if not rows.is_contiguous() or rows.shape[2] % 16 or rows.data_ptr() % 16:
+        raise ValueError(f"wgmma_attention writes 16 bytes at once: rows have strides {rows.stride()}")
     _launch(query, key, value, descales, True, rows, scale)
 
 

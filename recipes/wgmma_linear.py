@@ -25,8 +25,8 @@ class Layer(NamedTuple):
     """One stream's input and its layer.
 
     x [batch, tokens, in features] float8_e4m3fn, scale [batch, tokens, 1] float32; weight [out features, in features]
-    float8_e4m3fn, weight_scale [out features, 1] float32, bias [out features] bfloat16. For GELU also length [batch,
-    tokens, 1] float32, no less than a row's length is, and bounds [4] float32, `Float8Linear`'s. All contiguous.
+    float8_e4m3fn, weight_scale [out features, 1] float32, bias [out features] bfloat16. For GELU also norm [batch,
+    tokens, 1] float32, no less than a row's norm, and bounds [4] float32, `Float8Linear`'s. All contiguous.
     """
 
     x: torch.Tensor
@@ -34,7 +34,7 @@ class Layer(NamedTuple):
     weight: torch.Tensor
     weight_scale: torch.Tensor
     bias: torch.Tensor
-    length: torch.Tensor | None = None
+    norm: torch.Tensor | None = None
     bounds: torch.Tensor | None = None
 
 
@@ -42,7 +42,7 @@ class _Stream(ctypes.Structure):
     _fields_ = (
         *(
             (name, ctypes.c_void_p)
-            for name in ("scale", "length", "weight_scale", "bias", "bounds", "plain", "activated", "activated_scale")
+            for name in ("scale", "norm", "weight_scale", "bias", "bounds", "plain", "activated", "activated_scale")
         ),
         ("rows", ctypes.c_longlong),
     )
@@ -71,6 +71,8 @@ def _launch(layers: Sequence[Layer], plain: int, beside: int) -> list[tuple[torc
     front of these.
     """
     columns, depth = layers[0].weight.shape
+    if (reason := refusal(columns, depth, plain)) is not None or beside % 16:
+        raise ValueError(reason or f"{beside} columns beside the others aren't a multiple of 16")
     arguments = _Arguments(wide=-(-columns // COLUMNS), depth=depth // _DEPTH, columns=columns)
     arguments.plain, arguments.beside = plain, beside
     out = []
@@ -78,7 +80,7 @@ def _launch(layers: Sequence[Layer], plain: int, beside: int) -> list[tuple[torc
         _check(layer, columns, depth)
         results = _empty(layer.x, columns, plain, beside)
         out.append(results)
-        for name in ("scale", "length", "weight_scale", "bias", "bounds"):
+        for name in ("scale", "norm", "weight_scale", "bias", "bounds"):
             tensor = getattr(layer, name)
             setattr(stream, name, None if tensor is None else tensor.data_ptr())
         stream.plain, stream.activated, stream.activated_scale = (result.data_ptr() for result in results)
@@ -121,13 +123,17 @@ def _check(layer: Layer, columns: int, depth: int) -> None:
         "weight": (layer.weight, (columns, depth), torch.float8_e4m3fn),
         "weight_scale": (layer.weight_scale, (columns, 1), torch.float32),
         "bias": (layer.bias, (columns,), torch.bfloat16),
-        "length": (layer.length, rows, torch.float32),
+        "norm": (layer.norm, rows, torch.float32),
         "bounds": (layer.bounds, (4,), torch.float32),
     }
     for name, (tensor, shape, dtype) in wanted.items():
-        if tensor is not None and (tensor.shape != shape or tensor.dtype != dtype or not tensor.is_contiguous()):
+        if tensor is None:
+            continue
+        if tensor.shape != shape or tensor.dtype != dtype or not tensor.is_contiguous():
             wanted_text = f"{list(shape)} {dtype}, contiguous"
             raise ValueError(f"{name} is to be {wanted_text}, not {list(tensor.shape)} {tensor.dtype}")
+        if name not in ("scale", "norm") and tensor.data_ptr() % 16:
+            raise ValueError(f"{name} is read 16 bytes at once and has to begin at a multiple of that")
 
 
 def _empty(x: torch.Tensor, columns: int, plain: int, beside: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -156,7 +162,7 @@ def wgmma_linears(
     """x W^T + b of two streams, as in `Layer`; [batch, tokens, out features] bfloat16 each.
 
     Raises:
-        ValueError: a tensor isn't as `Layer` says.
+        ValueError: a tensor isn't as `Layer` says, or the kernel has no such sizes (`refusal`).
     """
     first = Layer(x, scale, weight, weight_scale, bias)
     second = Layer(other_x, other_scale, other_weight, other_weight_scale, other_bias)
@@ -184,14 +190,14 @@ def _(
 def wgmma_gelu_linears(
     x: torch.Tensor,
     scale: torch.Tensor,
-    length: torch.Tensor,
+    norm: torch.Tensor,
     weight: torch.Tensor,
     weight_scale: torch.Tensor,
     bias: torch.Tensor,
     bounds: torch.Tensor,
     other_x: torch.Tensor,
     other_scale: torch.Tensor,
-    other_length: torch.Tensor,
+    other_norm: torch.Tensor,
     other_weight: torch.Tensor,
     other_weight_scale: torch.Tensor,
     other_bias: torch.Tensor,
@@ -203,10 +209,10 @@ def wgmma_gelu_linears(
     row over 448.
 
     Raises:
-        ValueError: a tensor isn't as `Layer` says.
+        ValueError: a tensor isn't as `Layer` says, or the kernel has no such sizes (`refusal`).
     """
-    first = Layer(x, scale, weight, weight_scale, bias, length, bounds)
-    second = Layer(other_x, other_scale, other_weight, other_weight_scale, other_bias, other_length, other_bounds)
+    first = Layer(x, scale, weight, weight_scale, bias, norm, bounds)
+    second = Layer(other_x, other_scale, other_weight, other_weight_scale, other_bias, other_norm, other_bounds)
     (_, *one), (_, *other) = _launch([first, second], 0, 0)
     return one[0], one[1], other[0], other[1]
 
@@ -215,14 +221,14 @@ def wgmma_gelu_linears(
 def _(
     x: torch.Tensor,
     scale: torch.Tensor,
-    length: torch.Tensor,
+    norm: torch.Tensor,
     weight: torch.Tensor,
     weight_scale: torch.Tensor,
     bias: torch.Tensor,
     bounds: torch.Tensor,
     other_x: torch.Tensor,
     other_scale: torch.Tensor,
-    other_length: torch.Tensor,
+    other_norm: torch.Tensor,
     other_weight: torch.Tensor,
     other_weight_scale: torch.Tensor,
     other_bias: torch.Tensor,
@@ -236,7 +242,7 @@ def _(
 def wgmma_qkv_gelu_linear(
     x: torch.Tensor,
     scale: torch.Tensor,
-    length: torch.Tensor,
+    norm: torch.Tensor,
     weight: torch.Tensor,
     weight_scale: torch.Tensor,
     bias: torch.Tensor,
@@ -247,13 +253,13 @@ def wgmma_qkv_gelu_linear(
     """x W^T + b of `plain` features, GELU of the others, as in `Layer`; `plain` is a multiple of 192.
 
     Returns [batch, tokens, plain] bfloat16; [batch, tokens, beside + out features - plain] float8_e4m3fn, whose first
-    `beside` columns are left to the attention; and its scale [batch, tokens, 1] float32, within which the attention
-    falls too: a mean of some of the plain features of all rows.
+    `beside` columns are left to the attention; and its scale [batch, tokens, 1] float32, which the attention's values,
+    the last third of the plain features, don't exceed in any row either.
 
     Raises:
-        ValueError: a tensor isn't as `Layer` says.
+        ValueError: a tensor isn't as `Layer` says, or the kernel has no such sizes (`refusal`).
     """
-    (results,) = _launch([Layer(x, scale, weight, weight_scale, bias, length, bounds)], plain, beside)
+    (results,) = _launch([Layer(x, scale, weight, weight_scale, bias, norm, bounds)], plain, beside)
     return results
 
 
@@ -261,7 +267,7 @@ def wgmma_qkv_gelu_linear(
 def _(
     x: torch.Tensor,
     scale: torch.Tensor,
-    length: torch.Tensor,
+    norm: torch.Tensor,
     weight: torch.Tensor,
     weight_scale: torch.Tensor,
     bias: torch.Tensor,

@@ -21,10 +21,10 @@ from recipes.kernels.rows import (
     modulated,
     normalized,
     row_amax,
-    row_length,
+    row_norm,
     row_parts,
     row_scale,
-    rows_and_lengths,
+    rows_and_norms,
     store_row,
     store_row_e4m3,
 )
@@ -40,9 +40,14 @@ def reference(
 
 
 def reference_float8(
-    image: torch.Tensor, text: torch.Tensor | None, shift: torch.Tensor, scale: torch.Tensor, eps: float, lengths: bool
+    image: torch.Tensor,
+    text: torch.Tensor | None,
+    shift: torch.Tensor,
+    scale: torch.Tensor,
+    eps: float,
+    row_norms: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return rows_and_lengths(reference(image, text, shift, scale, eps), lengths)
+    return rows_and_norms(reference(image, text, shift, scale, eps), row_norms)
 
 
 @triton_op("flux_fast::adaln", mutates_args=())
@@ -61,14 +66,19 @@ def adaln(
 
 @triton_op("flux_fast::adaln_float8", mutates_args=())
 def adaln_float8(
-    image: torch.Tensor, text: torch.Tensor | None, shift: torch.Tensor, scale: torch.Tensor, eps: float, lengths: bool
+    image: torch.Tensor,
+    text: torch.Tensor | None,
+    shift: torch.Tensor,
+    scale: torch.Tensor,
+    eps: float,
+    row_norms: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`adaln`, as float8_e4m3fn [batch, tokens, dim]; its scale [batch, tokens, 1] float32; and, if `lengths`, what a
-    row's length doesn't exceed, the same (else [batch, tokens, 0])."""
+    """`adaln`, as float8_e4m3fn [batch, tokens, dim]; its scale [batch, tokens, 1] float32; and, if `row_norms`, what a
+    row's norm doesn't exceed, the same (else [batch, tokens, 0])."""
     out = _empty(image, text, torch.float8_e4m3fn)
-    out_scale, length = (out.new_empty((*out.shape[:2], n), dtype=torch.float32) for n in (1, int(lengths)))
-    _launch(image, text, shift, scale, eps, out, out_scale, length)
-    return out, out_scale, length
+    out_scale, norm = (out.new_empty((*out.shape[:2], n), dtype=torch.float32) for n in (1, int(row_norms)))
+    _launch(image, text, shift, scale, eps, out, out_scale, norm)
+    return out, out_scale, norm
 
 
 def _empty(image: torch.Tensor, text: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
@@ -85,18 +95,18 @@ def _launch(
     eps: float,
     out: torch.Tensor,
     out_scale: torch.Tensor | None,
-    length: torch.Tensor | None,
+    norm: torch.Tensor | None,
 ) -> None:
     check_rows(image=image, text=text, shift=shift, scale=scale)
     batch, tokens, dim = out.shape
     parts, block, warps = row_parts(dim)
     first = image if text is None else text
     wrap_triton(_adaln_kernel)[(tokens, batch)](
-        first, image, shift, scale, out, image if out_scale is None else out_scale, image if length is None else length,
+        first, image, shift, scale, out, image if out_scale is None else out_scale, image if norm is None else norm,
         0 if text is None else text.shape[1], tokens,
         first.stride(0), first.stride(1), image.stride(0), image.stride(1), shift.stride(0), scale.stride(0),
         EPS=eps, DIM=dim, BLOCK=block, PARTS=parts, FLOAT8=out_scale is not None,
-        LENGTH=length is not None and length.shape[2] > 0, num_warps=warps,
+        ROW_NORM=norm is not None and norm.shape[2] > 0, num_warps=warps,
     )  # fmt: skip
 
 
@@ -108,7 +118,7 @@ def _adaln_kernel(
     scale,
     out,
     out_scale,
-    out_length,
+    out_norm,
     text_tokens,
     tokens,
     text_batch,
@@ -122,7 +132,7 @@ def _adaln_kernel(
     BLOCK: tl.constexpr,  # noqa: N803
     PARTS: tl.constexpr,  # noqa: N803
     FLOAT8: tl.constexpr,  # noqa: N803
-    LENGTH: tl.constexpr,  # noqa: N803
+    ROW_NORM: tl.constexpr,  # noqa: N803
 ):
     token, batch = tl.program_id(0), tl.program_id(1)
     row = joint_row(text, image, batch, token, text_tokens, text_batch, text_row, image_batch, image_row)
@@ -134,8 +144,8 @@ def _adaln_kernel(
     if FLOAT8:
         own_scale = row_scale(row_amax(y, PARTS))
         tl.store(out_scale + index, own_scale)
-        if LENGTH:
-            tl.store(out_length + index, row_length(y, PARTS))
+        if ROW_NORM:
+            tl.store(out_norm + index, row_norm(y, PARTS))
         store_row_e4m3(out + index * DIM, y, own_scale, BLOCK, PARTS)
     else:
         store_row(out + index * DIM, y, BLOCK, PARTS)

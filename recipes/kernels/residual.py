@@ -21,10 +21,10 @@ from recipes.kernels.rows import (
     modulated,
     normalized,
     row_amax,
-    row_length,
+    row_norm,
     row_parts,
     row_scale,
-    rows_and_lengths,
+    rows_and_norms,
     store_row,
     store_row_e4m3,
 )
@@ -58,10 +58,10 @@ def reference_adaln_float8(
     shift: torch.Tensor,
     scale: torch.Tensor,
     eps: float,
-    lengths: bool,
+    row_norms: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     hidden, normed = reference_adaln(x, gate, residual, shift, scale, eps)
-    return hidden, *rows_and_lengths(normed, lengths)
+    return hidden, *rows_and_norms(normed, row_norms)
 
 
 @triton_op("flux_fast::gated_residual", mutates_args=())
@@ -107,14 +107,14 @@ def gated_residual_adaln_float8(
     shift: torch.Tensor,
     scale: torch.Tensor,
     eps: float,
-    lengths: bool,
+    row_norms: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`gated_residual_adaln`, its norm as `adaln_float8` gives it: float8_e4m3fn, scale and length."""
+    """`gated_residual_adaln`, its norm as `adaln_float8` gives it: float8_e4m3fn, scale and row norm."""
     hidden = residual.new_empty(x.shape)
     normed = residual.new_empty(x.shape, dtype=torch.float8_e4m3fn)
-    normed_scale, length = (residual.new_empty((*x.shape[:2], n), dtype=torch.float32) for n in (1, int(lengths)))
-    _launch(x, gate, residual, None, hidden, shift, scale, eps, normed, normed_scale, length)
-    return hidden, normed, normed_scale, length
+    normed_scale, norm = (residual.new_empty((*x.shape[:2], n), dtype=torch.float32) for n in (1, int(row_norms)))
+    _launch(x, gate, residual, None, hidden, shift, scale, eps, normed, normed_scale, norm)
+    return hidden, normed, normed_scale, norm
 
 
 def _launch(
@@ -128,7 +128,7 @@ def _launch(
     eps: float,
     normed: torch.Tensor | None,
     normed_scale: torch.Tensor | None,
-    length: torch.Tensor | None,
+    norm: torch.Tensor | None,
 ) -> None:
     check_rows(x=x, gate=gate, residual=residual, text_residual=text_residual, shift=shift, scale=scale)
     batch, tokens, dim = x.shape
@@ -138,12 +138,12 @@ def _launch(
     scale = gate if scale is None else scale
     wrap_triton(_gated_residual_kernel)[(tokens, batch)](
         x, gate, text, residual, shift, scale, hidden,
-        x if normed is None else normed, x if normed_scale is None else normed_scale, x if length is None else length,
+        x if normed is None else normed, x if normed_scale is None else normed_scale, x if norm is None else norm,
         0 if text_residual is None else text_residual.shape[1], tokens,
         x.stride(0), x.stride(1), gate.stride(0), text.stride(0), text.stride(1),
         residual.stride(0), residual.stride(1), shift.stride(0), scale.stride(0),
         EPS=eps, DIM=dim, BLOCK=block, PARTS=parts, ADALN=normed is not None, FLOAT8=normed_scale is not None,
-        LENGTH=length is not None and length.shape[2] > 0, num_warps=warps,
+        ROW_NORM=norm is not None and norm.shape[2] > 0, num_warps=warps,
     )  # fmt: skip
 
 
@@ -158,7 +158,7 @@ def _gated_residual_kernel(
     hidden,
     normed,
     normed_scale,
-    length,
+    norm,
     text_tokens,
     tokens,
     x_batch,
@@ -176,7 +176,7 @@ def _gated_residual_kernel(
     PARTS: tl.constexpr,  # noqa: N803
     ADALN: tl.constexpr,  # noqa: N803
     FLOAT8: tl.constexpr,  # noqa: N803
-    LENGTH: tl.constexpr,  # noqa: N803
+    ROW_NORM: tl.constexpr,  # noqa: N803
 ):
     token, batch = tl.program_id(0), tl.program_id(1)
     row = joint_row(text, image, batch, token, text_tokens, text_batch, text_row, image_batch, image_row)
@@ -195,8 +195,8 @@ def _gated_residual_kernel(
         if FLOAT8:
             own_scale = row_scale(row_amax(y, PARTS))
             tl.store(normed_scale + index, own_scale)
-            if LENGTH:
-                tl.store(length + index, row_length(y, PARTS))
+            if ROW_NORM:
+                tl.store(norm + index, row_norm(y, PARTS))
             store_row_e4m3(normed + index * DIM, y, own_scale, BLOCK, PARTS)
         else:
             store_row(normed + index * DIM, y, BLOCK, PARTS)

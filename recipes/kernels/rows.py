@@ -12,7 +12,7 @@ import triton.language as tl
 
 from recipes.float8_heads import E4M3_MAX, SMALLEST_AMAX
 
-# What rounding a row to float8 with its own scale may add to its length: 2^-4 of each value, little to the smallest.
+# What rounding a row to float8 with its own scale may add to its norm: 2^-4 of each value, little to the smallest.
 ROUNDED = 1.065
 
 
@@ -31,9 +31,9 @@ def rows_to_float8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (x.float() / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scale
 
 
-def rows_and_lengths(x: torch.Tensor, lengths: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`rows_to_float8`; and, if `lengths`, no less than the rounded rows' lengths, [..., 1], else [..., 0]."""
-    return *rows_to_float8(x), x.float().norm(dim=-1, keepdim=True)[..., : int(lengths)] * ROUNDED
+def rows_and_norms(x: torch.Tensor, row_norms: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`rows_to_float8`; and, if `row_norms`, no less than the rounded rows' norms, [..., 1], else [..., 0]."""
+    return *rows_to_float8(x), x.float().norm(dim=-1, keepdim=True)[..., : int(row_norms)] * ROUNDED
 
 
 def check_rows(**tensors: torch.Tensor | None) -> None:
@@ -93,8 +93,8 @@ def row_amax(parts, PARTS: tl.constexpr):  # noqa: N803
 
 
 @triton.jit
-def row_length(parts, PARTS: tl.constexpr):  # noqa: N803
-    """As `rows_and_lengths`, the same constant."""
+def row_norm(parts, PARTS: tl.constexpr):  # noqa: N803
+    """As `rows_and_norms`, the same constant."""
     squares = ()
     for i in tl.static_range(PARTS):
         squares = squares + (parts[i] * parts[i],)

@@ -77,6 +77,13 @@ def test_refuses_what_it_would_read_wrongly() -> None:
         op(x, uneven, value, descales, True, True)
     with pytest.raises(ValueError, match=r"values as for_wgmma lays them out, not \(1, 5, 2, 128\)"):
         op(x, x, x, descales, True, True)
+    beside, scale = wgmma_attention.wgmma_attention_beside, torch.ones(1, 5, 1)
+    with pytest.raises(ValueError, match=r"rows are to be 256 values in float8 and others, not \(1, 5, 128\)"):
+        beside(x, x, value, descales, torch.zeros(1, 5, 128, dtype=float8), scale)
+    with pytest.raises(ValueError, match=r"writes 16 bytes at once: rows have strides \(1320, 264, 1\)"):
+        beside(x, x, value, descales, torch.zeros(1, 5, 264, dtype=float8), scale)
+    with pytest.raises(ValueError, match=r"a row's scale is float32, \[batch, tokens, 1\], contiguous"):
+        beside(x, x, value, descales, torch.zeros(1, 5, 272, dtype=float8), scale.bfloat16())
 
 
 def test_says_what_it_is_compiled_by(monkeypatch: pytest.MonkeyPatch, pretend_gpu: Callable) -> None:
@@ -153,6 +160,21 @@ def test_scores_that_are_all_alike(error_of: Callable) -> None:
 
     as_triton = error_of(triton_fp8(*(x.to(CUDA) for x in given)), expected)
     assert error_of(attend(given), expected) < max(1.05 * as_triton, 0.02)
+
+
+@gpu
+@pytest.mark.usefixtures("_here")
+def test_beside_other_columns(error_of: Callable) -> None:
+    """Within wider rows, each of another scale: the same as in bfloat16 but for rounding; nothing else is touched."""
+    q, k, v = (x.to(CUDA) for x in parts(129, 129, batch=2))
+    (q8, dq), (k8, dk), (v8, dv) = _by_norm(q), _by_norm(k), to_float8(v, per_head=False)
+    given = (q8, k8, for_wgmma(v8), torch.stack([dq, dk, dv]))
+    expected = wgmma_attention.wgmma_attention(*given, True, False).float().flatten(2)
+    scale = (v.abs().amax() / 448 * torch.linspace(1, 20, 2 * 129, device=CUDA)).view(2, 129, 1)
+    rows = torch.full((2, 129, 2 * DIM + 64), 77, dtype=torch.uint8, device=CUDA).view(torch.float8_e4m3fn)
+    wgmma_attention.wgmma_attention_beside(*given, rows, scale)
+    assert error_of(rows[..., : 2 * DIM].float() * scale, expected) < 0.035
+    assert (rows[..., 2 * DIM :].view(torch.uint8) == 77).all()
 
 
 @gpu

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 import recipes
-from recipes import Recipe, RecipeError, fused_qkv, gemm_epilogues, wgmma_linear
+from recipes import Recipe, RecipeError, attention, gemm_epilogues, wgmma_linear
 from recipes.float8_linear import Float8Linear
-from utils.errors import UserError
 
 CUDA = torch.device("cuda")
 RECIPE = Recipe(
@@ -34,7 +35,7 @@ class Layer(torch.nn.Module):
         x, weight = (torch.randn(*shape, generator=random) for shape in ((batch, rows, depth), (columns, depth)))
         x = loud * x * (0.1 + torch.rand(batch, rows, 1, generator=random))
         self.values, self.scale = rows_to_float8(x)
-        self.length = (self.values.float() * self.scale).norm(dim=-1, keepdim=True)
+        self.norm = (self.values.float() * self.scale).norm(dim=-1, keepdim=True)
         linear = torch.nn.Linear(columns, depth)  # only what Float8Linear takes of it
         linear.weight = torch.nn.Parameter(torch.zeros(columns, depth))
         linear.weight.qdata, linear.weight.scale = rows_to_float8(weight / depth**0.5)  # type: ignore[attr-defined]
@@ -48,9 +49,9 @@ class Layer(torch.nn.Module):
         x, weight = self.values.double() * self.scale, self.linear.weight.double() * self.linear.weight_scale
         return (x @ weight.T + self.linear.bias.double()).float().to(device)
 
-    def arguments(self, for_gelu: bool) -> tuple:
-        linear, to = self.linear, lambda x: x.detach().to(CUDA)
-        parts = [self.values, self.scale, *([self.length] if for_gelu else [])]
+    def arguments(self, for_gelu: bool, device: torch.device = CUDA) -> tuple:
+        linear, to = self.linear, lambda x: x.detach().to(device)
+        parts = [self.values, self.scale, *([self.norm] if for_gelu else [])]
         parts += [linear.weight, linear.weight_scale, linear.bias, *([linear.bounds] if for_gelu else [])]
         return tuple(map(to, parts))
 
@@ -64,8 +65,8 @@ def test_bounds_are_of_the_columns_they_are_for() -> None:
     exact = layer.exact(torch.device("cpu"))[0]
     assert layer.linear.bounds is not None
     length, bias, value_length, value_bias = layer.linear.bounds
-    assert (exact[:, 192:].abs() <= layer.length[0] * length + bias).all()
-    assert (exact[:, 128:192].abs() <= layer.length[0] * value_length + value_bias).all()
+    assert (exact[:, 192:].abs() <= layer.norm[0] * length + bias).all()
+    assert (exact[:, 128:192].abs() <= layer.norm[0] * value_length + value_bias).all()
     rows = (layer.linear.weight.float() * layer.linear.weight_scale).norm(dim=1)
     assert (length, value_length) == (rows[192:].max(), rows[128:192].max())
     assert (bias, value_bias) == tuple(
@@ -88,19 +89,46 @@ def test_sizes_that_it_takes(sizes: tuple[int, int, int], words: str | None) -> 
     assert wgmma_linear.refusal(*sizes) == words
 
 
-def test_a_layer_of_another_size_is_refused(tiny: Callable) -> None:
-    pipe = tiny(torch.bfloat16)
-    fused_qkv.OPTIMIZATION.apply(pipe, RECIPE)
-    transformer = pipe.transformer
-    for block in transformer.single_transformer_blocks:
-        block.proj_qkv_mlp = block.proj_mlp
-    transformer.transformer_blocks[1].ff.net[0].proj = Layer(1, 400, 256, plain=0).linear
-    for name in gemm_epilogues._layers(transformer):
-        if isinstance(transformer.get_submodule(name), torch.nn.Linear):
-            owner, _, leaf = name.rpartition(".")
-            setattr(transformer.get_submodule(owner), leaf, Layer(1, 192, 256, plain=192).linear)
-    with pytest.raises(UserError, match=r"of transformer_blocks\.1\.ff\.net\.0\.proj 400 out features.* use gemm_epil"):
-        gemm_epilogues.arrange(transformer)
+def pipeline(heads: int, head_dim: int) -> Any:
+    """As much of one as its sizes are asked of."""
+    config = SimpleNamespace(num_attention_heads=heads, attention_head_dim=head_dim)
+    return SimpleNamespace(transformer=SimpleNamespace(config=config))
+
+
+def test_a_transformer_of_other_sizes_is_refused() -> None:
+    unfit = gemm_epilogues.OPTIMIZATION.unfit
+    assert unfit(RECIPE, pipeline(24, 128)) is None
+    assert unfit(RECIPE, pipeline(2, 128)) is None
+    reason = unfit(RECIPE, pipeline(1, 128))
+    assert reason == "needs other sizes: 128 in features aren't a multiple of 128 from 256 on"
+    unfit = attention.OPTIMIZATION.unfit
+    assert unfit(RECIPE, pipeline(2, 128)) is None
+    assert unfit(RECIPE, pipeline(4, 64)) == "needs heads of 128 values, this transformer's have 64"
+    assert unfit(replace(RECIPE, attention="native"), pipeline(4, 64)) is None
+
+
+@pytest.mark.parametrize("outliers", [1, 10])
+def test_what_a_bound_as_scale_costs(outliers: float, error_of: Callable) -> None:
+    """Of GELU's results, and of an attention that gives a twentieth of the values: float8 has room below a bound, also
+    where one row and one column are ten times as long as the others."""
+    layer = Layer(300, 7 * 256, 256, plain=3 * 256)
+    linear = layer.linear
+    for column in (700, 900):  # of the values and of the MLP
+        linear.weight_scale.data[column] *= outliers
+    layer.scale[0, 7] *= outliers
+    layer.norm[0, 7] *= outliers
+    linear.bound(3 * 256)
+    assert linear.bounds is not None
+    exact = layer.exact(torch.device("cpu"))
+    bound = torch.maximum(
+        layer.norm * linear.bounds[0] + linear.bounds[1], layer.norm.max() * linear.bounds[2] + linear.bounds[3]
+    )
+    scale = bound / 448  # as the kernel has it
+    values = exact[..., 512:768]
+    assert (values.abs() <= bound).all()
+    for result in (gelu(exact[..., 768:]), values / 20):
+        rounded = (result / scale).to(torch.float8_e4m3fn).float() * scale
+        assert error_of(rounded, result) < 0.03
 
 
 def test_what_it_needs_of_the_recipe(pretend_gpu: Callable) -> None:
@@ -124,7 +152,12 @@ def _here() -> None:
         pytest.skip(refusal)
 
 
-SIZES = [(1, 192, 256), (77, 256, 256), (128, 448, 384), (200, 1024, 1792), (4608, 3072, 3072), (300, 12288, 3072)]
+# The larger ones are several tiles a multiprocessor, so that one's epilogue runs under the next one's products: of few
+# and of many blocks of depth, at the number of portions and next to it, with columns that fill no tile.
+SIZES = [
+    *((1, 192, 256), (77, 256, 256), (128, 448, 384), (200, 1024, 1792), (4608, 3072, 3072), (300, 12288, 3072)),
+    *((4700, 448, 256), (4700, 448, 1536), (4700, 448, 1664), (4700, 512, 1792)),
+]
 
 
 @gpu
@@ -156,7 +189,10 @@ def test_gelu_of_two_streams(rows: int, columns: int, depth: int, loud: float, e
 @pytest.mark.usefixtures("_here")
 @pytest.mark.parametrize(
     ("rows", "columns", "depth", "plain", "beside"),
-    [(200, 1792, 256, 768, 256), (4608, 21504, 3072, 9216, 3072), (5, 256, 256, 192, 64)],
+    [
+        *((200, 1792, 256, 768, 256), (4608, 21504, 3072, 9216, 3072)),
+        *((5, 256, 256, 192, 64), (20000, 448, 256, 192, 64)),
+    ],
 )
 def test_query_key_value_and_mlp(
     rows: int, columns: int, depth: int, plain: int, beside: int, error_of: Callable
@@ -179,14 +215,21 @@ def test_same_bits_every_time() -> None:
     for _ in range(5):
         again = wgmma_linear.wgmma_qkv_gelu_linear(*arguments, 9216, 3072)
         assert torch.equal(again[0], first[0])
+        assert torch.equal(again[2], first[2])
         assert torch.equal(again[1][..., 3072:].view(torch.uint8), first[1][..., 3072:].view(torch.uint8))
 
 
-@gpu
-@pytest.mark.usefixtures("_here")
 def test_refuses_what_it_would_read_wrongly() -> None:
-    rows, scale, length, *layer = Layer(5, 192, 256, 0).arguments(True)
-    with pytest.raises(ValueError, match=r"length is to be \[1, 5, 1\] torch.float32, contiguous, not \[1, 4, 1\]"):
-        wgmma_linear.wgmma_qkv_gelu_linear(rows, scale, length[:, :4], *layer, 0, 0)
+    rows, scale, norm, *layer = Layer(5, 192, 256, 0).arguments(True, torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"norm is to be \[1, 5, 1\] torch.float32, contiguous, not \[1, 4, 1\]"):
+        wgmma_linear.wgmma_qkv_gelu_linear(rows, scale, norm[:, :4], *layer, 0, 0)
     with pytest.raises(ValueError, match=r"x is to be \[1, 5, 256\] torch.float8_e4m3fn, contiguous, not"):
-        wgmma_linear.wgmma_qkv_gelu_linear(rows.float(), scale, length, *layer, 0, 0)
+        wgmma_linear.wgmma_qkv_gelu_linear(rows.float(), scale, norm, *layer, 0, 0)
+    with pytest.raises(ValueError, match="192 out features, of which 128 without GELU, aren't multiples of 64 and 192"):
+        wgmma_linear.wgmma_qkv_gelu_linear(rows, scale, norm, *layer, 128, 0)
+    with pytest.raises(ValueError, match="8 columns beside the others aren't a multiple of 16"):
+        wgmma_linear.wgmma_qkv_gelu_linear(rows, scale, norm, *layer, 0, 8)
+    weight, weight_scale, bias, bounds = layer
+    shifted = torch.cat([bias[:1], bias])[1:]
+    with pytest.raises(ValueError, match="bias is read 16 bytes at once and has to begin at a multiple of that"):
+        wgmma_linear.wgmma_qkv_gelu_linear(rows, scale, norm, weight, weight_scale, shifted, bounds, 0, 0)

@@ -88,7 +88,7 @@ def test_float8_is_as_exact_as_unfused(load: Callable, apply: Callable, error: C
 def test_gemm_epilogues(
     load: Callable, predict: Callable, error: Callable, error_of: Callable, execution: str, batch: int
 ) -> None:
-    """As exact as the kernels apart; compiled without a break, and without a copy of what the attention fills."""
+    """As exact as the kernels apart, and compiled without a break."""
     plain, fused = load(), load()
     recipe = replace(FUSED, quantization="float8_per_row", attention="wgmma_fp8", execution=execution)
     skip_unless_it_runs(recipe)

@@ -90,6 +90,19 @@ def test_adaln_of_far_from_zero_mean(normal: Callable) -> None:
     torch.testing.assert_close(out, adaln.reference(image, None, shift, scale, EPS), rtol=1e-3, atol=1e-3)
 
 
+def test_norm_of_rows_that_float8_rounds_up(device: torch.device) -> None:
+    """All but the largest value lie just above the middle between two of float8's, where it adds most: 1/17."""
+    row = torch.full((1, 1, 512), 17 / 16 + 1e-3, device=device)
+    row[..., ::2] *= -1  # no mean
+    row[..., :2] = torch.tensor([448.0, -448.0], device=device) / 128
+    factor = row.float().norm() / 512**0.5  # what LayerNorm divides by comes back as the modulation
+    zero = torch.zeros(1, 512, device=device)
+    values, scale, norm = adaln.adaln_float8(row, None, zero, zero + factor - 1, 0.0, True)
+    rounded = (values.float() * scale).norm()
+    assert rounded > 1.05 * row.float().norm()
+    assert rounded <= norm
+
+
 @pytest.mark.parametrize(("batch", "image", "text", "dim"), SIZES)
 def test_gelu(normal: Callable, batch: int, image: int, text: int, dim: int) -> None:
     hidden, attended = 3 * normal(batch, image, 4 * dim), normal(batch, text + image, dim)[:, text:]
