@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -171,19 +171,9 @@ def wgmma_linears(
 
 
 @wgmma_linears.register_fake
-def _(
-    x: torch.Tensor,
-    scale: torch.Tensor,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor,
-    other_x: torch.Tensor,
-    other_scale: torch.Tensor,
-    other_weight: torch.Tensor,
-    other_weight_scale: torch.Tensor,
-    other_bias: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return tuple(_empty(of, len(weight), len(weight), 0)[0] for of in (x, other_x))  # type: ignore[return-value]
+def _(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    weight = tensors[2]
+    return tuple(_empty(x, len(weight), len(weight), 0)[0] for x in (tensors[0], tensors[5]))
 
 
 @torch.library.custom_op("flux_fast::wgmma_gelu_linears", mutates_args=())
@@ -218,23 +208,8 @@ def wgmma_gelu_linears(
 
 
 @wgmma_gelu_linears.register_fake
-def _(
-    x: torch.Tensor,
-    scale: torch.Tensor,
-    norm: torch.Tensor,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor,
-    bounds: torch.Tensor,
-    other_x: torch.Tensor,
-    other_scale: torch.Tensor,
-    other_norm: torch.Tensor,
-    other_weight: torch.Tensor,
-    other_weight_scale: torch.Tensor,
-    other_bias: torch.Tensor,
-    other_bounds: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    (_, *one), (_, *other) = (_empty(of, len(weight), 0, 0) for of in (x, other_x))
+def _(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    (_, *one), (_, *other) = (_empty(x, len(tensors[3]), 0, 0) for x in (tensors[0], tensors[7]))
     return one[0], one[1], other[0], other[1]
 
 
@@ -264,15 +239,6 @@ def wgmma_qkv_gelu_linear(
 
 
 @wgmma_qkv_gelu_linear.register_fake
-def _(
-    x: torch.Tensor,
-    scale: torch.Tensor,
-    norm: torch.Tensor,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor,
-    bounds: torch.Tensor,
-    plain: int,
-    beside: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    x, weight, plain, beside = arguments[0], arguments[3], *arguments[7:]
     return _empty(x, len(weight), plain, beside)
