@@ -1,0 +1,178 @@
+"""Time our float8 Linears against PyTorch's and what follows these: `python -m benchmark.linears --output FILE`.
+
+The blocks' Linears of FLUX.1 at 1024x1024, one image, 4096 image and 512 text tokens, with a scale a row. `scaled_mm`:
+torch._scaled_mm alone, a launch a stream; `gelu`: the same and then, where GELU follows, our Triton kernel for it and
+its cast; `wgmma`: kernels/wgmma_linear.cu, both streams and GELU in one launch. They take turns, each for so long that
+a GPU at its power limit has come to the clock that it keeps with it. --zeros: of zeros, which take so little power that
+the clock stays high: what is left is how well a kernel fills the tensor cores. The error is against float32, of all
+that comes out.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from utils.quiet import quiet
+
+with quiet():
+    from benchmark import series
+    from benchmark.device_timing import captured, sustained_ms
+    from recipes import gemm_epilogues
+    from recipes.float8_linear import Float8Linear
+    from recipes.recipe import Recipe
+    from utils.errors import Parser, run_command
+    from utils.relative_error import relative_error
+
+IMAGE, TEXT, DIM = 4096, 512, 3072
+_CALLS = 5  # in a graph
+Stream = tuple[Float8Linear, Any]  # a layer and its input, fused_blocks' Rows
+Form = Callable[[], list[Any]]
+HEADER = "linear      form       output       ms  TFLOP/s   error"
+
+
+@dataclass(frozen=True)
+class Case:
+    """tokens: of each stream; plain: of the out features those that don't go through GELU, query, key and value."""
+
+    name: str
+    tokens: tuple[int, ...]
+    out_features: int
+    in_features: int
+    plain: int
+
+    @property
+    def flops(self) -> int:
+        return 2 * sum(self.tokens) * self.out_features * self.in_features
+
+
+def cases() -> list[Case]:
+    both = (IMAGE, TEXT)
+    return [
+        Case("qkv", both, 3 * DIM, DIM, 3 * DIM),
+        Case("out", both, DIM, DIM, DIM),
+        Case("mlp_up", both, 4 * DIM, DIM, 0),
+        Case("qkv_mlp", (IMAGE + TEXT,), 7 * DIM, DIM, 3 * DIM),
+    ]
+
+
+def stream(case: Case, number: int, device: torch.device, zeros: bool) -> Stream:
+    """A layer of standard normal inputs and as large results, and its input."""
+    from recipes.fused_blocks import Rows  # needs triton, which only a machine with a GPU has
+    from recipes.kernels.rows import rows_and_norms, rows_to_float8
+
+    random = torch.Generator(device).manual_seed(number)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device=device, generator=random) * (not zeros)
+
+    weight, scale = rows_to_float8(normal(case.out_features, case.in_features) / case.in_features**0.5)
+    quantized = SimpleNamespace(qdata=weight, scale=scale, dtype=torch.bfloat16)
+    bias = torch.nn.Parameter(normal(case.out_features).bfloat16() / 8, requires_grad=False)
+    linear: Any = SimpleNamespace(weight=quantized, bias=bias)
+    layer = Float8Linear(linear)
+    layer.bound(case.plain)
+    return layer, Rows(*rows_and_norms(normal(1, case.tokens[number], case.in_features), True))
+
+
+def forms(case: Case, streams: Sequence[Stream]) -> dict[str, Form]:
+    """What is timed; gives what comes out, bfloat16 or rows, of one stream after the other."""
+    from recipes.fused_blocks import Epilogues, Float8, Rows
+
+    backend: Any = None  # the attention's, which isn't called
+    apart, joined = Float8(backend), Epilogues(backend)
+    found: dict[str, Form] = {"scaled_mm": lambda: apart.linears(streams)}
+    if len(case.tokens) == 1:
+        ((linear, x),) = streams
+        attended = Rows(x.values[..., : case.plain // 3], x.scale)
+        widths = [case.plain, case.out_features - case.plain]
+
+        def with_gelu() -> list[Any]:
+            projected, hidden = apart.qkv_mlp(linear, x, widths)
+            return [projected, apart.concat_gelu(attended, hidden)]
+
+        return found | {"gelu": with_gelu, "wgmma": lambda: joined.qkv_mlp(linear, x, widths)}
+    if case.plain:
+        return found | {"wgmma": lambda: joined.linears(streams)}
+    return found | {"gelu": lambda: apart.gelu_linears(streams), "wgmma": lambda: joined.gelu_linears(streams)}
+
+
+def exact(linear: Float8Linear, x: Any) -> torch.Tensor:
+    """x W^T + b in float32."""
+    weight, bias = linear.weight.float() * linear.weight_scale, linear.bias.float()
+    return torch.nn.functional.linear(x.values.float() * x.scale, weight, bias)
+
+
+def error(case: Case, out: list[Any], streams: Sequence[Stream], activated: bool) -> float:
+    """The largest of what comes out; `activated`: with GELU where it follows."""
+    expected = [exact(linear, x) for linear, x in streams]
+    if activated and case.plain < case.out_features:
+        plain = [one[..., : case.plain] for one in expected if case.plain]
+        gelu = partial(torch.nn.functional.gelu, approximate="tanh")
+        expected = plain + [gelu(one[..., case.plain :]) for one in expected]
+    given = [one if isinstance(one, torch.Tensor) else one.values.float() * one.scale for one in out]
+    pairs = zip(given, expected, strict=True)
+    return max(relative_error(one[..., -other.shape[-1] :], other) for one, other in pairs)
+
+
+@torch.no_grad()
+def measure(case: Case, zeros: bool, device: torch.device) -> dict[str, Any]:
+    streams = [stream(case, number, device, zeros) for number in range(len(case.tokens))]
+    runs = forms(case, streams)
+    outputs = {name: run() for name, run in runs.items()}
+    ms = sustained_ms({name: captured([run] * _CALLS) for name, run in runs.items()}, _CALLS)
+    found = {}
+    for name, out in outputs.items():
+        dtypes = sorted(
+            {str((x if isinstance(x, torch.Tensor) else x.values).dtype).removeprefix("torch.") for x in out}
+        )
+        figures = {"output": dtypes, "ms": ms[name], "tflops": case.flops / ms[name]["median"] / 1e9}
+        if not zeros:
+            figures["relative_error"] = error(case, out, streams, name != "scaled_mm")
+        found[name] = figures
+    return {"forms": found}
+
+
+def line(row: dict[str, Any]) -> str:
+    text = []
+    for name, figures in row.get("forms", {}).items():
+        of_text = f"{figures['relative_error']:.4f}" if "relative_error" in figures else ""
+        output = "both" if len(figures["output"]) > 1 else figures["output"][0].partition("_")[0]
+        ms, tflops = figures["ms"]["median"], figures["tflops"]
+        text.append(f"{row['linear']:<10}  {name:<9}  {output:<8}  {ms:7.4f}  {tflops:7.0f}  {of_text:>6}")
+    return "\n".join(text) or f"{row['linear']:<10}"
+
+
+def main() -> None:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--zeros", action="store_true", help="multiply zeros")
+    series.add_options(parser)
+    arguments = parser.parse_args()
+
+    def command() -> None:
+        device = series.check(arguments)
+        missing = gemm_epilogues.OPTIMIZATION.needs(Recipe()).missing(device, "bfloat16")
+        measurements = [
+            series.Measurement(
+                {
+                    "linear": case.name,
+                    **{k: getattr(case, k) for k in ("tokens", "out_features", "in_features", "plain")},
+                },
+                partial(measure, case, arguments.zeros, device),
+                missing,
+            )
+            for case in cases()
+        ]
+        series.run("linears", measurements, HEADER, line, arguments, device, {"zeros": arguments.zeros})
+
+    run_command(command, arguments.debug)
+
+
+if __name__ == "__main__":
+    main()
