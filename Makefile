@@ -25,7 +25,7 @@ help: ## list the targets
 	@echo 'Variables: PROMPT= OUTPUT= CHECKPOINT= RECIPE= ARGS= of image, CHECKPOINT= ARGS= of ladder, PYTHON= of setup.'
 
 image: $(VENV)/.ready ## draw PROMPT with the embedded model (or CHECKPOINT) into OUTPUT
-	$(BIN)/python gen_image.py --checkpoint "$$CHECKPOINT" --prompt "$$PROMPT" --output "$$OUTPUT" \
+	@$(BIN)/python gen_image.py --checkpoint "$$CHECKPOINT" --prompt "$$PROMPT" --output "$$OUTPUT" \
 		$${RECIPE:+--recipe "$$RECIPE" --build-packages} $(ARGS)
 
 ladder: $(VENV)/.ready ## time every rung and make the table and the chart; goes on where it was stopped

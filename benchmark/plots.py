@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,8 @@ def image_strip(rungs: list[dict[str, Any]], folder: Path, path: Path) -> None:
             # Noise packs well as squares, and not blurred into each other.
             panel.imshow(image.convert("RGB"), interpolation="nearest" if is_random(rung["checkpoint"]) else None)
         panel.set_title(name, fontsize=8)
-    figure.suptitle(f"{_title(rungs)}, “{drawn[0]['request']['prompt']}”", fontsize=9)
+    title = f"{_title(rungs)}, “{drawn[0]['request']['prompt']}”"
+    figure.suptitle(textwrap.fill(title, 24 * columns), fontsize=9)
     figure.savefig(path, dpi=120)
 
 
@@ -79,7 +81,7 @@ def _title(rungs: list[dict[str, Any]]) -> str:
     first = next(r for r in rungs if "skipped" not in r)
     random = ", random weights" if is_random(first["checkpoint"]) else ""
     request = first["request"]
-    size = f"{request['width']}x{request['height']}, {request['steps']} steps, batch {request['batch']}"
+    size = f"{request['height']}x{request['width']}, {request['steps']} steps, batch {request['batch']}"
     return f"{first['checkpoint']}{random}, {size}"
 
 

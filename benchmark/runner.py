@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import math
 import shlex
@@ -74,13 +75,18 @@ class Runner:
         rungs = {rung.name: rung for rung in recipes.climb(self._refusal)}
         for what, name in (("baseline", baseline), *(("rung", name) for name in sorted(self.only))):
             if name not in rungs:
-                raise UsageError(f"unknown {what} {name!r}: it is one of {', '.join(rungs)}")
+                close = difflib.get_close_matches(name, rungs, n=1)
+                hint = f"did you mean {close[0]}? It" if close else "it"
+                raise UsageError(f"unknown {what} {name!r}: {hint} is one of {', '.join(rungs)}")
         bottom = rungs[baseline]
         if bottom.skipped is not None:
             raise UsageError(f"the baseline {baseline} can't run here: {bottom.skipped}")
         below = list(rungs)[: list(rungs).index(baseline)]
         with tempfile.TemporaryDirectory(prefix="flux-fast-") as scratch:
-            unmeasured = {*below, *(name for name in rungs if self.only and name not in self.only)}
+            asked = set(self.only or rungs)
+            if not self._path(baseline).exists():
+                asked.add(baseline)  # a table without it would say how many times as fast as nothing
+            unmeasured = {*below, *(set(rungs) - asked)}
             return self._climb(bottom, unmeasured, Path(scratch), report)
 
     def _refusal(self, rung: recipes.Rung) -> str | None:
@@ -129,7 +135,7 @@ class Runner:
             return None
 
         for rung in recipes.climb(skip):
-            if rung.skipped is not None:
+            if rung.skipped is not None and rung.name not in unmeasured:
                 report(f"{rung.name}: skipped, {rung.skipped}")
                 self._keep_skipped(rung)
         if not measured:

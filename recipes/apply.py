@@ -142,9 +142,10 @@ def not_timed(recipe: Recipe, device: torch.device) -> str | None:
 
 
 def nearest(recipe: Recipe, device: torch.device, pipe: DiffusionPipeline | None = None) -> Recipe:
-    """`recipe` without what `device` and `pipe` refuse."""
+    """`recipe` without what `device` and `pipe` refuse, and what the device only emulates."""
     for optimization in OPTIMIZATIONS:
-        if optimization.refusal(recipe, device, pipe):
+        emulated = optimization.requested(recipe) and optimization.not_timed(device)
+        if emulated or optimization.refusal(recipe, device, pipe):
             recipe = recipe.without(optimization.field)
     return recipe
 

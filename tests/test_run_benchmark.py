@@ -81,8 +81,9 @@ def climb_only(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
         (["--ladder", "--recipe", "bf16"], "are for one recipe: leave --ladder out"),
         (["--ladder", "--output", "a.png"], "are for one recipe: leave --ladder out"),
         (["--ladder", "--trace-file", "a.json"], "are for one recipe: leave --ladder out"),
-        (["--ladder", "--baseline", "fp16"], "unknown baseline 'fp16': it is one of fp32, bf16"),
-        (["--ladder", "--rungs", "bf16", "fp8"], "unknown rung 'fp8': it is one of fp32, bf16"),
+        (["--ladder", "--baseline", "fp16"], "unknown baseline 'fp16': did you mean "),
+        (["--ladder", "--rungs", "bf16", "int4"], "unknown rung 'int4': it is one of fp32, bf16"),
+        (["--ladder", "--rungs", "bf61"], "unknown rung 'bf61': did you mean bf16? It is one of fp32, bf16"),
         (["--recipe", "bf16", "--rungs", "bf16"], "--rungs, --seconds and --trace-reports are for --ladder"),
         (["--ladder", "--baseline", "fa3_fp8"], "the baseline fa3_fp8 can't run here: attention=fa3_fp8 needs a cuda"),
         (["--recipe", "bf16,attention=fa3_fp8"], "the nearest recipe that runs here: --recipe bf16"),
@@ -256,11 +257,18 @@ def test_ladder_in_two_parts_with_reports(main: Callable, tmp_path: Path, monkey
 
 @pytest.mark.slow
 def test_some_rungs_of_the_ladder(main: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On top of those below them, measured or not, and against a baseline that isn't kept anew."""
-    climb_only(monkeypatch, "fp32", "bf16", "no_scheduler_sync", "channels_last")
-    done = main("run_benchmark", *SMALL, "--ladder", "--results", tmp_path, "--rungs", "no_scheduler_sync")
+    """On top of those below them, measured or not, and against a baseline that is kept once; what isn't asked for isn't
+    even skipped."""
+    climb_only(monkeypatch, "fp32", "bf16", "no_scheduler_sync", "channels_last", "fa3_fp8")
+    climb = ("run_benchmark", *SMALL, "--ladder", "--results", tmp_path, "--rungs", "no_scheduler_sync")
+    done = main(*climb)
     assert done.code == 0, done.err
-    assert [path.name for path in results.files(folder(tmp_path))] == ["no_scheduler_sync@64x64-b1-s1.json"]
+    assert "fa3_fp8" not in done.out
+    names = [f"{name}@64x64-b1-s1.json" for name in ("fp32", "no_scheduler_sync")]
+    assert [path.name for path in results.files(folder(tmp_path))] == names
+    baseline = rung(tmp_path, "fp32")
+    assert main(*climb, "--again").code == 0
+    assert rung(tmp_path, "fp32") == baseline
     measured = rung(tmp_path, "no_scheduler_sync")
     assert (measured["recipe"]["parent"], measured["recipe"]["dtype"]) == ("bf16", "bfloat16")
     assert measured["ratio_to_baseline"]["baseline"] == "fp32"
