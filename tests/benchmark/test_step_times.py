@@ -85,7 +85,8 @@ def test_cold_caches_hold_nothing_of_the_recipe_before(
 ) -> None:
     """Two recipes with the same blocks: the second one compiles them too. Inductor's counts, as each row is printed."""
     path, counts, line = tmp_path / "steps.json", [], step_times.line
-    torch._dynamo.utils.counters.clear()  # of the tests before
+    torch._dynamo.reset()  # what the tests before have compiled, and their counts
+    torch._dynamo.utils.counters.clear()
 
     def counting(*arguments: Any) -> str:
         inductor = torch._dynamo.utils.counters["inductor"]
