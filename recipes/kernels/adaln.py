@@ -77,7 +77,7 @@ def adaln_float8(
     row's norm doesn't exceed, the same (else [batch, tokens, 0])."""
     out = _empty(image, text, torch.float8_e4m3fn)
     out_scale, norm = (out.new_empty((*out.shape[:2], n), dtype=torch.float32) for n in (1, int(row_norms)))
-    _launch(image, text, shift, scale, eps, out, out_scale, norm)
+    _launch(image, text, shift, scale, eps, out, out_scale, norm if row_norms else None)
     return out, out_scale, norm
 
 
@@ -106,7 +106,7 @@ def _launch(
         0 if text is None else text.shape[1], tokens,
         first.stride(0), first.stride(1), image.stride(0), image.stride(1), shift.stride(0), scale.stride(0),
         EPS=eps, DIM=dim, BLOCK=block, PARTS=parts, FLOAT8=out_scale is not None,
-        ROW_NORM=norm is not None and norm.shape[2] > 0, num_warps=warps,
+        ROW_NORM=norm is not None, num_warps=warps,
     )  # fmt: skip
 
 

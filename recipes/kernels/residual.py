@@ -113,7 +113,7 @@ def gated_residual_adaln_float8(
     hidden = residual.new_empty(x.shape)
     normed = residual.new_empty(x.shape, dtype=torch.float8_e4m3fn)
     normed_scale, norm = (residual.new_empty((*x.shape[:2], n), dtype=torch.float32) for n in (1, int(row_norms)))
-    _launch(x, gate, residual, None, hidden, shift, scale, eps, normed, normed_scale, norm)
+    _launch(x, gate, residual, None, hidden, shift, scale, eps, normed, normed_scale, norm if row_norms else None)
     return hidden, normed, normed_scale, norm
 
 
@@ -143,7 +143,7 @@ def _launch(
         x.stride(0), x.stride(1), gate.stride(0), text.stride(0), text.stride(1),
         residual.stride(0), residual.stride(1), shift.stride(0), scale.stride(0),
         EPS=eps, DIM=dim, BLOCK=block, PARTS=parts, ADALN=normed is not None, FLOAT8=normed_scale is not None,
-        ROW_NORM=norm is not None and norm.shape[2] > 0, num_warps=warps,
+        ROW_NORM=norm is not None, num_warps=warps,
     )  # fmt: skip
 
 
