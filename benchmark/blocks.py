@@ -24,7 +24,7 @@ with quiet():
     from diffusers import FluxTransformer2DModel
 
     from benchmark import series
-    from benchmark.device_timing import Captured, captured, sustained_ms
+    from benchmark.device_timing import Captured, captured, sustained
     from recipes import attention, float8, fused_kernels, fused_qkv, gemm_epilogues
     from recipes.apply import refusal
     from recipes.ladder import parse
@@ -36,6 +36,7 @@ with quiet():
 TEXT, SIDE, DIM = 512, 64, 3072
 DOUBLE_BLOCKS, SINGLE_BLOCKS = 19, 38
 _CALLS = 5  # in a graph
+HEADER = "quantization     attention   kernels    double ms  single ms  all blocks ms  errors         compile s  MHz"
 Graphs = dict[str, Captured]
 
 
@@ -130,8 +131,8 @@ class Turns:
                 self._found[recipe] = error
                 continue
             graphs |= {(recipe, kind): graph for kind, graph in of_recipe.items()}
-        for (recipe, kind), ms in sustained_ms(graphs, _CALLS).items():
-            rows[recipe][kind]["ms"] = ms
+        for (recipe, kind), figures in sustained(graphs, _CALLS, self.device).items():
+            rows[recipe][kind] |= figures
         for recipe, row in rows.items():
             blocks = ((DOUBLE_BLOCKS, "double"), (SINGLE_BLOCKS, "single"))
             self._found[recipe] = {
@@ -148,6 +149,7 @@ def line(row: dict[str, Any]) -> str:
         text += f"  {double['ms']['median']:9.3f}  {single['ms']['median']:9.3f}  {row['all_blocks_ms']:13.1f}"
         text += f"  {double['relative_error']:.4f} {single['relative_error']:.4f}"
         text += f"  {double['compile_s'] + single['compile_s']:9.1f}"
+        text += f"  {double['sm_clock_mhz'] or 0:4.0f} {single['sm_clock_mhz'] or 0:4.0f}"
     return text
 
 
@@ -178,12 +180,11 @@ def parser() -> Parser:
 
 def main() -> None:
     arguments = parser().parse_args()
-    header = "quantization     attention   kernels    double ms  single ms  all blocks ms  errors         compile s"
 
     def command() -> None:
         device = series.check(arguments)
         asked = [parse(text) for text in arguments.recipes] or compared()
-        series.run("blocks", measurements(asked, device), header, line, arguments, device)
+        series.run("blocks", measurements(asked, device), HEADER, line, arguments, device)
 
     run_command(command, arguments.debug)
 

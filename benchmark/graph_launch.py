@@ -49,11 +49,11 @@ def of_kind(kind: str, device: torch.device) -> tuple[torch.cuda.CUDAGraph, torc
             else:
                 driver.cuMemsetD32Async(written.data_ptr() + 4 * at, 0, 1, torch.cuda.current_stream().cuda_stream)
 
-    graph, side = captured([work], keep_graph=True)
+    captured_work = captured([work], keep_graph=True)
     if kind == _KINDS[2]:
-        replace_memsets(graph, side)
-    graph.instantiate()
-    return graph, written
+        replace_memsets(captured_work.graph, captured_work.stream)
+    captured_work.graph.instantiate()
+    return captured_work.graph, written
 
 
 def measure(kind: str, device: torch.device) -> dict[str, Any]:

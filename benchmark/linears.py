@@ -1,7 +1,7 @@
-"""Time our float8 Linears against PyTorch's and what follows these: `python -m benchmark.linears --output FILE`.
+"""Time our float8 Linears against PyTorch's with GELU after these: `python -m benchmark.linears --output FILE`.
 
-The blocks' Linears of FLUX.1 at 1024x1024, one image, 4096 image and 512 text tokens, with a scale a row. `scaled_mm`:
-torch._scaled_mm alone, a launch a stream; `gelu`: the same and then, where GELU follows, our Triton kernel for it and
+Those of FLUX.1's Linears that GELU follows, at 1024x1024, one image, 4096 image and 512 text tokens, with a scale a
+row. `scaled_mm`: torch._scaled_mm alone, a launch a stream; `gelu`: the same and then our Triton kernel for GELU and
 its cast; `wgmma`: kernels/wgmma_linear.cu, both streams and GELU in one launch. They take turns, each for so long that
 a GPU at its power limit has come to the clock that it keeps with it. --zeros: of zeros, which take so little power that
 the clock stays high: what is left is how well a kernel fills the tensor cores. The error is against float32, of all
@@ -23,7 +23,7 @@ from utils.quiet import quiet
 
 with quiet():
     from benchmark import series
-    from benchmark.device_timing import captured, sustained_ms
+    from benchmark.device_timing import captured, sustained
     from recipes import gemm_epilogues
     from recipes.float8_linear import Float8Linear
     from recipes.recipe import Recipe
@@ -34,7 +34,7 @@ IMAGE, TEXT, DIM = 4096, 512, 3072
 _CALLS = 5  # in a graph
 Stream = tuple[Float8Linear, Any]  # a layer and its input, fused_blocks' Rows
 Form = Callable[[], list[Any]]
-HEADER = "linear      form       output       ms  TFLOP/s   error"
+HEADER = "linear   form       output       ms  TFLOP/s   error   MHz"
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,6 @@ class Case:
 def cases() -> list[Case]:
     both = (IMAGE, TEXT)
     return [
-        Case("qkv", both, 3 * DIM, DIM, 3 * DIM),
-        Case("out", both, DIM, DIM, DIM),
         Case("mlp_up", both, 4 * DIM, DIM, 0),
         Case("qkv_mlp", (IMAGE + TEXT,), 7 * DIM, DIM, 3 * DIM),
     ]
@@ -87,8 +85,8 @@ def forms(case: Case, streams: Sequence[Stream]) -> dict[str, Form]:
 
     backend: Any = None  # the attention's, which isn't called
     apart, joined = Float8(backend), Epilogues(backend)
-    found: dict[str, Form] = {"scaled_mm": lambda: apart.linears(streams)}
-    if len(case.tokens) == 1:
+    found: dict[str, Form] = {"scaled_mm": lambda: [apart.linear(*one) for one in streams]}
+    if case.plain:
         ((linear, x),) = streams
         attended = Rows(x.values[..., : case.plain // 3], x.scale)
         widths = [case.plain, case.out_features - case.plain]
@@ -98,8 +96,6 @@ def forms(case: Case, streams: Sequence[Stream]) -> dict[str, Form]:
             return [projected, apart.concat_gelu(attended, hidden)]
 
         return found | {"gelu": with_gelu, "wgmma": lambda: joined.qkv_mlp(linear, x, widths)}
-    if case.plain:
-        return found | {"wgmma": lambda: joined.linears(streams)}
     return found | {"gelu": lambda: apart.gelu_linears(streams), "wgmma": lambda: joined.gelu_linears(streams)}
 
 
@@ -112,7 +108,7 @@ def exact(linear: Float8Linear, x: Any) -> torch.Tensor:
 def error(case: Case, out: list[Any], streams: Sequence[Stream], activated: bool) -> float:
     """The largest of what comes out; `activated`: with GELU where it follows."""
     expected = [exact(linear, x) for linear, x in streams]
-    if activated and case.plain < case.out_features:
+    if activated:
         plain = [one[..., : case.plain] for one in expected if case.plain]
         gelu = partial(torch.nn.functional.gelu, approximate="tanh")
         expected = plain + [gelu(one[..., case.plain :]) for one in expected]
@@ -126,13 +122,13 @@ def measure(case: Case, zeros: bool, device: torch.device) -> dict[str, Any]:
     streams = [stream(case, number, device, zeros) for number in range(len(case.tokens))]
     runs = forms(case, streams)
     outputs = {name: run() for name, run in runs.items()}
-    ms = sustained_ms({name: captured([run] * _CALLS) for name, run in runs.items()}, _CALLS)
+    times = sustained({name: captured([run] * _CALLS) for name, run in runs.items()}, _CALLS, device)
     found = {}
     for name, out in outputs.items():
         dtypes = sorted(
             {str((x if isinstance(x, torch.Tensor) else x.values).dtype).removeprefix("torch.") for x in out}
         )
-        figures = {"output": dtypes, "ms": ms[name], "tflops": case.flops / ms[name]["median"] / 1e9}
+        figures = {"output": dtypes, **times[name], "tflops": case.flops / times[name]["ms"]["median"] / 1e9}
         if not zeros:
             figures["relative_error"] = error(case, out, streams, name != "scaled_mm")
         found[name] = figures
@@ -144,9 +140,9 @@ def line(row: dict[str, Any]) -> str:
     for name, figures in row.get("forms", {}).items():
         of_text = f"{figures['relative_error']:.4f}" if "relative_error" in figures else ""
         output = "both" if len(figures["output"]) > 1 else figures["output"][0].partition("_")[0]
-        ms, tflops = figures["ms"]["median"], figures["tflops"]
-        text.append(f"{row['linear']:<10}  {name:<9}  {output:<8}  {ms:7.4f}  {tflops:7.0f}  {of_text:>6}")
-    return "\n".join(text) or f"{row['linear']:<10}"
+        ms, tflops, clock = figures["ms"]["median"], figures["tflops"], figures["sm_clock_mhz"] or 0
+        text.append(f"{row['linear']:<7}  {name:<9}  {output:<8}  {ms:7.4f}  {tflops:7.0f}  {of_text:>6}  {clock:4.0f}")
+    return "\n".join(text) or f"{row['linear']:<7}"
 
 
 def main() -> None:

@@ -63,11 +63,8 @@ class Plain:
     def linear(self, linear: nn.Module, x: Tensor) -> Tensor:
         return linear(x)
 
-    def linears(self, pairs: Sequence[tuple[nn.Module, Tensor]]) -> list[Tensor]:
-        return [self.linear(linear, x) for linear, x in pairs]
-
     def gelu_linears(self, pairs: Sequence[tuple[nn.Module, Tensor]]) -> list[Tensor]:
-        return [F.gelu(hidden, approximate="tanh") for hidden in self.linears(pairs)]
+        return [F.gelu(self.linear(*pair), approximate="tanh") for pair in pairs]
 
 
 @dataclass(frozen=True)
@@ -102,16 +99,13 @@ class Float8:
     def linear(self, linear: nn.Module, x: Rows) -> Tensor:
         return linear(x.values, x.scale)
 
-    def linears(self, pairs: Sequence[tuple[nn.Module, Rows]]) -> list[Tensor]:
-        return [self.linear(linear, x) for linear, x in pairs]
-
     def gelu_linears(self, pairs: Sequence[tuple[nn.Module, Rows]]) -> list[Rows]:
-        return [Rows(*gelu.gelu_float8(hidden)) for hidden in self.linears(pairs)]
+        return [Rows(*gelu.gelu_float8(self.linear(*pair))) for pair in pairs]
 
 
 @dataclass(frozen=True)
 class Epilogues(Float8):
-    """As Float8, but what follows a Linear is done in its own kernel, of both streams in one launch."""
+    """As Float8, but GELU is done in the kernel of the Linear before it, of both streams in one launch."""
 
     row_norms: bool = True
 
@@ -123,24 +117,15 @@ class Epilogues(Float8):
     def concat_gelu(self, attended: Any, hidden: Any) -> Rows:
         return attended  # which is hidden, filled
 
-    def linears(self, pairs: Sequence[tuple[nn.Module, Rows]]) -> list[Tensor]:
-        first, second = (_tensors(*pair) for pair in pairs)
-        return list(wgmma_linear.wgmma_linears(*first, *second))
-
     def gelu_linears(self, pairs: Sequence[tuple[nn.Module, Rows]]) -> list[Rows]:
         first, second = (_for_gelu(*pair) for pair in pairs)
         out = wgmma_linear.wgmma_gelu_linears(*first, *second)
         return [Rows(*out[:2]), Rows(*out[2:])]
 
 
-def _tensors(linear: Any, x: Rows) -> tuple[Tensor, ...]:
-    """A stream and its Float8Linear as `wgmma_linear`'s operators take them: with several images a stream has gaps."""
-    return x.values.contiguous(), x.scale.contiguous(), linear.weight, linear.weight_scale, linear.bias
-
-
 def _for_gelu(linear: Any, x: Rows) -> tuple[Any, ...]:
-    values, scale, *of_linear = _tensors(linear, x)
-    return values, scale, x.norm, *of_linear, linear.bounds
+    """A stream and its Float8Linear as `wgmma_linear`'s operators take them."""
+    return *x, linear.weight, linear.weight_scale, linear.bias, linear.bounds
 
 
 def double_block(
@@ -158,10 +143,11 @@ def double_block(
     of_image, of_text = _modulation(self.norm1, temb, 6), _modulation(self.norm1_context, temb, 6)
     image_normed = kernels.adaln(image, None, *of_image[:2], self.norm1.norm.eps)
     text_normed = kernels.adaln(text, None, *of_text[:2], self.norm1_context.norm.eps)
-    image_qkv, text_qkv = kernels.linears([(attn.to_qkv, image_normed), (attn.to_added_qkv, text_normed)])
+    image_qkv, text_qkv = kernels.linear(attn.to_qkv, image_normed), kernels.linear(attn.to_added_qkv, text_normed)
     attended = _attention(kernels, attn, image_qkv, text_qkv, image_rotary_emb)
     of_text_tokens, of_image_tokens = kernels.streams(attended, [text.shape[1], image.shape[1]])
-    image_update, text_update = kernels.linears([(attn.to_out[0], of_image_tokens), (attn.to_add_out, of_text_tokens)])
+    image_update = kernels.linear(attn.to_out[0], of_image_tokens)
+    text_update = kernels.linear(attn.to_add_out, of_text_tokens)
     gate, *of_norm, image_gate = of_image[2:]
     image, image_normed = kernels.residual_adaln(image_update, gate, image, *of_norm, self.norm2.eps)
     gate, *of_norm, text_gate = of_text[2:]
@@ -169,9 +155,8 @@ def double_block(
     image_hidden, text_hidden = kernels.gelu_linears(
         [(self.ff.net[0].proj, image_normed), (self.ff_context.net[0].proj, text_normed)]
     )
-    image_update, text_update = (
-        kernels.linear(ff.net[2], hidden) for ff, hidden in ((self.ff, image_hidden), (self.ff_context, text_hidden))
-    )
+    image_update = kernels.linear(self.ff.net[2], image_hidden)
+    text_update = kernels.linear(self.ff_context.net[2], text_hidden)
     image = residual.gated_residual(image_update, image_gate, image, None)
     text = residual.gated_residual(text_update, text_gate, text, None)
     return text, image

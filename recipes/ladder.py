@@ -129,7 +129,7 @@ def wgmma_attention(parent: Recipe) -> Recipe:
 
 
 def gemm_epilogues(parent: Recipe) -> Recipe:
-    """GELU and its float8 cast in the GEMMs' epilogues, both streams in one launch. Later rungs are without it."""
+    """GELU and its float8 cast in the epilogue of the GEMM before it, both streams in one launch."""
     return replace(parent, gemm_epilogues=True)
 
 
@@ -172,9 +172,8 @@ LADDER: tuple[Callable[[Recipe], Recipe], ...] = (
     aoti,
 )
 # Measured, and not inherited, for they cost what their gain must be worth to who asks for them: a search of minutes at
-# each compilation (at FLUX.1's sizes cuBLASLt wins most of it), or callbacks between steps. gemm_epilogues, because it
-# was timed in blocks only, and not scored.
-NOT_INHERITED = (max_autotune, inductor_flags, gemm_epilogues, loop_graph)
+# each compilation (at FLUX.1's sizes cuBLASLt wins most of it), or callbacks between steps.
+NOT_INHERITED = (max_autotune, inductor_flags, loop_graph)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
-"""Float8 Linears by our own kernel for Hopper's tensor cores (kernels/wgmma_linear.cu), as custom ops.
+"""Float8 Linears with GELU by our own kernel for Hopper's tensor cores (kernels/wgmma_linear.cu), as custom ops.
 
-What follows a Linear is done before its result leaves the registers: GELU and the cast back to float8. One launch takes
-two streams, each with its own layer, so that 512 text tokens don't leave most of the GPU idle.
+GELU and the cast back to float8 are done before a result leaves the registers. One launch takes two streams, each with
+its own layer, so that 512 text tokens don't leave most of the GPU idle.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ _PORTIONS = 12  # of what is left to do of a tile, a block of depth each
 class Layer(NamedTuple):
     """One stream's input and its layer.
 
-    x [batch, tokens, in features] float8_e4m3fn, scale [batch, tokens, 1] float32; weight [out features, in features]
-    float8_e4m3fn, weight_scale [out features, 1] float32, bias [out features] bfloat16. For GELU also norm [batch,
-    tokens, 1] float32, no less than a row's norm, and bounds [4] float32, `Float8Linear`'s. All contiguous.
+    x [batch, tokens, in features] float8_e4m3fn, scale [batch, tokens, 1] float32, norm [batch, tokens, 1] float32, no
+    less than a row's norm; weight [out features, in features] float8_e4m3fn, weight_scale [out features, 1] float32,
+    bias [out features] bfloat16, bounds [4] float32, `Float8Linear`'s. All contiguous.
     """
 
     x: torch.Tensor
     scale: torch.Tensor
+    norm: torch.Tensor
     weight: torch.Tensor
     weight_scale: torch.Tensor
     bias: torch.Tensor
-    norm: torch.Tensor | None = None
-    bounds: torch.Tensor | None = None
+    bounds: torch.Tensor
 
 
 class _Stream(ctypes.Structure):
@@ -59,7 +59,7 @@ def refusal(out_features: int, in_features: int, plain: int) -> str | None:
     """Why the kernel can't compute such a layer, of whose results `plain` stay as they are; None if it can."""
     if in_features % _DEPTH or in_features < 2 * _DEPTH:
         return f"{in_features} in features aren't a multiple of {_DEPTH} from {2 * _DEPTH} on"
-    if out_features % 64 or (plain != out_features and plain % COLUMNS):
+    if out_features % 64 or plain % COLUMNS:
         return f"{out_features} out features, of which {plain} without GELU, aren't multiples of 64 and {COLUMNS}"
     return None
 
@@ -81,8 +81,7 @@ def _launch(layers: Sequence[Layer], plain: int, beside: int) -> list[tuple[torc
         results = _empty(layer.x, columns, plain, beside)
         out.append(results)
         for name in ("scale", "norm", "weight_scale", "bias", "bounds"):
-            tensor = getattr(layer, name)
-            setattr(stream, name, None if tensor is None else tensor.data_ptr())
+            setattr(stream, name, getattr(layer, name).data_ptr())
         stream.plain, stream.activated, stream.activated_scale = (result.data_ptr() for result in results)
         stream.rows = layer.x.shape[0] * layer.x.shape[1]
     tall = [-(-stream.rows // _ROWS) for stream in arguments.streams]
@@ -127,8 +126,6 @@ def _check(layer: Layer, columns: int, depth: int) -> None:
         "bounds": (layer.bounds, (4,), torch.float32),
     }
     for name, (tensor, shape, dtype) in wanted.items():
-        if tensor is None:
-            continue
         if tensor.shape != shape or tensor.dtype != dtype or not tensor.is_contiguous():
             wanted_text = f"{list(shape)} {dtype}, contiguous"
             raise ValueError(f"{name} is to be {wanted_text}, not {list(tensor.shape)} {tensor.dtype}")
@@ -141,39 +138,9 @@ def _empty(x: torch.Tensor, columns: int, plain: int, beside: int) -> tuple[torc
     rows, activated = x.shape[:2], columns - plain
     return (
         x.new_empty((*rows, plain), dtype=torch.bfloat16),
-        x.new_empty((*rows, beside + activated if activated else 0)),
-        x.new_empty((*rows, 1 if activated else 0), dtype=torch.float32),
+        x.new_empty((*rows, beside + activated)),
+        x.new_empty((*rows, 1), dtype=torch.float32),
     )
-
-
-@torch.library.custom_op("flux_fast::wgmma_linears", mutates_args=())
-def wgmma_linears(
-    x: torch.Tensor,
-    scale: torch.Tensor,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor,
-    other_x: torch.Tensor,
-    other_scale: torch.Tensor,
-    other_weight: torch.Tensor,
-    other_weight_scale: torch.Tensor,
-    other_bias: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """x W^T + b of two streams, as in `Layer`; [batch, tokens, out features] bfloat16 each.
-
-    Raises:
-        ValueError: a tensor isn't as `Layer` says, or the kernel has no such sizes (`refusal`).
-    """
-    first = Layer(x, scale, weight, weight_scale, bias)
-    second = Layer(other_x, other_scale, other_weight, other_weight_scale, other_bias)
-    (one, *_), (other, *_) = _launch([first, second], len(weight), 0)
-    return one, other
-
-
-@wgmma_linears.register_fake
-def _(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    weight = tensors[2]
-    return tuple(_empty(x, len(weight), len(weight), 0)[0] for x in (tensors[0], tensors[5]))
 
 
 @torch.library.custom_op("flux_fast::wgmma_gelu_linears", mutates_args=())
@@ -201,8 +168,8 @@ def wgmma_gelu_linears(
     Raises:
         ValueError: a tensor isn't as `Layer` says, or the kernel has no such sizes (`refusal`).
     """
-    first = Layer(x, scale, weight, weight_scale, bias, norm, bounds)
-    second = Layer(other_x, other_scale, other_weight, other_weight_scale, other_bias, other_norm, other_bounds)
+    first = Layer(x, scale, norm, weight, weight_scale, bias, bounds)
+    second = Layer(other_x, other_scale, other_norm, other_weight, other_weight_scale, other_bias, other_bounds)
     (_, *one), (_, *other) = _launch([first, second], 0, 0)
     return one[0], one[1], other[0], other[1]
 
@@ -234,7 +201,7 @@ def wgmma_qkv_gelu_linear(
     Raises:
         ValueError: a tensor isn't as `Layer` says, or the kernel has no such sizes (`refusal`).
     """
-    (results,) = _launch([Layer(x, scale, weight, weight_scale, bias, norm, bounds)], plain, beside)
+    (results,) = _launch([Layer(x, scale, norm, weight, weight_scale, bias, bounds)], plain, beside)
     return results
 
 

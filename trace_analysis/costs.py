@@ -183,9 +183,7 @@ def _own_linears(*layers: tuple[int, int]) -> Callable[[str, Shapes], Cost | Non
             columns, other = shapes.dims[weight]
             if inner != other:
                 return None
-            in_bfloat16 = columns
-            if "gelu" in operator:
-                in_bfloat16 = int(shapes.concrete[weight + 4]) if "qkv" in operator else 0
+            in_bfloat16 = int(shapes.concrete[weight + 4]) if "qkv" in operator else 0
             flops += 2 * batch * tokens * columns * inner
             moved += batch * tokens * (columns + in_bfloat16)
             text.append(f"{batch * tokens} x {columns} x {inner}")
@@ -283,7 +281,6 @@ _COSTS: dict[str, Callable[[str, Shapes], Cost | None]] = {
     "aten::_scaled_dot_product_flash_attention": _attention(4),
     "aten::_scaled_dot_product_efficient_attention": _attention(6),
     "aten::_scaled_dot_product_cudnn_attention": _attention(6),
-    "flux_fast::wgmma_linears": _own_linears((0, 2), (5, 7)),
     "flux_fast::wgmma_gelu_linears": _own_linears((0, 3), (7, 10)),
     "flux_fast::wgmma_qkv_gelu_linear": _own_linears((0, 3)),
     "flux_fast::cudnn_attention": _own_attention,

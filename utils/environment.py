@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,12 +28,13 @@ def capture(device: torch.device, commit: str | None = None) -> dict[str, Any]:
     """Everything that doesn't change during a run. `commit` is for a tree without git, or with another's."""
     cuda = device.type == "cuda"
     versions = {name: version(name) for name in _PACKAGES}
+    power_limit, driver = _query_gpu(("power.limit", "driver_version"), device) if cuda else (None, None)
     return {
         "device_type": device.type,
         "device": torch.cuda.get_device_name(device) if cuda else cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
-        "power_limit_w": _query_gpu("power.limit", device) if cuda else None,
-        "driver": _query_gpu("driver_version", device) if cuda else None,
+        "power_limit_w": power_limit,
+        "driver": driver,
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version() if cuda else None,
         **versions,
@@ -45,7 +47,7 @@ def capture(device: torch.device, commit: str | None = None) -> dict[str, Any]:
 def device_state(device: torch.device) -> dict[str, Any]:
     """Clocks, temperature, power and throttle reasons of the GPU now; the load average of a CPU."""
     if device.type == "cuda":
-        return {name: _query_gpu(query, device) for name, query in _GPU_STATE.items()}
+        return dict(zip(_GPU_STATE, _query_gpu(tuple(_GPU_STATE.values()), device), strict=True))
     return {"load_average": os.getloadavg()[0]}
 
 
@@ -90,16 +92,19 @@ def _git(commit: str | None) -> dict[str, Any]:
     return {"commit": found, "clean": changes == ""}
 
 
-def _query_gpu(field: str, device: torch.device) -> float | str | None:
-    """One value from nvidia-smi, a number where it is one; None where it can't be had."""
+def _query_gpu(fields: Sequence[str], device: torch.device) -> list[float | str | None]:
+    """Values from nvidia-smi, all of one moment, numbers where they are; None where they can't be had."""
     # By UUID: nvidia-smi's indices know nothing of CUDA_VISIBLE_DEVICES.
     which = f"--id=GPU-{torch.cuda.get_device_properties(device).uuid}"
-    command = ["nvidia-smi", which, f"--query-gpu={field}", "--format=csv,noheader,nounits"]
+    command = ["nvidia-smi", which, f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
     try:
-        value = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        line = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
+        return [None] * len(fields)
+    return [_value(text) for text in line.split(", ")]
+
+
+def _value(text: str) -> float | str | None:
+    if text.startswith("["):  # [N/A], [Not Supported]
         return None
-    if value.startswith("["):  # [N/A], [Not Supported]
-        return None
-    is_number = re.fullmatch(r"\d+(\.\d+)?", value)
-    return float(value) if is_number else value
+    return float(text) if re.fullmatch(r"\d+(\.\d+)?", text) else text

@@ -26,17 +26,19 @@ def test_one_that_fails_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> No
             raise RuntimeError("no such kernel")
         return {kind: {"relative_error": 0.0} for kind in ("double", "single")}, {"double": "a", "single": "b"}
 
-    def sustained_ms(graphs: dict, calls: int) -> dict:
-        return {name: {"median": 2.0 if name[1] == "double" else 1.0} for name in graphs}
+    def sustained(graphs: dict, calls: int, device: torch.device) -> dict:
+        ms = {"double": 2.0, "single": 1.0}
+        return {name: {"ms": {"median": ms[name[1]]}, "sm_clock_mhz": 1500.0} for name in graphs}
 
     monkeypatch.setattr(blocks, "prepare", prepare)
-    monkeypatch.setattr(blocks, "sustained_ms", sustained_ms)
+    monkeypatch.setattr(blocks, "sustained", sustained)
     turns = blocks.Turns([good, bad], CPU)
     with pytest.raises(RuntimeError, match="no such kernel"):
         turns.figures(bad)
     row = turns.figures(good)
     assert row["all_blocks_ms"] == 19 * 2 + 38 * 1
     assert (row["double"]["ms"], row["single"]["ms"]) == ({"median": 2.0}, {"median": 1.0})
+    assert row["single"]["sm_clock_mhz"] == 1500
     assert prepared == [good, bad], "each once"
 
 
@@ -61,4 +63,5 @@ def test_two_recipes(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixtu
             19 * row["double"]["ms"]["median"] + 38 * row["single"]["ms"]["median"]
         )
         assert all(row[kind]["relative_error"] < 0.01 for kind in ("double", "single"))
+        assert all(100 < row[kind]["sm_clock_mhz"] < 3000 for kind in ("double", "single"))
     assert len(capfd.readouterr().out.splitlines()) == 3

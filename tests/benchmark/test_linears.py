@@ -16,11 +16,11 @@ def test_flops_and_rows() -> None:
     assert one.flops == 2 * 4608 * 21504 * 3072
     both = next(case for case in linears.cases() if case.name == "mlp_up")
     assert both.flops == 2 * (4096 + 512) * 12288 * 3072
-    figures = {"output": ["bfloat16", "float8_e4m3fn"], "ms": {"median": 0.5}, "tflops": 1217.6}
+    figures = {"output": ["bfloat16", "float8_e4m3fn"], "ms": {"median": 0.5}, "tflops": 1217.6, "sm_clock_mhz": 1400.0}
     row = {"linear": "qkv_mlp", "forms": {"wgmma": {**figures, "relative_error": 0.0266}, "gelu": figures}}
     texts = linears.line(row).splitlines()
-    assert texts[0].split() == ["qkv_mlp", "wgmma", "both", "0.5000", "1218", "0.0266"]
-    assert texts[1].split() == ["qkv_mlp", "gelu", "both", "0.5000", "1218"]
+    assert texts[0].split() == ["qkv_mlp", "wgmma", "both", "0.5000", "1218", "0.0266", "1400"]
+    assert texts[1].split() == ["qkv_mlp", "gelu", "both", "0.5000", "1218", "1400"]
     assert linears.line({"linear": "out"}).strip() == "out"
 
 

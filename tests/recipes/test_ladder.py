@@ -62,14 +62,14 @@ def test_skipped_rung_is_not_inherited(name: str) -> None:
 def test_rungs_for_who_asks_for_them_are_not_inherited() -> None:
     rungs = climbed()
     assert [name for name, rung in rungs.items() if not rung.inherited] == [
-        "max_autotune", "inductor_flags", "gemm_epilogues", "loop_graph",
+        "max_autotune", "inductor_flags", "loop_graph",
     ]  # fmt: skip
-    for name in ("max_autotune", "inductor_flags", "gemm_epilogues"):
+    for name in ("max_autotune", "inductor_flags"):
         (field,) = rungs[name].recipe.differences(rungs[rungs[name].parent].recipe)
         plain = getattr(Recipe(), field)
         assert [other for other, rung in rungs.items() if getattr(rung.recipe, field) != plain] == [name]
     assert [name for name, rung in rungs.items() if rung.recipe.loop_graph] == ["loop_graph"]
-    assert rungs["loop_graph"].parent == rungs["aoti"].parent == "wgmma_attention"
+    assert rungs["loop_graph"].parent == rungs["aoti"].parent == "gemm_epilogues"
     without = climbed("cuda_graph")["loop_graph"]
     assert without.skipped == "loop_graph needs cuda_graph=true"
     assert not without.recipe.loop_graph

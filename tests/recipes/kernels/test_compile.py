@@ -36,7 +36,7 @@ class AllKernels(nn.Module):
         wide_text, wide_image = wide.split([TEXT, IMAGE], dim=1)
         arguments = (wide_image, wide_text, *self.norm.unbind(0), cos, sin, 1e-6)
         plain = qkv.qk_norm_rotary(*arguments)
-        query_key, value, descales = qkv.qkv_norm_rotary_float8(*arguments, True, True)
+        query_key, value, descales = qkv.qkv_norm_rotary_float8(*arguments, "tokens_innermost", True)
         attended = attention.attention_float8(query_key[:, :, 0], query_key[:, :, 1], value, descales).flatten(2)
         both = gelu.concat_gelu(attended, normed)
         hidden, after = residual.gated_residual_adaln(attended, gate, normed, shift, scale, 1e-6)

@@ -85,13 +85,12 @@ def beside_arguments(x: Inputs) -> tuple:
     return q.contiguous(), k.contiguous(), for_wgmma(v), descales, rows, scale
 
 
-def linear_arguments(x: Inputs, tokens: int, columns: int, for_gelu: bool) -> tuple:
+def linear_arguments(x: Inputs, tokens: int, columns: int) -> tuple:
     """As `wgmma_linear`'s operators take a stream and its layer of 256 in features."""
     rows, scale = rows_to_float8(x.normal(BATCH, tokens, 256))
     weight, weight_scale = rows_to_float8(x.normal(columns, 256))
     norm, bounds = x.normal(BATCH, tokens, 1, dtype=torch.float32).abs() + 20, x.normal(4, dtype=torch.float32).abs()
-    layer = (weight, weight_scale, x.normal(columns))
-    return (rows, scale, norm, *layer, bounds) if for_gelu else (rows, scale, *layer)
+    return rows, scale, norm, weight, weight_scale, x.normal(columns), bounds
 
 
 def cudnn_float8_arguments(x: Inputs) -> tuple:
@@ -156,18 +155,13 @@ CASES = {
     ),
     "wgmma_attention": Case(wgmma_attention.wgmma_attention, wgmma_arguments, "wgmma_fp8"),
     "wgmma_attention_beside": Case(wgmma_attention.wgmma_attention_beside, beside_arguments, "wgmma_fp8", (4,)),
-    "wgmma_linears": Case(
-        wgmma_linear.wgmma_linears,
-        lambda x: linear_arguments(x, IMAGE, 192, False) + linear_arguments(x, TEXT, 192, False),
-        "wgmma_fp8",
-    ),
     "wgmma_gelu_linears": Case(
         wgmma_linear.wgmma_gelu_linears,
-        lambda x: linear_arguments(x, IMAGE, 256, True) + linear_arguments(x, TEXT, 256, True),
+        lambda x: linear_arguments(x, IMAGE, 256) + linear_arguments(x, TEXT, 256),
         "wgmma_fp8",
     ),
     "wgmma_qkv_gelu_linear": Case(
-        wgmma_linear.wgmma_qkv_gelu_linear, lambda x: (*linear_arguments(x, IMAGE, 448, True), 192, 0), "wgmma_fp8"
+        wgmma_linear.wgmma_qkv_gelu_linear, lambda x: (*linear_arguments(x, IMAGE, 448), 192, 0), "wgmma_fp8"
     ),
 }
 
