@@ -51,7 +51,7 @@ def run(name: str, module: str, argument: str, scratch: Path, debug: bool) -> No
     name: what is run, for the error's line. debug: gives it --debug.
 
     Raises:
-        UserError: it failed; the message is what it printed last.
+        UserError: it failed; the message is the error's line, which it printed last.
     """
     # -P: modules come from this repository, not from the working directory, to which the job's paths are relative.
     command = [sys.executable, "-P", "-m", module, argument, *(["--debug"] if debug else [])]

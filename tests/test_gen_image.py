@@ -162,11 +162,12 @@ def test_out_of_memory(main: Callable, tmp_path: Path) -> None:
     assert done.code == 1
 
 
-def test_debug_shows_the_traceback(script: Callable) -> None:
+def test_debug_shows_the_traceback_and_ends_on_the_same_line(script: Callable) -> None:
     done = script("gen_image.py", *SMALL, "--steps", 0, "--debug")
-    assert done.code == 1
+    assert done.code == 2
     assert "Traceback" in done.err
     assert "UsageError: --steps 0: give at least 1" in done.err
+    assert done.err.splitlines()[-1] == "error: --steps 0: give at least 1"
 
 
 def test_interrupted(main: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

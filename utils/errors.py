@@ -6,6 +6,7 @@ import argparse
 import difflib
 import re
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -47,7 +48,7 @@ def one_line(error: BaseException) -> str:
 
 
 def run_command(main: Callable[[], None], debug: bool) -> None:
-    """Run a command's body; print what it raises as one line on stderr, with its traceback if `debug`.
+    """Run a command's body; print what it raises as one line on stderr, after its traceback if `debug`.
 
     Raises:
         SystemExit: with 2 after a UsageError, 130 after Ctrl-C, 1 after any other error.
@@ -61,12 +62,13 @@ def run_command(main: Callable[[], None], debug: bool) -> None:
         _fail("interrupted; nothing half-written was left behind", 130)
     except Exception as error:
         if debug:
-            raise
+            traceback.print_exc()
         if isinstance(error, UserError):
             _fail(str(error), error.exit_code)
         if is_out_of_memory(error):
-            _fail(f"out of memory{_peak()} (--debug shows where)", 1)
-        _fail(f"{type(error).__name__}: {one_line(error)} (--debug shows the traceback)", 1)
+            _fail(f"out of memory{_peak()}{'' if debug else ' (--debug shows where)'}", 1)
+        hint = "" if debug else " (--debug shows the traceback)"
+        _fail(f"{type(error).__name__}: {one_line(error)}{hint}", 1)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
