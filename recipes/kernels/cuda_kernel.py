@@ -1,4 +1,4 @@
-"""Kernels in CUDA C++: compiled at their first use on a GPU, in a second, by the compiler that PyTorch brings along.
+"""Kernels in CUDA C++: compiled at their first use on a GPU, in seconds, by the compiler that PyTorch brings along.
 
 Sources: NVRTC; the CUDA driver API's module management, execution control and tensor map objects.
 """
