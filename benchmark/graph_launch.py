@@ -16,7 +16,7 @@ from utils.quiet import quiet
 
 with quiet():
     from benchmark import series
-    from benchmark.device_timing import captured
+    from benchmark.device_timing import Captured, captured
     from utils.errors import UserError
     from utils.graph_memsets import replace_memsets
     from utils.timing import summary
@@ -26,7 +26,7 @@ _REPLAYS = 30
 _KINDS = ("kernels in their place", "memsets", "memsets replaced")
 
 
-def of_kind(kind: str, device: torch.device) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+def of_kind(kind: str, device: torch.device) -> tuple[Captured, torch.Tensor]:
     """A graph of the kind, and what its memsets write to: int32 [MEMSETS].
 
     Raises:
@@ -49,15 +49,16 @@ def of_kind(kind: str, device: torch.device) -> tuple[torch.cuda.CUDAGraph, torc
             else:
                 driver.cuMemsetD32Async(written.data_ptr() + 4 * at, 0, 1, torch.cuda.current_stream().cuda_stream)
 
-    captured_work = captured([work], keep_graph=True)
+    graph = captured([work], keep_graph=True)
     if kind == _KINDS[2]:
-        replace_memsets(captured_work.graph, captured_work.stream)
-    captured_work.graph.instantiate()
-    return captured_work.graph, written
+        replace_memsets(graph.graph, graph.stream)
+    graph.graph.instantiate()
+    return graph, written
 
 
 def measure(kind: str, device: torch.device) -> dict[str, Any]:
-    graph, written = of_kind(kind, device)
+    kept, written = of_kind(kind, device)
+    graph = kept.graph
     written.fill_(1)
     graph.replay()
     torch.cuda.synchronize(device)
