@@ -1,11 +1,11 @@
-"""Time our float8 Linears against PyTorch's with GELU after these: `python -m benchmark.linears --output FILE`.
+"""Time our float8 Linears against PyTorch's and what follows these: `python -m benchmark.linears --output FILE`.
 
-Those of FLUX.1's Linears that GELU follows, at 1024x1024, one image, 4096 image and 512 text tokens, with a scale a
-row. `scaled_mm`: torch._scaled_mm alone, a launch a stream; `gelu`: the same and then our Triton kernel for GELU and
-its cast; `wgmma`: kernels/wgmma_linear.cu, both streams and GELU in one launch. They take turns, each for so long that
-a GPU at its power limit has come to the clock that it keeps with it. --zeros: of zeros, which take so little power that
-the clock stays high: what is left is how well a kernel fills the tensor cores. The error is against float32, of all
-that comes out.
+Those of FLUX.1's Linears that have something to follow, at 1024x1024, one image, 4096 image and 512 text tokens, with a
+scale a row. `scaled_mm`: torch._scaled_mm alone, a launch a stream; `apart`: the same and then our Triton kernels, for
+GELU and its cast, for query, key and value; `wgmma`: kernels/wgmma_linear.cu, both streams, GELU, query, key and
+value in one launch, the values laid out after it. They take turns, each for so long that a GPU at its power limit has
+come to the clock that it keeps with it. --zeros: of zeros, which take so little power that the clock stays high: what
+is left is how well a kernel fills the tensor cores. The error is against float32, of GELU's results or the Linear's.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from utils.quiet import quiet
 with quiet():
     from benchmark import series
     from benchmark.device_timing import captured, sustained
-    from recipes import gemm_epilogues
+    from recipes import gemm_epilogues, wgmma_linear
     from recipes.float8_linear import Float8Linear
     from recipes.recipe import Recipe
+    from recipes.wgmma_linear import HEAD_DIM
     from utils.errors import Parser, run_command
     from utils.relative_error import relative_error
 
@@ -34,18 +35,22 @@ IMAGE, TEXT, DIM = 4096, 512, 3072
 _CALLS = 5  # in a graph
 Stream = tuple[Float8Linear, Any]  # a layer and its input, fused_blocks' Rows
 Form = Callable[[], list[Any]]
-HEADER = "linear   form       output       ms  TFLOP/s   error   MHz"
+HEADER = "linear   form            ms  TFLOP/s   error   MHz"
 
 
 @dataclass(frozen=True)
 class Case:
-    """tokens: of each stream; plain: of the out features those that don't go through GELU, query, key and value."""
+    """tokens: of each stream; heads: of query, key and value, whose features come before those that go through GELU."""
 
     name: str
     tokens: tuple[int, ...]
     out_features: int
     in_features: int
-    plain: int
+    heads: int
+
+    @property
+    def plain(self) -> int:
+        return 3 * self.heads * HEAD_DIM
 
     @property
     def flops(self) -> int:
@@ -55,8 +60,9 @@ class Case:
 def cases() -> list[Case]:
     both = (IMAGE, TEXT)
     return [
+        Case("qkv", both, 3 * DIM, DIM, DIM // HEAD_DIM),
         Case("mlp_up", both, 4 * DIM, DIM, 0),
-        Case("qkv_mlp", (IMAGE + TEXT,), 7 * DIM, DIM, 3 * DIM),
+        Case("qkv_mlp", (IMAGE + TEXT,), 7 * DIM, DIM, DIM // HEAD_DIM),
     ]
 
 
@@ -80,23 +86,59 @@ def stream(case: Case, number: int, device: torch.device, zeros: bool) -> Stream
 
 
 def forms(case: Case, streams: Sequence[Stream]) -> dict[str, Form]:
-    """What is timed; gives what comes out, bfloat16 or rows, of one stream after the other."""
+    """What is timed; gives the Linears' results in bfloat16, or rows of GELU's, of one stream after the other."""
     from recipes.fused_blocks import Epilogues, Float8, Rows
+    from recipes.kernels import gelu, qkv
 
     backend: Any = None  # the attention's, which isn't called
     apart, joined = Float8(backend), Epilogues(backend)
     found: dict[str, Form] = {"scaled_mm": lambda: [apart.linear(*one) for one in streams]}
-    if case.plain:
-        ((linear, x),) = streams
-        attended = Rows(x.values[..., : case.plain // 3], x.scale)
-        widths = [case.plain, case.out_features - case.plain]
+    if not case.heads:
+        return found | {"apart": lambda: apart.gelu_linears(streams), "wgmma": lambda: joined.gelu_linears(streams)}
+    tokens = sum(case.tokens)
+    like = streams[0][1].scale
+    norms = [torch.ones(HEAD_DIM, device=like.device, dtype=torch.bfloat16)] * 2
+    angle = torch.linspace(0, 100, tokens * HEAD_DIM // 2, device=like.device).view(tokens, -1)
+    rotary = [turn.repeat_interleave(2, dim=1) for turn in (angle.cos(), angle.sin())]
+    turns = torch.stack([angle.cos(), angle.sin()], dim=-1).flatten(1).half()
 
-        def with_gelu() -> list[Any]:
-            projected, hidden = apart.qkv_mlp(linear, x, widths)
-            return [projected, apart.concat_gelu(attended, hidden)]
+    def heads_of(projected: torch.Tensor) -> torch.Tensor:
+        return projected[..., : case.plain].unflatten(2, (3, case.heads, HEAD_DIM))
 
-        return found | {"gelu": with_gelu, "wgmma": lambda: joined.qkv_mlp(linear, x, widths)}
-    return found | {"gelu": lambda: apart.gelu_linears(streams), "wgmma": lambda: joined.gelu_linears(streams)}
+    def of_linear(linear: Float8Linear, x: Any) -> tuple[Any, ...]:
+        return *x, linear.weight, linear.weight_scale, linear.bias, linear.bounds
+
+    if len(streams) == 2:
+
+        def in_turn() -> list[Any]:
+            both = [apart.linear(*one) for one in streams]
+            qkv.qkv_norm_rotary_float8(*map(heads_of, both), *norms, *norms, *rotary, 1e-6, "for_wgmma", False)
+            return []
+
+        def together() -> list[Any]:
+            both = (*of_linear(*streams[0]), *of_linear(*streams[1]))
+            _, value, _ = wgmma_linear.wgmma_qkv_linears(*both, *norms, *norms, turns, 1e-6, case.heads)
+            qkv.lay_out_values(value, "for_wgmma")
+            return []
+
+        return found | {"apart": in_turn, "wgmma": together}
+    ((linear, x),) = streams
+
+    def with_mlp_in_turn() -> list[Any]:
+        projected = apart.linear(linear, x)
+        qkv.qkv_norm_rotary_float8(
+            heads_of(projected), None, *norms, None, None, *rotary, 1e-6, "for_wgmma", False
+        )  # fmt: skip
+        attended = x.values[..., : case.heads * HEAD_DIM]
+        return [Rows(*gelu.concat_gelu_float8(attended, projected[..., case.plain :], x.scale))]
+
+    def with_mlp_together() -> list[Any]:
+        of_heads = (*norms, turns, 1e-6, case.heads)
+        _, value, _, *rows = wgmma_linear.wgmma_qkv_gelu_linear(*of_linear(linear, x), *of_heads)
+        qkv.lay_out_values(value, "for_wgmma")
+        return [Rows(*rows)]
+
+    return found | {"apart": with_mlp_in_turn, "wgmma": with_mlp_together}
 
 
 def exact(linear: Float8Linear, x: Any) -> torch.Tensor:
@@ -106,12 +148,10 @@ def exact(linear: Float8Linear, x: Any) -> torch.Tensor:
 
 
 def error(case: Case, out: list[Any], streams: Sequence[Stream], activated: bool) -> float:
-    """The largest of what comes out; `activated`: with GELU where it follows."""
+    """The largest stream's; `activated`: of GELU's results."""
     expected = [exact(linear, x) for linear, x in streams]
     if activated:
-        plain = [one[..., : case.plain] for one in expected if case.plain]
-        gelu = partial(torch.nn.functional.gelu, approximate="tanh")
-        expected = plain + [gelu(one[..., case.plain :]) for one in expected]
+        expected = [torch.nn.functional.gelu(one[..., case.plain :], approximate="tanh") for one in expected]
     given = [one if isinstance(one, torch.Tensor) else one.values.float() * one.scale for one in out]
     pairs = zip(given, expected, strict=True)
     return max(relative_error(one[..., -other.shape[-1] :], other) for one, other in pairs)
@@ -125,11 +165,8 @@ def measure(case: Case, zeros: bool, device: torch.device) -> dict[str, Any]:
     times = sustained({name: captured([run] * _CALLS) for name, run in runs.items()}, _CALLS, device)
     found = {}
     for name, out in outputs.items():
-        dtypes = sorted(
-            {str((x if isinstance(x, torch.Tensor) else x.values).dtype).removeprefix("torch.") for x in out}
-        )
-        figures = {"output": dtypes, **times[name], "tflops": case.flops / times[name]["ms"]["median"] / 1e9}
-        if not zeros:
+        figures = {**times[name], "tflops": case.flops / times[name]["ms"]["median"] / 1e9}
+        if not zeros and out:
             figures["relative_error"] = error(case, out, streams, name != "scaled_mm")
         found[name] = figures
     return {"forms": found}
@@ -139,9 +176,8 @@ def line(row: dict[str, Any]) -> str:
     text = []
     for name, figures in row.get("forms", {}).items():
         of_text = f"{figures['relative_error']:.4f}" if "relative_error" in figures else ""
-        output = "both" if len(figures["output"]) > 1 else figures["output"][0].partition("_")[0]
         ms, tflops, clock = figures["ms"]["median"], figures["tflops"], figures["sm_clock_mhz"] or 0
-        text.append(f"{row['linear']:<7}  {name:<9}  {output:<8}  {ms:7.4f}  {tflops:7.0f}  {of_text:>6}  {clock:4.0f}")
+        text.append(f"{row['linear']:<7}  {name:<9}  {ms:7.4f}  {tflops:7.0f}  {of_text:>6}  {clock:4.0f}")
     return "\n".join(text) or f"{row['linear']:<7}"
 
 
@@ -158,7 +194,7 @@ def main() -> None:
             series.Measurement(
                 {
                     "linear": case.name,
-                    **{k: getattr(case, k) for k in ("tokens", "out_features", "in_features", "plain")},
+                    **{k: getattr(case, k) for k in ("tokens", "out_features", "in_features", "heads")},
                 },
                 partial(measure, case, arguments.zeros, device),
                 missing,

@@ -25,10 +25,13 @@ from torch.utils import _pytree as pytree
 from export import conv_layouts, host_code, regions, sizes, weights
 from export.manifest import SCHEMA, Built, Identity, Manifest, Model, Range, TensorSpec
 from export.regions import Inputs, Region
+from recipes.kernels import cuda_kernel
+from recipes.kernels.cuda_kernel import CudaKernel
 from utils.compile_clock import compilation
 from utils.errors import UserError, one_line
 
 MANIFEST_RECORD = "extra/manifest.json"
+_KERNELS = "extra/kernels"
 _COMPRESSED_BELOW = 64 * 2**20  # bytes of a record; weights don't get smaller, and take minutes
 # What the code was made from. The wrapper's source stays: by its name torch 2.11 finds the model's metadata.
 _NOT_LOADED = (".kernel.cpp", ".h", ".o")
@@ -165,6 +168,21 @@ def compile_call(call: Call, options: dict[str, Any], embed_weights: bool) -> li
         ) from error
     assert isinstance(files, list)
     return files
+
+
+def add_kernels(path: Path, kernels: Iterable[CudaKernel]) -> None:
+    """Put the machine code of CUDA C++ kernels into a package, beside its models."""
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
+        root = archive.namelist()[0].split("/")[0]
+        for kernel in sorted(kernels, key=lambda one: one.key):
+            archive.writestr(f"{root}/{_KERNELS}/{kernel.key}.cubin", cuda_kernel.machine_code(kernel))
+
+
+def provide_kernels(path: Path) -> None:
+    """Take the machine code that `add_kernels` put into a package for granted: check the file first."""
+    with zipfile.ZipFile(path) as archive:
+        records = [Path(name) for name in archive.namelist() if f"/{_KERNELS}/" in name]
+        cuda_kernel.provide({record.stem: archive.read(str(record)) for record in records})
 
 
 def loader(path: Path, name: str, device_index: int) -> Any:

@@ -23,6 +23,7 @@ from export.regions import Inputs, Key, Region
 from export.store import Entry, PackageStore, not_yet_stored
 from export.verify import verify
 from recipes import hoisting
+from recipes.kernels import cuda_kernel
 from utils import checkpoints
 from utils.errors import UserError
 from utils.moving import when_moved
@@ -146,6 +147,7 @@ class Library:
         if (entry.path, entry.beside.sha256) not in self._whole:
             check_file(entry, f"delete it and {entry.path.stem}.json, and build it again with `{command()}`")
             self._whole.add((entry.path, entry.beside.sha256))
+            build.provide_kernels(entry.path)
         tensors = weights.exported_tensors(region.module)
         device = self.pipe.transformer.device
         reason = weights.refusal(entry.manifest.models[name], tensors, device)
@@ -223,7 +225,9 @@ class Library:
                 checkpoint = checkpoints.public_name(self.checkpoint)
                 manifest = build.build(path, self.identity, planned, models, self.options, checkpoint)
                 if verified:
-                    self._refuse_wrong(not_yet_stored(path, manifest), [region for region, _ in calls])
+                    with cuda_kernel.used() as kernels:
+                        self._refuse_wrong(not_yet_stored(path, manifest), [region for region, _ in calls])
+                    build.add_kernels(path, kernels)
                 return manifest
 
             return self.store.write(name, make)

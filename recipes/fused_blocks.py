@@ -24,7 +24,7 @@ from recipes import wgmma_linear
 from recipes.attention_backends import Backend
 from recipes.kernels import adaln, cast, gelu, qkv, residual
 
-Rotary = tuple[Tensor, Tensor]
+Rotary = tuple[Tensor, ...]  # the cosines and sines; of Epilogues, gemm_epilogues.Turns'
 Kernels = Any  # Plain, Float8 or Epilogues: what one's adaln and gelu_linears give, its linear takes
 
 
@@ -51,11 +51,11 @@ class Plain:
     ) -> tuple[Tensor, Tensor]:
         return residual.gated_residual_adaln(x, gate, before, shift, scale, eps)
 
-    def qkv_mlp(self, linear: nn.Module, x: Tensor, widths: list[int]) -> list[Tensor]:
-        return list(self.linear(linear, x).split(widths, dim=2))
+    def attention_and_mlp(self, attn: FluxAttention, linear: nn.Module, x: Tensor, rotary: Rotary) -> Tensor:
+        return gelu.concat_gelu(*_attention_and_mlp(self, attn, linear, x, rotary))
 
-    def concat_gelu(self, attended: Tensor, hidden: Tensor) -> Tensor:
-        return gelu.concat_gelu(attended, hidden)
+    def joint_attention(self, attn: FluxAttention, image: Tensor, text: Tensor, rotary: Rotary) -> Tensor | Rows:
+        return _joint_attention(self, attn, image, text, rotary)
 
     def streams(self, attended: Tensor, tokens: list[int]) -> list[Tensor]:
         return list(attended.split(tokens, dim=1))
@@ -83,12 +83,13 @@ class Float8:
         hidden, *rows = residual.gated_residual_adaln_float8(x, gate, before, shift, scale, eps, self.row_norms)
         return hidden, Rows(*rows)
 
-    def qkv_mlp(self, linear: nn.Module, x: Rows, widths: list[int]) -> list[Any]:
-        return list(self.linear(linear, x).split(widths, dim=2))
-
-    def concat_gelu(self, attended: Tensor | Rows, hidden: Tensor) -> Rows:
+    def attention_and_mlp(self, attn: FluxAttention, linear: nn.Module, x: Rows, rotary: Rotary) -> Rows:
+        attended, hidden = _attention_and_mlp(self, attn, linear, x, rotary)
         values, scale = attended[:2] if isinstance(attended, Rows) else (attended, None)
         return Rows(*gelu.concat_gelu_float8(values, hidden, scale))
+
+    def joint_attention(self, attn: FluxAttention, image: Rows, text: Rows, rotary: Rotary) -> Tensor | Rows:
+        return _joint_attention(self, attn, image, text, rotary)
 
     def streams(self, attended: Tensor | Rows, tokens: list[int]) -> list[Rows]:
         if isinstance(attended, Rows):
@@ -105,25 +106,40 @@ class Float8:
 
 @dataclass(frozen=True)
 class Epilogues(Float8):
-    """As Float8, but GELU is done in the kernel of the Linear before it, of both streams in one launch."""
+    """As Float8, but GELU, RMSNorm and rotary embedding are done in the kernel of the Linear before them, of both
+    streams in one launch."""
 
     row_norms: bool = True
 
-    def qkv_mlp(self, linear: nn.Module, x: Rows, widths: list[int]) -> list[Any]:
-        """Query, key and value; and GELU of the MLP behind columns that the attention is to fill."""
-        projected, *rows = wgmma_linear.wgmma_qkv_gelu_linear(*_for_gelu(linear, x), widths[0], widths[0] // 3)
-        return [projected, Rows(*rows)]
+    def attention_and_mlp(self, attn: FluxAttention, linear: nn.Module, x: Rows, rotary: Rotary) -> Rows:
+        """The attention fills the first columns of the MLP's rows."""
+        assert self.attention.float8 is not None
+        assert self.attention.float8.beside is not None
+        heads = attn.inner_dim // attn.head_dim
+        of_heads = (attn.norm_q.weight, attn.norm_k.weight, *rotary, attn.norm_q.eps, heads)
+        query_key, value, descales, *rows = wgmma_linear.wgmma_qkv_gelu_linear(*_bounded(linear, x), *of_heads)
+        value = qkv.lay_out_values(value, self.attention.float8.value_layout)
+        self.attention.float8.beside(query_key[:, :, 0], query_key[:, :, 1], value, descales, *rows)
+        return Rows(*rows)
 
-    def concat_gelu(self, attended: Any, hidden: Any) -> Rows:
-        return attended  # which is hidden, filled
+    def joint_attention(self, attn: FluxAttention, image: Rows, text: Rows, rotary: Rotary) -> Rows:
+        assert self.attention.float8 is not None
+        assert self.attention.float8.rows is not None
+        linears = (*_bounded(attn.to_qkv, image), *_bounded(attn.to_added_qkv, text))
+        norms = (attn.norm_q.weight, attn.norm_k.weight, attn.norm_added_q.weight, attn.norm_added_k.weight)
+        of_heads = (*norms, *rotary, attn.norm_q.eps, attn.inner_dim // attn.head_dim)
+        query_key, value, descales = wgmma_linear.wgmma_qkv_linears(*linears, *of_heads)
+        value = qkv.lay_out_values(value, self.attention.float8.value_layout)
+        values, scale = self.attention.float8.rows(query_key[:, :, 0], query_key[:, :, 1], value, descales)
+        return Rows(values.flatten(2, 3), scale)
 
     def gelu_linears(self, pairs: Sequence[tuple[nn.Module, Rows]]) -> list[Rows]:
-        first, second = (_for_gelu(*pair) for pair in pairs)
+        first, second = (_bounded(*pair) for pair in pairs)
         out = wgmma_linear.wgmma_gelu_linears(*first, *second)
         return [Rows(*out[:2]), Rows(*out[2:])]
 
 
-def _for_gelu(linear: Any, x: Rows) -> tuple[Any, ...]:
+def _bounded(linear: Any, x: Rows) -> tuple[Any, ...]:
     """A stream and its Float8Linear as `wgmma_linear`'s operators take them."""
     return *x, linear.weight, linear.weight_scale, linear.bias, linear.bounds
 
@@ -143,8 +159,7 @@ def double_block(
     of_image, of_text = _modulation(self.norm1, temb, 6), _modulation(self.norm1_context, temb, 6)
     image_normed = kernels.adaln(image, None, *of_image[:2], self.norm1.norm.eps)
     text_normed = kernels.adaln(text, None, *of_text[:2], self.norm1_context.norm.eps)
-    image_qkv, text_qkv = kernels.linear(attn.to_qkv, image_normed), kernels.linear(attn.to_added_qkv, text_normed)
-    attended = _attention(kernels, attn, image_qkv, text_qkv, image_rotary_emb)
+    attended = kernels.joint_attention(attn, image_normed, text_normed, image_rotary_emb)
     of_text_tokens, of_image_tokens = kernels.streams(attended, [text.shape[1], image.shape[1]])
     image_update = kernels.linear(attn.to_out[0], of_image_tokens)
     text_update = kernels.linear(attn.to_add_out, of_text_tokens)
@@ -176,9 +191,8 @@ def single_block(
     image, text = hidden_states, encoder_hidden_states
     shift, scale, gate = _modulation(self.norm, temb, 3)
     normed = kernels.adaln(image, text, shift, scale, self.norm.norm.eps)
-    projected, hidden = kernels.qkv_mlp(self.proj_qkv_mlp, normed, [3 * attn.inner_dim, self.mlp_hidden_dim])
-    attended = _attention(kernels, attn, projected, None, image_rotary_emb, hidden)
-    update = kernels.linear(self.proj_out, kernels.concat_gelu(attended, hidden))
+    attended = kernels.attention_and_mlp(attn, self.proj_qkv_mlp, normed, image_rotary_emb)
+    update = kernels.linear(self.proj_out, attended)
     joint = residual.gated_residual(update, gate, image, text)
     text, image = joint.split([text.shape[1], image.shape[1]], dim=1)
     return text, image
@@ -195,18 +209,27 @@ def _modulation(norm: Any, temb: Tensor, parts: int) -> tuple[Tensor, ...]:
     return norm.linear(norm.silu(temb)).chunk(parts, dim=1)
 
 
-def _attention(
-    kernels: Kernels,
-    attn: FluxAttention,
-    image: Tensor,
-    text: Tensor | None,
-    rotary: Rotary,
-    beside: Tensor | Rows | None = None,
+def _joint_attention(
+    kernels: Kernels, attn: FluxAttention, image: Tensor | Rows, text: Tensor | Rows, rotary: Rotary
 ) -> Tensor | Rows:
-    """image and text [batch, tokens, 3 * dim], fused projections; returns [batch, tokens, dim], text first.
+    """A double block's attention over both streams."""
+    image_qkv, text_qkv = kernels.linear(attn.to_qkv, image), kernels.linear(attn.to_added_qkv, text)
+    return _attention(kernels, attn, image_qkv, text_qkv, rotary)
 
-    beside: rows, if it is to fill their first columns; they are returned.
-    """
+
+def _attention_and_mlp(
+    kernels: Kernels, attn: FluxAttention, linear: nn.Module, x: Tensor | Rows, rotary: Rotary
+) -> tuple[Tensor | Rows, Tensor]:
+    """A single block's attention, and its MLP before GELU."""
+    projected = kernels.linear(linear, x)
+    width = 3 * attn.inner_dim
+    return _attention(kernels, attn, projected[..., :width], None, rotary), projected[..., width:]
+
+
+def _attention(
+    kernels: Kernels, attn: FluxAttention, image: Tensor, text: Tensor | None, rotary: Rotary
+) -> Tensor | Rows:
+    """image and text [batch, tokens, 3 * dim], fused projections; returns [batch, tokens, dim], text first."""
     heads = (3, -1, attn.head_dim)
     image_qkv, text_qkv = image.unflatten(-1, heads), None if text is None else text.unflatten(-1, heads)
     added = (None, None) if text is None else (attn.norm_added_q.weight, attn.norm_added_k.weight)
@@ -215,10 +238,6 @@ def _attention(
     if float8 is not None:
         query_key, value, descales = qkv.qkv_norm_rotary_float8(*of_qkv, float8.value_layout, float8.value_per_head)
         arguments = (query_key[:, :, 0], query_key[:, :, 1], value, descales)
-        if isinstance(beside, Rows):
-            assert float8.beside is not None
-            float8.beside(*arguments, beside.values, beside.scale)
-            return beside
         if float8.rows is not None and isinstance(kernels, Float8):
             values, scale = float8.rows(*arguments)
             return Rows(values.flatten(2, 3), scale)

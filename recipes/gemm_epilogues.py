@@ -1,6 +1,7 @@
-"""GELU and its cast to float8 in the epilogue of the GEMM before it, by our own kernel for Hopper.
+"""What follows a float8 Linear in that GEMM's epilogue, by our own kernel for Hopper: GELU, or of query and key RMSNorm
+and rotary embedding, and the cast to float8.
 
-The MLP's hidden activations are in memory once then, in float8, instead of in bfloat16 and in float8. Both streams'
+The MLP's hidden activations, query and key are in memory once then, instead of in bfloat16 and in float8. Both streams'
 layers run in one launch, for 512 text tokens alone don't fill the GPU; and the single block's attention writes its
 result beside the MLP's. A row's scale has to be known before its first value is: it is a bound of them
 (kernels/wgmma_linear.cu).
@@ -8,13 +9,29 @@ result beside the MLP's. A row's scale has to be known before its first value is
 
 from __future__ import annotations
 
+import torch
 from diffusers import DiffusionPipeline, FluxTransformer2DModel
+from torch import nn
 
 from recipes import wgmma_linear
 from recipes.float8_linear import Float8Linear
 from recipes.kernels import cuda_kernel
 from recipes.optimization import Needs, Optimization
 from recipes.recipe import Recipe
+
+
+class Turns(nn.Module):
+    """A rotary embedding's table as the GEMM reads it: of each pair of columns cosine and sine, which in float32 and
+    twice are four times as much to read, for each head anew."""
+
+    def __init__(self, embed: nn.Module):
+        super().__init__()
+        self.embed = embed
+
+    def forward(self, ids: torch.Tensor) -> tuple[torch.Tensor]:
+        """[tokens, head_dim] float16 of position ids [tokens, 3]."""
+        cos, sin = self.embed(ids)
+        return (torch.stack([cos[:, ::2], sin[:, ::2]], dim=-1).flatten(1).half(),)
 
 
 def _apply(pipe: DiffusionPipeline, recipe: Recipe) -> str:
@@ -25,14 +42,19 @@ def _apply(pipe: DiffusionPipeline, recipe: Recipe) -> str:
     blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
     for block in blocks:
         block.kernels = fused_blocks.Epilogues(block.kernels.attention)
-    return f"GELU in the GEMMs of {len(blocks)} blocks"
+    transformer.pos_embed = Turns(transformer.pos_embed)
+    return f"GELU, QK norm and rotary embedding in the GEMMs of {len(blocks)} blocks"
 
 
 def arrange(transformer: FluxTransformer2DModel) -> None:
-    """Let the Linears whose results go through GELU know what these can't exceed."""
-    of_gelu = [(ff.net[0].proj, 0) for block in transformer.transformer_blocks for ff in (block.ff, block.ff_context)]
-    of_gelu += [(block.proj_qkv_mlp, 3 * block.attn.inner_dim) for block in transformer.single_transformer_blocks]
-    for linear, plain in of_gelu:
+    """Let the Linears whose results go through GELU, or are an attention's values, know what these can't exceed."""
+    bounded: list[tuple[nn.Module, int]] = []
+    for block in transformer.transformer_blocks:
+        bounded += [(ff.net[0].proj, 0) for ff in (block.ff, block.ff_context)]
+        bounded += [(linear, 3 * block.attn.inner_dim) for linear in (block.attn.to_qkv, block.attn.to_added_qkv)]
+    for block in transformer.single_transformer_blocks:
+        bounded.append((block.proj_qkv_mlp, 3 * block.attn.inner_dim))
+    for linear, plain in bounded:
         assert isinstance(linear, Float8Linear)
         linear.bound(plain)
 
@@ -40,7 +62,8 @@ def arrange(transformer: FluxTransformer2DModel) -> None:
 def _unfit(recipe: Recipe, pipe: DiffusionPipeline) -> str | None:
     config = pipe.transformer.config
     dim = config.num_attention_heads * config.attention_head_dim
-    layers = ((4 * dim, 0), (7 * dim, 3 * dim))  # the MLP, the single block's first: out features, those without GELU
+    heads = config.num_attention_heads
+    layers = ((3 * dim, heads), (4 * dim, 0), (7 * dim, heads))  # query, key and value; the MLP; a single block's first
     reason = next((reason for layer in layers if (reason := wgmma_linear.refusal(layer[0], dim, layer[1]))), None)
     return f"needs other sizes: {reason}" if reason else None
 

@@ -1,7 +1,8 @@
-"""Float8 Linears with GELU by our own kernel for Hopper's tensor cores (kernels/wgmma_linear.cu), as custom ops.
+"""Float8 Linears by our own kernel for Hopper's tensor cores (kernels/wgmma_linear.cu), as custom ops.
 
-GELU and the cast back to float8 are done before a result leaves the registers. One launch takes two streams, each with
-its own layer, so that 512 text tokens don't leave most of the GPU idle.
+What follows them is done before a result leaves the registers: GELU and the cast back to float8; of query and key
+RMSNorm, rotary embedding and the cast. One launch takes two streams, each with its own layer, so that 512 text tokens
+don't leave most of the GPU idle.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ import torch
 
 from recipes.kernels.cuda_kernel import CudaKernel, tensor_map
 
-COLUMNS = 192  # of a tile; what comes out in bfloat16 before GELU begins is a multiple of these
+COLUMNS = 192  # of a tile
+HEAD_DIM = 128
 _ROWS, _DEPTH, _STAGES, _THREADS = 128, 128, 5, 384  # as in the kernel
 _SHARED = _STAGES * (_ROWS + COLUMNS) * _DEPTH + 1024  # rows of both operands by stages, alignment
-_PORTIONS = 12  # of what is left to do of a tile, a block of depth each
+_PIECES = 6  # of what is left to do of a tile, a block of depth each
 
 
 class Layer(NamedTuple):
@@ -42,48 +44,74 @@ class _Stream(ctypes.Structure):
     _fields_ = (
         *(
             (name, ctypes.c_void_p)
-            for name in ("scale", "norm", "weight_scale", "bias", "bounds", "plain", "activated", "activated_scale")
+            for name in ("scale", "norm", "weight_scale", "bias", "bounds", "activated", "activated_scale")
         ),
         ("rows", ctypes.c_longlong),
+    )
+
+
+class _Heads(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("norm_q", "norm_k", "turns")),
+        *((name, ctypes.c_int) for name in ("first", "tokens")),
     )
 
 
 class _Arguments(ctypes.Structure):
     _fields_ = (
         ("streams", _Stream * 2),
-        *((name, ctypes.c_int) for name in ("first", "tall", "wide", "depth", "columns", "plain", "beside")),
+        ("of_heads", _Heads * 2),
+        *((name, ctypes.c_void_p) for name in ("query_key", "value", "descales")),
+        *((name, ctypes.c_int) for name in ("heads", "tokens", "batch")),
+        ("eps", ctypes.c_float),
+        *((name, ctypes.c_int) for name in ("first", "tall", "wide", "depth", "columns")),
     )
 
 
-def refusal(out_features: int, in_features: int, plain: int) -> str | None:
-    """Why the kernel can't compute such a layer, of whose results `plain` stay as they are; None if it can."""
+class Attention(NamedTuple):
+    """What becomes of query, key and value, the layers' first features, three times `heads` of 128.
+
+    norms: of each stream the weights of query's and key's RMSNorm [128] bfloat16; turns [tokens of all streams, 128]
+    float16, those of the last stream first: for each pair of columns, which are turned by one angle, its cosine and
+    sine.
+    """
+
+    norms: Sequence[tuple[torch.Tensor, torch.Tensor]]
+    turns: torch.Tensor
+    eps: float
+    heads: int
+
+
+def refusal(out_features: int, in_features: int, heads: int) -> str | None:
+    """Why the kernel can't compute such a layer, whose results begin with query, key and value of `heads`; None if it
+    can."""
     if in_features % _DEPTH or in_features < 2 * _DEPTH:
         return f"{in_features} in features aren't a multiple of {_DEPTH} from {2 * _DEPTH} on"
-    if out_features % 64 or plain % COLUMNS:
-        return f"{out_features} out features, of which {plain} without GELU, aren't multiples of 64 and {COLUMNS}"
+    if out_features % 64 or out_features < 3 * heads * HEAD_DIM:
+        return f"{out_features} out features aren't a multiple of 64, or fewer than {heads} heads of {HEAD_DIM} have"
     return None
 
 
-def _launch(layers: Sequence[Layer], plain: int, beside: int) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """The kernel over one or two layers: of each what is plain, what is activated, and its scale.
-
-    plain: output features that stay as they are, in bfloat16; the others go through GELU. beside: columns left free in
-    front of these.
-    """
+def _launch(
+    layers: Sequence[Layer], attention: Attention | None
+) -> tuple[tuple[torch.Tensor, ...], list[tuple[torch.Tensor, torch.Tensor]]]:
+    """The kernel over one or two layers: `_qkv` of both, if there is an attention; of each what is activated, and its
+    scale."""
     columns, depth = layers[0].weight.shape
-    if (reason := refusal(columns, depth, plain)) is not None or beside % 16:
-        raise ValueError(reason or f"{beside} columns beside the others aren't a multiple of 16")
+    heads = 0 if attention is None else attention.heads
+    if (reason := refusal(columns, depth, heads)) is not None:
+        raise ValueError(reason)
     arguments = _Arguments(wide=-(-columns // COLUMNS), depth=depth // _DEPTH, columns=columns)
-    arguments.plain, arguments.beside = plain, beside
     out = []
     for layer, stream in zip(layers, arguments.streams, strict=False):
         _check(layer, columns, depth)
-        results = _empty(layer.x, columns, plain, beside)
+        results = _activated(layer.x, columns, heads)
         out.append(results)
         for name in ("scale", "norm", "weight_scale", "bias", "bounds"):
             setattr(stream, name, getattr(layer, name).data_ptr())
-        stream.plain, stream.activated, stream.activated_scale = (result.data_ptr() for result in results)
+        stream.activated, stream.activated_scale = (result.data_ptr() for result in results)
         stream.rows = layer.x.shape[0] * layer.x.shape[1]
+    qkv = () if attention is None else _attend(arguments, [layer.x for layer in layers], attention)
     tall = [-(-stream.rows // _ROWS) for stream in arguments.streams]
     arguments.first, arguments.tall = tall[0], sum(tall)
     both = (*layers, *layers)[:2]
@@ -91,14 +119,34 @@ def _launch(layers: Sequence[Layer], plain: int, beside: int) -> list[tuple[torc
     weights = [_order(of.weight) for of in both]
     device = layers[0].x.device
     blocks = min(arguments.tall * arguments.wide, torch.cuda.get_device_properties(device).multi_processor_count)
-    kernel = _kernel(_PORTIONS if arguments.depth > _PORTIONS else 1)
+    kernel = _kernel(arguments.depth > _PIECES)
     kernel.launch(device, blocks, _THREADS, (*rows, *weights, arguments))
+    return qkv, out
+
+
+def _attend(arguments: _Arguments, streams: list[torch.Tensor], attention: Attention) -> tuple[torch.Tensor, ...]:
+    """Put an attention into the kernel's arguments; `_qkv`, to be filled."""
+    if len({x.shape[0] for x in streams}) > 1:
+        raise ValueError(f"the streams' batches differ: {[x.shape[0] for x in streams]}")
+    out = _qkv(streams, attention.heads)
+    arguments.query_key, arguments.value, arguments.descales = (tensor.data_ptr() for tensor in out)
+    arguments.batch, arguments.tokens = out[0].shape[:2]
+    arguments.heads, arguments.eps = attention.heads, attention.eps
+    _check_tensors(turns=(attention.turns, (arguments.tokens, HEAD_DIM), torch.float16))
+    first = arguments.tokens
+    for x, (norm_q, norm_k), own in zip(streams, attention.norms, arguments.of_heads, strict=False):
+        of_norm = (HEAD_DIM,), torch.bfloat16
+        _check_tensors(norm_q=(norm_q, *of_norm), norm_k=(norm_k, *of_norm))
+        own.tokens = x.shape[1]
+        own.first = first = first - own.tokens
+        own.norm_q, own.norm_k = norm_q.data_ptr(), norm_k.data_ptr()
+        own.turns = attention.turns[first:].data_ptr()
     return out
 
 
 @cache
-def _kernel(portions: int) -> CudaKernel:
-    return CudaKernel("wgmma_linear.cu", "wgmma_linear", "sm_90a", _SHARED, (("PORTIONS", portions),))
+def _kernel(deep: bool) -> CudaKernel:
+    return CudaKernel("wgmma_linear.cu", "wgmma_linear", "sm_90a", _SHARED, (("DEEP", int(deep)),))
 
 
 def _order(weight: torch.Tensor) -> ctypes.Array[ctypes.c_char]:
@@ -116,15 +164,18 @@ def _order(weight: torch.Tensor) -> ctypes.Array[ctypes.c_char]:
 def _check(layer: Layer, columns: int, depth: int) -> None:
     """Raise ValueError unless the kernel reads this layer rightly beside one of these sizes."""
     rows = (*layer.x.shape[:2], 1)
-    wanted = {
-        "x": (layer.x, (*rows[:2], depth), torch.float8_e4m3fn),
-        "scale": (layer.scale, rows, torch.float32),
-        "weight": (layer.weight, (columns, depth), torch.float8_e4m3fn),
-        "weight_scale": (layer.weight_scale, (columns, 1), torch.float32),
-        "bias": (layer.bias, (columns,), torch.bfloat16),
-        "norm": (layer.norm, rows, torch.float32),
-        "bounds": (layer.bounds, (4,), torch.float32),
-    }
+    _check_tensors(
+        x=(layer.x, (*rows[:2], depth), torch.float8_e4m3fn),
+        scale=(layer.scale, rows, torch.float32),
+        norm=(layer.norm, rows, torch.float32),
+        weight=(layer.weight, (columns, depth), torch.float8_e4m3fn),
+        weight_scale=(layer.weight_scale, (columns, 1), torch.float32),
+        bias=(layer.bias, (columns,), torch.bfloat16),
+        bounds=(layer.bounds, (4,), torch.float32),
+    )
+
+
+def _check_tensors(**wanted: tuple[torch.Tensor, tuple[int, ...], torch.dtype]) -> None:
     for name, (tensor, shape, dtype) in wanted.items():
         if tensor.shape != shape or tensor.dtype != dtype or not tensor.is_contiguous():
             wanted_text = f"{list(shape)} {dtype}, contiguous"
@@ -133,14 +184,12 @@ def _check(layer: Layer, columns: int, depth: int) -> None:
             raise ValueError(f"{name} is read 16 bytes at once and has to begin at a multiple of that")
 
 
-def _empty(x: torch.Tensor, columns: int, plain: int, beside: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """For x [batch, tokens, in features] what `_launch` gives, to be filled."""
-    rows, activated = x.shape[:2], columns - plain
-    return (
-        x.new_empty((*rows, plain), dtype=torch.bfloat16),
-        x.new_empty((*rows, beside + activated)),
-        x.new_empty((*rows, 1), dtype=torch.float32),
-    )
+def _activated(x: torch.Tensor, columns: int, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """For x [batch, tokens, in features]: rows in float8 whose first `heads` are left free, and their scale; without
+    features for GELU nothing."""
+    rows = x.shape[:2]
+    width = columns - 2 * heads * HEAD_DIM if columns > 3 * heads * HEAD_DIM else 0
+    return x.new_empty((*rows, width)), x.new_empty((*rows, min(width, 1)), dtype=torch.float32)
 
 
 @torch.library.custom_op("flux_fast::wgmma_gelu_linears", mutates_args=())
@@ -170,14 +219,14 @@ def wgmma_gelu_linears(
     """
     first = Layer(x, scale, norm, weight, weight_scale, bias, bounds)
     second = Layer(other_x, other_scale, other_norm, other_weight, other_weight_scale, other_bias, other_bounds)
-    (_, *one), (_, *other) = _launch([first, second], 0, 0)
-    return one[0], one[1], other[0], other[1]
+    _, (one, other) = _launch([first, second], None)
+    return *one, *other
 
 
 @wgmma_gelu_linears.register_fake
 def _(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    (_, *one), (_, *other) = (_empty(x, len(tensors[3]), 0, 0) for x in (tensors[0], tensors[7]))
-    return one[0], one[1], other[0], other[1]
+    one, other = (_activated(x, len(tensors[3]), 0) for x in (tensors[0], tensors[7]))
+    return *one, *other
 
 
 @torch.library.custom_op("flux_fast::wgmma_qkv_gelu_linear", mutates_args=())
@@ -189,23 +238,89 @@ def wgmma_qkv_gelu_linear(
     weight_scale: torch.Tensor,
     bias: torch.Tensor,
     bounds: torch.Tensor,
-    plain: int,
-    beside: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x W^T + b of `plain` features, GELU of the others, as in `Layer`; `plain` is a multiple of 192.
+    norm_q: torch.Tensor,
+    norm_k: torch.Tensor,
+    turns: torch.Tensor,
+    eps: float,
+    heads: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x W^T + b, as in `Layer`: query, key and value of `heads` of 128 features each, and GELU of the others.
 
-    Returns [batch, tokens, plain] bfloat16; [batch, tokens, beside + out features - plain] float8_e4m3fn, whose first
-    `beside` columns are left to the attention; and its scale [batch, tokens, 1] float32, which the attention's values,
-    the last third of the plain features, don't exceed in any row either.
+    norm_q, norm_k [128] bfloat16: the weights of query's and key's RMSNorm; turns [tokens, 128] float16, of each pair
+    of columns the angle's cosine and sine. Returns query and key [batch, tokens, 2, heads, 128], normed and turned, and
+    the values [batch, tokens, heads, 128], float8_e4m3fn; their float32 descales [3, batch, heads], bounds over 448, of
+    each the same for all heads; [batch, tokens, heads * 128 + others] float8_e4m3fn, whose first columns are left to
+    the attention, and its scale [batch, tokens, 1] float32, no row's less than the values' descale.
 
     Raises:
-        ValueError: a tensor isn't as `Layer` says, or the kernel has no such sizes (`refusal`).
+        ValueError: a tensor isn't as said, or the kernel has no such sizes (`refusal`).
     """
-    (results,) = _launch([Layer(x, scale, norm, weight, weight_scale, bias, bounds)], plain, beside)
-    return results
+    if len(weight) == 3 * heads * HEAD_DIM:
+        raise ValueError(f"{len(weight)} out features are those of {heads} heads: none are left for GELU")
+    layer = Layer(x, scale, norm, weight, weight_scale, bias, bounds)
+    (query_key, value, descales), (rows,) = _launch([layer], Attention([(norm_q, norm_k)], turns, eps, heads))
+    return query_key, value, descales, *rows
+
+
+def _qkv(streams: Sequence[torch.Tensor], heads: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Query and key, the values and the descales for streams [batch, tokens, in features], to be filled."""
+    x, tokens = streams[0], sum(stream.shape[1] for stream in streams)
+    batch = x.shape[0]
+    return (
+        x.new_empty((batch, tokens, 2, heads, HEAD_DIM)),
+        x.new_empty((batch, tokens, heads, HEAD_DIM)),
+        x.new_empty((3, batch, heads), dtype=torch.float32),
+    )
 
 
 @wgmma_qkv_gelu_linear.register_fake
-def _(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    x, weight, plain, beside = arguments[0], arguments[3], *arguments[7:]
-    return _empty(x, len(weight), plain, beside)
+def _(*arguments: Any) -> tuple[torch.Tensor, ...]:
+    x, weight, heads = arguments[0], arguments[3], arguments[-1]
+    return *_qkv([x], heads), *_activated(x, len(weight), heads)
+
+
+@torch.library.custom_op("flux_fast::wgmma_qkv_linears", mutates_args=())
+def wgmma_qkv_linears(
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    norm: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor,
+    bounds: torch.Tensor,
+    other_x: torch.Tensor,
+    other_scale: torch.Tensor,
+    other_norm: torch.Tensor,
+    other_weight: torch.Tensor,
+    other_weight_scale: torch.Tensor,
+    other_bias: torch.Tensor,
+    other_bounds: torch.Tensor,
+    norm_q: torch.Tensor,
+    norm_k: torch.Tensor,
+    other_norm_q: torch.Tensor,
+    other_norm_k: torch.Tensor,
+    turns: torch.Tensor,
+    eps: float,
+    heads: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x W^T + b of two streams, as in `Layer`: query, key and value of `heads` of 128 features each, the other stream's
+    tokens before x's.
+
+    norm_q ... other_norm_k and turns (of all tokens) as in `Attention`. Returns query and key, the values and their
+    descales as `wgmma_qkv_gelu_linear` does, of all tokens.
+
+    Raises:
+        ValueError: a tensor isn't as said, or the kernel has no such sizes (`refusal`).
+    """
+    first = Layer(x, scale, norm, weight, weight_scale, bias, bounds)
+    second = Layer(other_x, other_scale, other_norm, other_weight, other_weight_scale, other_bias, other_bounds)
+    if len(weight) != 3 * heads * HEAD_DIM:
+        raise ValueError(f"{len(weight)} out features aren't those of {heads} heads: {3 * heads * HEAD_DIM}")
+    norms = [(norm_q, norm_k), (other_norm_q, other_norm_k)]
+    (query_key, value, descales), _ = _launch([first, second], Attention(norms, turns, eps, heads))
+    return query_key, value, descales
+
+
+@wgmma_qkv_linears.register_fake
+def _(*arguments: Any) -> tuple[torch.Tensor, ...]:
+    return _qkv([arguments[0], arguments[7]], arguments[-1])

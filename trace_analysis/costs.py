@@ -173,7 +173,7 @@ def _own_attention(operator: str, shapes: Shapes) -> Cost | None:
 def _own_linears(*layers: tuple[int, int]) -> Callable[[str, Shapes], Cost | None]:
     """recipes' float8 Linears in one launch: of each the places of x [batch, tokens, in] and weight [out, in].
 
-    What goes through GELU comes out in float8, all else in bfloat16.
+    All comes out in float8.
     """
 
     def found(operator: str, shapes: Shapes) -> Cost | None:
@@ -183,9 +183,8 @@ def _own_linears(*layers: tuple[int, int]) -> Callable[[str, Shapes], Cost | Non
             columns, other = shapes.dims[weight]
             if inner != other:
                 return None
-            in_bfloat16 = int(shapes.concrete[weight + 4]) if "qkv" in operator else 0
             flops += 2 * batch * tokens * columns * inner
-            moved += batch * tokens * (columns + in_bfloat16)
+            moved += batch * tokens * columns
             text.append(f"{batch * tokens} x {columns} x {inner}")
         return Cost("gemm", shapes.dtype(0), " + ".join(text), flops, moved)
 
@@ -281,6 +280,7 @@ _COSTS: dict[str, Callable[[str, Shapes], Cost | None]] = {
     "aten::_scaled_dot_product_flash_attention": _attention(4),
     "aten::_scaled_dot_product_efficient_attention": _attention(6),
     "aten::_scaled_dot_product_cudnn_attention": _attention(6),
+    "flux_fast::wgmma_qkv_linears": _own_linears((0, 3), (7, 10)),
     "flux_fast::wgmma_gelu_linears": _own_linears((0, 3), (7, 10)),
     "flux_fast::wgmma_qkv_gelu_linear": _own_linears((0, 3)),
     "flux_fast::cudnn_attention": _own_attention,

@@ -1,5 +1,7 @@
 """Kernels in CUDA C++: compiled at their first use on a GPU, in seconds, by the compiler that PyTorch brings along.
 
+Their machine code is kept in Inductor's cache folder. Packages hold that of those that they use: `used` and `provide`.
+
 Sources: NVRTC; the CUDA driver API's module management, execution control and tensor map objects.
 """
 
@@ -7,19 +9,27 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 from utils import cuda_bindings
-from utils.errors import UserError
+from utils.errors import UsageError, UserError
+from utils.files import replacing
 
 _MAPS = 4096  # kept; one a tensor's address and kind
 _MAP_BYTES = 128
+_FOLDER = Path(__file__).parent
+_NOT_KEPT = (OSError, KeyError, UsageError)  # of a folder that can't be written to, or a user without a name
+_code: dict[str, bytes] = {}  # machine code by CudaKernel.key
+_recorders: list[set[CudaKernel]] = []
 
 
 def loading_error() -> str | None:
@@ -42,12 +52,21 @@ class CudaKernel:
     shared_bytes: int
     defines: tuple[tuple[str, int], ...] = ()
 
+    @functools.cached_property
+    def key(self) -> str:
+        """Its name and a hash of what its machine code is made from."""
+        texts = [path.read_text() for path in (_FOLDER / self.file, *sorted(_FOLDER.glob("*.cuh")))]
+        made_from = hashlib.sha256(repr((texts, self.name, self.arch, self.defines, torch.version.cuda)).encode())
+        return f"{self.name}-{made_from.hexdigest()[:16]}"
+
     def launch(self, device: torch.device, blocks: int, threads: int, arguments: Sequence[Any]) -> None:
         """On PyTorch's current stream. arguments: ctypes' objects, which are copied.
 
         Raises:
             UserError: it couldn't be compiled, loaded or launched.
         """
+        for recorder in _recorders:
+            recorder.add(self)
         from cuda.bindings import driver
 
         with torch.cuda.device(device):
@@ -66,15 +85,60 @@ def _loaded(kernel: CudaKernel, device: int) -> Any:
 
     call = partial(cuda_bindings.call, driver, what=kernel.name)
     torch.cuda.current_stream()  # there is a context
-    (module,) = call("cuModuleLoadData", compiled(kernel))
+    (module,) = call("cuModuleLoadData", machine_code(kernel))
     (function,) = call("cuModuleGetFunction", module, kernel.name.encode())
     limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     call("cuFuncSetAttribute", function, limit, kernel.shared_bytes)
     return function
 
 
-@functools.cache
-def compiled(kernel: CudaKernel) -> bytes:
+@contextmanager
+def used() -> Iterator[set[CudaKernel]]:
+    """The kernels that the body launches."""
+    recorder: set[CudaKernel] = set()
+    _recorders.append(recorder)
+    try:
+        yield recorder
+    finally:
+        _recorders[:] = [other for other in _recorders if other is not recorder]
+
+
+def provide(code: Mapping[str, bytes]) -> None:
+    """Machine code by `CudaKernel.key`, which then needn't be compiled. It is native code: check where it is from."""
+    for key, machine_code in code.items():
+        _code.setdefault(key, machine_code)
+
+
+def machine_code(kernel: CudaKernel) -> bytes:
+    """What was provided or compiled before, by whatever process; else it is compiled.
+
+    Raises:
+        UserError: it doesn't compile; with what the compiler says first.
+    """
+    if kernel.key not in _code:
+        code = _kept(kernel)
+        if not code:
+            code = _compiled(kernel)
+            with suppress(*_NOT_KEPT), replacing(_place(kernel)) as path:
+                path.write_bytes(code)
+        _code[kernel.key] = code
+    return _code[kernel.key]
+
+
+def _kept(kernel: CudaKernel) -> bytes | None:
+    with suppress(*_NOT_KEPT):
+        return _place(kernel).read_bytes()
+    return None
+
+
+def _place(kernel: CudaKernel) -> Path:
+    """Where its machine code is kept, in a folder that is there."""
+    folder = Path(cache_dir()) / "flux_fast"
+    folder.mkdir(exist_ok=True)
+    return folder / f"{kernel.key}.cubin"
+
+
+def _compiled(kernel: CudaKernel) -> bytes:
     """Its machine code.
 
     Raises:
@@ -83,10 +147,9 @@ def compiled(kernel: CudaKernel) -> bytes:
     from cuda.bindings import nvrtc
 
     call = partial(cuda_bindings.call, nvrtc, what=kernel.name)
-    folder = Path(__file__).parent
-    source = (folder / kernel.file).read_bytes()
+    source = (_FOLDER / kernel.file).read_bytes()
     (program,) = call("nvrtcCreateProgram", source, kernel.file.encode(), 0, [], [])
-    options = [f"--gpu-architecture={kernel.arch}", "--std=c++17", f"--include-path={folder}"]
+    options = [f"--gpu-architecture={kernel.arch}", "--std=c++17", f"--include-path={_FOLDER}"]
     options += [f"-D{name}={n}" for name, n in kernel.defines]
     try:
         (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])

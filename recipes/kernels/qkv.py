@@ -113,31 +113,54 @@ def qkv_norm_rotary_float8(
         ValueError: the layout for_wgmma of heads that aren't of 128.
     """
     batch, tokens, _, heads, head_dim = image.shape
-    if value_layout == "for_wgmma" and head_dim != 128:
-        raise ValueError(f"the layout for_wgmma is that of heads of 128 values, not of {head_dim}")
     tokens += 0 if text is None else text.shape[1]
     query_key = image.new_empty((batch, tokens, 2, heads, head_dim), dtype=torch.float8_e4m3fn)
-    if value_layout != "by_token":
-        padded = triton.cdiv(tokens, 16) * 16
-        value = image.new_empty((batch, heads, head_dim, padded), dtype=torch.float8_e4m3fn)
-        by_token = value.permute(0, 3, 1, 2)
-    else:
-        value = image.new_empty((batch, tokens, heads, head_dim), dtype=torch.float8_e4m3fn)
-        by_token = value
-        padded = tokens
     descales = image.new_empty((3, batch, heads), dtype=torch.float32)
     # As integers: positive floats are in the same order, and the atomic maximum is one instruction.
     amax = image.new_zeros((batch, heads) if value_per_head else (1, 1), dtype=torch.int32)
     _launch(image, text, norm_q, norm_k, text_norm_q, text_norm_k, cos, sin, eps, query_key, amax, descales)
+    value = _values(image[:, :, 2], None if text is None else text[:, :, 2], amax, descales, value_layout)
+    return query_key, value, descales
+
+
+@triton_op("flux_fast::lay_out_values", mutates_args=())
+def lay_out_values(value: torch.Tensor, value_layout: str) -> torch.Tensor:
+    """value [batch, tokens, heads, head_dim] float8_e4m3fn, each token's contiguous; laid out as
+    `qkv_norm_rotary_float8` does.
+
+    Raises:
+        ValueError: the layout for_wgmma of heads that aren't of 128.
+    """
+    return _values(value.view(torch.uint8), None, None, None, value_layout).view(value.dtype)
+
+
+def _values(
+    image: torch.Tensor,
+    text: torch.Tensor | None,
+    amax: torch.Tensor | None,
+    descales: torch.Tensor | None,
+    layout: str,
+) -> torch.Tensor:
+    """image and text [batch, tokens, heads, head_dim], laid out: with a largest (`amax`) cast to float8, their
+    `descales` written; without as they are."""
+    batch, tokens, heads, head_dim = image.shape
+    if layout == "for_wgmma" and head_dim != 128:
+        raise ValueError(f"the layout for_wgmma is that of heads of 128 values, not of {head_dim}")
+    tokens += 0 if text is None else text.shape[1]
+    padded = tokens if layout == "by_token" else triton.cdiv(tokens, 16) * 16
+    sizes = (batch, tokens, heads, head_dim) if layout == "by_token" else (batch, heads, head_dim, padded)
+    value = image.new_empty(sizes, dtype=image.dtype if amax is None else torch.float8_e4m3fn)
+    by_token = value if layout == "by_token" else value.permute(0, 3, 1, 2)
     first = image if text is None else text
     wrap_triton(_value_to_float8_kernel)[(triton.cdiv(tokens, _VALUE_BLOCK), heads, batch)](
-        first, image, amax, value, descales, 0 if text is None else text.shape[1], tokens, padded,
+        first, image, image if amax is None else amax, value, image if descales is None else descales,
+        tokens - image.shape[1], tokens, padded,
         first.stride(0), first.stride(1), image.stride(0), image.stride(1),
         by_token.stride(0), by_token.stride(1), by_token.stride(2), by_token.stride(3),
-        HEADS=heads, HEAD_DIM=head_dim, BLOCK=_VALUE_BLOCK, PER_HEAD=value_per_head,
-        FOR_WGMMA=value_layout == "for_wgmma", num_warps=4,
+        HEADS=heads, HEAD_DIM=head_dim, BLOCK=_VALUE_BLOCK, CAST=amax is not None,
+        PER_HEAD=amax is not None and amax.numel() > 1, FOR_WGMMA=layout == "for_wgmma", num_warps=4,
     )  # fmt: skip
-    return query_key, value, descales
+    return value
 
 
 def _launch(
@@ -279,6 +302,7 @@ def _value_to_float8_kernel(
     HEADS: tl.constexpr,  # noqa: N803
     HEAD_DIM: tl.constexpr,  # noqa: N803
     BLOCK: tl.constexpr,  # noqa: N803
+    CAST: tl.constexpr,  # noqa: N803
     PER_HEAD: tl.constexpr,  # noqa: N803
     FOR_WGMMA: tl.constexpr,  # noqa: N803
 ):
@@ -295,12 +319,13 @@ def _value_to_float8_kernel(
         is_text, batch * text_batch + token * text_row, batch * image_batch + (token - text_tokens) * image_row
     )
     is_token = (token < tokens)[:, None]
-    x = tl.load(row[:, None] + (2 * HEADS + head) * HEAD_DIM + dims[None, :], is_token, other=0.0).to(tl.float32)
-    largest = tl.load(amax + batch * HEADS + head if PER_HEAD else amax)
-    scale = row_scale(largest.to(tl.float32, bitcast=True))
-    inverse = 1.0 / scale
-    if tl.program_id(0) == 0:
-        tl.store(descales + (2 * tl.num_programs(2) + batch) * HEADS + head, scale)
+    x = tl.load(row[:, None] + head * HEAD_DIM + dims[None, :], is_token, other=0)
+    if CAST:
+        largest = tl.load(amax + batch * HEADS + head if PER_HEAD else amax)
+        scale = row_scale(largest.to(tl.float32, bitcast=True))
+        if tl.program_id(0) == 0:
+            tl.store(descales + (2 * tl.num_programs(2) + batch) * HEADS + head, scale)
+        x = to_e4m3(x.to(tl.float32), 1.0 / scale)
     place = batch * out_batch + head * out_head + to_token[:, None] * out_token + to_dim[None, :] * out_dim
     # Ending at a multiple of 16 the mask lets 16 tokens go in one store; at the last token it would write single bytes.
-    tl.store(out + place, to_e4m3(x, inverse), (to_token < padded)[:, None])
+    tl.store(out + place, x, (to_token < padded)[:, None])

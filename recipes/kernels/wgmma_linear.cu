@@ -1,31 +1,40 @@
 // Linear layers in float8 (e4m3) on Hopper's tensor cores, whose result goes on in the registers where it came about:
-// through GELU, and back to float8. Of one input, or of two streams with a layer each, in one launch.
+// through GELU, and back to float8. Of one input, or of two streams with a layer each, in one launch. Query, key and
+// values can come before that: query and key are normed by heads of 128 (RMSNorm), turned (rotary embedding) and cast,
+// the values are cast.
 //
 // A block of threads computes tiles of 128 rows and 192 columns: one warpgroup loads, two have 64 rows each. Operands
 // come by TMA, 128 values of depth at a time, five such stages ahead. While the tensor cores multiply one tile, a
-// warpgroup does, in portions between its instructions for them, what is left to do of the tile before, whose sums it
-// holds in other registers. A block of threads goes from tile to tile, as many blocks as there are multiprocessors.
+// warpgroup does, in pieces between its instructions for them, what is left to do of the tile before, whose results it
+// holds beside the sums. A block of threads goes from tile to tile, as many blocks as there are multiprocessors.
 //
+// - What is left to do costs more by its instructions than by its arithmetic: each is fetched once a tile, and takes
+//   power from the tensor cores. So results are kept as pairs of float16, which one instruction works on (what is
+//   beyond 65504 is cut to that); and there is one loop over tiles, not two with the sums in different registers, so
+//   that its code fits into the caches.
 // - A row's scale has to be known before the row is: it is a bound. No value of x W + b exceeds |x| |w| + |b|, for the
-//   largest |w| and |b| of all columns; so none is cut off. Such a scale is some 13 times too large for numbers that are
-//   normally distributed, which in float8, a floating-point format, costs next to no precision. With `beside` every row's
-//   is also at least the values' bound in the row of the largest norm. Where norms of rows or columns lie far apart, the
-//   smallest numbers get lost: a result of 1/20 of the values' deviation is 0.031 wrong if the bound is 1000 deviations,
-//   0.05 if it is 2000 (55 are usual), GELU's still 0.027.
+//   largest |w| and |b| of all columns; so none is cut off. Such a scale is some 13 times too large for numbers that
+//   are normally distributed, which in float8, a floating-point format, costs next to no precision. Beside an attention
+//   every row's is also at least the values' bound in the row of the largest norm, which is the values' scale too.
+//   Where norms of rows or columns lie far apart, the smallest numbers get lost: a result of 1/20 of the values'
+//   deviation is 0.031 wrong if the bound is 1000 deviations, 0.05 if it is 2000 (55 are usual), GELU's still 0.027.
 // - The columns of a tile come in such an order (TMA's box has five dimensions for it) that a thread gets 16 of a row
-//   side by side, which it stores at once.
+//   side by side, which it stores at once. A tile of query or key is one head and 64 columns of the values, of which
+//   there are half as many: so the four threads that have a row have its whole head.
 //
 // FLOPs: 2 x rows x columns x depth.
 //
-// Source: PTX ISA, asynchronous warpgroup matrix instructions; Ada/Hopper float8 GEMMs with a scale a row and column.
+// Source: PTX ISA, asynchronous warpgroup matrix instructions; Ada/Hopper float8 GEMMs with a scale a row and column;
+// FluxAttnProcessor and apply_rotary_emb of diffusers.
 
 #include "hopper.cuh"
 
 // In a GEMM's terms: tiles of M and N, blocks of K.
 constexpr int ROWS = 128, COLUMNS = 192, DEPTH = 128, STAGES = 5, ALL = 384, SUMS = COLUMNS / 2;
 constexpr int X_TILE = ROWS * DEPTH, W_TILE = COLUMNS * DEPTH, UNIT = 32;  // rows of W that come at once
-constexpr int SPANS = COLUMNS / 64, PIECES = 4 * SPANS;                   // 16 of 64 columns are a thread's
-constexpr float LARGEST = 448, SMALLEST = 1e-12f;                         // of e4m3; of what a scale is taken of
+constexpr int SPANS = COLUMNS / 64, PIECES = 2 * SPANS;  // 16 of 64 columns are a thread's, in two rows
+constexpr int HEAD = 128;
+constexpr float LARGEST = 448, SMALLEST = 0.004f;  // of e4m3; of bounds: 448 over one is to be a float16
 
 struct Stream {
   const float* scale;         // [rows]
@@ -33,18 +42,28 @@ struct Stream {
   const float* weight_scale;  // [columns]
   const u16* bias;            // [columns] bfloat16
   const float* bounds;        // largest norm of a row of W and largest bias: of GELU's columns; of the values'
-  u16* plain;                 // [rows, plain] bfloat16
-  u8* activated;              // [rows, beside + columns - plain] float8
+  u8* activated;              // [rows, heads * HEAD + GELU's columns] float8
   float* activated_scale;     // [rows]
   long long rows;
 };
-// The columns before `plain` stay as they are, in bfloat16; the others go through GELU. `beside` columns in front of
-// these are left to the attention, a mean of values, which are the last third of the plain columns.
+// A stream's query and key. Its tokens are `tokens` of each image's, from `first` on.
+struct Heads {
+  const u16* norms[2];  // of query and key [HEAD] bfloat16
+  const u16* turns;     // [tokens, HEAD] float16, of each pair of columns cosine and sine
+  int first, tokens;
+};
+// Query, key and value are the first 3 * heads * HEAD columns; those after them go through GELU. In its result heads *
+// HEAD columns are left in front to the attention, a mean of values.
 struct Arguments {
   Stream streams[2];
+  Heads of_heads[2];
+  u8* query_key;    // [batch, tokens, 2, heads, HEAD] float8, of both streams
+  u8* value;        // [batch, tokens, heads, HEAD] float8
+  float* descales;  // [3, batch, heads]: of query, key and value
+  int heads, tokens, batch;
+  float eps;
   int first, tall, wide;  // tiles of rows in the first stream and in both; of columns
-  int depth;              // blocks of it
-  int columns, plain, beside;
+  int depth, columns;     // blocks of 128; of W's rows
 };
 
 // ---- loads
@@ -64,12 +83,6 @@ __device__ __forceinline__ void load_unit(u32 to, const TensorMap* map, u32 barr
       "[%0], [%1, {%3, %6, %6, %4, %5}], [%2];" ::"r"(to),
       "l"(map), "r"(barrier), "r"(depth), "r"(unit % 2 * 4), "r"(unit / 2), "r"(0)
       : "memory");
-}
-
-__device__ __forceinline__ void load_bytes(u32 to, const void* from, u32 bytes, u32 barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
-               "l"(from), "r"(bytes), "r"(barrier)
-               : "memory");
 }
 
 // ---- products: 64 x 192 in float32 a warpgroup, laid out as in wgmma_attention.cu.
@@ -106,27 +119,51 @@ __device__ __forceinline__ void wgmma(float (&d)[SUMS], u64 a, u64 b, bool add) 
 // The compiler is to have these values now, and take them to be others afterwards.
 __device__ __forceinline__ void hold(float (&d)[SUMS]) { asm volatile("" : ACCUMULATORS::"memory"); }
 
-// ---- after the products
+// ---- after the products, in float16: 8 times more exact than a float8, and two at once
 
-__device__ __forceinline__ u32 bfloat16(float a, float b) {
+__device__ __forceinline__ u32 mul(u32 a, u32 b) {
+  u32 c;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
+  return c;
+}
+__device__ __forceinline__ u32 fma(u32 a, u32 b, u32 c) {
+  u32 d;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+__device__ __forceinline__ u32 float16(float a, float b) {
   u32 packed;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(b), "f"(a));
+  asm("cvt.rn.satfinite.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(b), "f"(a));
+  return packed;
+}
+__device__ __forceinline__ u32 e4m3(u32 a, u32 b) {
+  u32 packed;
+  asm("{\n.reg .b16 low, high;\ncvt.rn.satfinite.e4m3x2.f16x2 low, %1;\ncvt.rn.satfinite.e4m3x2.f16x2 high, %2;\n"
+      "mov.b32 %0, {low, high};\n}\n"
+      : "=r"(packed)
+      : "r"(a), "r"(b));
   return packed;
 }
 
-// GELU's tanh form of x, times twice `half`; exact to |x| / 4096, by the tanh.
-__device__ __forceinline__ float gelu(float x, float half) {
-  float t;
-  asm("tanh.approx.f32 %0, %1;" : "=f"(t) : "f"(x * (0.7978845608f + 0.0356774081f * (x * x))));
-  const float h = x * half;
-  return h * t + h;
+// GELU's tanh form of x, times twice `half`; exact to |x| / 2048, by the tanh.
+__device__ __forceinline__ u32 gelu(u32 x, u32 half) {
+  const u32 linear = float16(0.7978845608f, 0.7978845608f), cubic = float16(0.0356774081f, 0.0356774081f);
+  u32 t;
+  asm("tanh.approx.f16x2 %0, %1;" : "=r"(t) : "r"(mul(x, fma(mul(x, x), cubic, linear))));
+  const u32 h = mul(x, half);
+  return fma(h, t, h);
 }
 
-// Of a tile: where it lies, and of this thread's two rows what is known before the products are.
-struct Tile {
-  int row, column;  // the first row of the two; the tile's first column
+// A pair of columns (a, b) turned by an angle, of which `turn` are cosine and sine: (a c - b s, b c + a s).
+__device__ __forceinline__ u32 turned(u32 pair, u32 turn) {
+  const u32 crossed = __byte_perm(pair, 0, 0x1032) ^ 0x8000;
+  return fma(pair, __byte_perm(turn, 0, 0x1010), mul(crossed, __byte_perm(turn, 0, 0x3232)));
+}
+
+// Where a tile lies: its number among those side by side, in which stream, and there its first row.
+struct Place {
+  int across, row;
   bool second;
-  float scale[2], half[2];  // half of 1 over the scale of the result
 };
 
 extern "C" __global__ void __launch_bounds__(ALL, 1)
@@ -135,12 +172,13 @@ extern "C" __global__ void __launch_bounds__(ALL, 1)
                  const __grid_constant__ Arguments args) {
   extern __shared__ u8 memory[];
   __shared__ u64 barriers[2 * STAGES + 4];
-  __shared__ alignas(16) float weight_scales[2][COLUMNS];
-  __shared__ alignas(16) u16 biases[2][COLUMNS];
-  __shared__ float norms[8];
+  // Of the tile that is multiplied and the next, by columns and by rows. Bounds: GELU's, the values' not yet looked at.
+  __shared__ alignas(16) float weight_scales[2][COLUMNS], biases[2][COLUMNS], scales[2][ROWS], bounds[2][ROWS];
+  __shared__ float norms[2][8], weights[8];  // by warps: largest norms of rows; largest weight of a head's norm
+  __shared__ alignas(16) u32 head_norms[2][2][HEAD / 2];  // by streams, of query and key, in units of their scale
   const u32 x_at = (shared_address(memory) + 1023) & ~1023u, w_at = x_at + STAGES * X_TILE;
   const u32 full = shared_address(barriers), empty = full + 8 * STAGES;
-  const u32 full_columns = empty + 8 * STAGES, empty_columns = full_columns + 16;
+  const u32 known = empty + 8 * STAGES, used = known + 16;
   const int warps = 8;  // that compute
   if (threadIdx.x == 0) {
     for (int i = 0; i < STAGES; i++) {
@@ -148,40 +186,69 @@ extern "C" __global__ void __launch_bounds__(ALL, 1)
       init(empty + 8 * i, warps);
     }
     for (int i = 0; i < 2; i++) {
-      init(full_columns + 8 * i, 1);
-      init(empty_columns + 8 * i, warps);
+      init(known + 8 * i, 1);
+      init(used + 8 * i, warps);
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncthreads();
 
-  const int tiles = args.tall * args.wide;
+  const int tiles = args.tall * args.wide, of_heads = 2 * args.heads;  // columns of tiles: of query and key
+  const int lane = threadIdx.x % 32;
   Turn<STAGES> at;
-  Turn<2> of_columns;
+  Turn<2> of_tile;
+  auto find = [&](int tile) {
+    const int high = tile % args.tall;
+    const bool second = high >= args.first;
+    return Place{tile / args.tall, (second ? high - args.first : high) * ROWS, second};
+  };
+  // A tile's columns are two runs of W's rows: a head, and 64 of the values; elsewhere one run.
+  auto first_run = [&](int across) { return across < of_heads ? across * HEAD : across * COLUMNS; };
+  auto second_run = [&](int across) {
+    return across < of_heads ? of_heads * HEAD + across * 64 : across * COLUMNS + HEAD;
+  };
 
   if (threadIdx.x < 128) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+    if (threadIdx.x / 32 == 1) {
+      for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+        const Place place = find(tile);
+        const Stream& stream = args.streams[place.second];
+        const int from = first_run(place.across), then = second_run(place.across);
+        wait(used + 8 * of_tile.index, of_tile.phase ^ 1);
+#pragma unroll 2
+        for (int i = lane; i < COLUMNS; i += 32) {
+          const int column = i < HEAD ? from + i : then + i - HEAD;
+          if (column >= args.columns) continue;
+          weight_scales[of_tile.index][i] = stream.weight_scale[column];
+          biases[of_tile.index][i] = __uint_as_float((u32)stream.bias[column] << 16);
+        }
+#pragma unroll 2
+        for (int i = lane; i < ROWS; i += 32) {
+          const int row = place.row + i;
+          const bool inside = row < stream.rows;
+          scales[of_tile.index][i] = inside ? stream.scale[row] : 0;
+          bounds[of_tile.index][i] = inside ? stream.norm[row] * stream.bounds[0] + stream.bounds[1] : 1;
+        }
+        __syncwarp();
+        if (lane == 0) arrive(known + 8 * of_tile.index);
+        of_tile.next();
+      }
+    }
     if (threadIdx.x != 0) return;
     for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-      const int high = tile % args.tall, column = tile / args.tall * COLUMNS;
-      const bool second = high >= args.first;
-      const TensorMap *x = second ? &x1 : &x0, *w = second ? &w1 : &w0;
-      const Stream& stream = args.streams[second];
-      const int row = (second ? high - args.first : high) * ROWS, width = min(COLUMNS, args.columns - column);
-      const u32 barrier = full_columns + 8 * of_columns.index;
-      wait(empty_columns + 8 * of_columns.index, of_columns.phase ^ 1);
-      expect(barrier, width * 6);
-      load_bytes(shared_address(weight_scales[of_columns.index]), stream.weight_scale + column, width * 4, barrier);
-      load_bytes(shared_address(biases[of_columns.index]), stream.bias + column, width * 2, barrier);
-      of_columns.next();
+      const Place place = find(tile);
+      const TensorMap *x = place.second ? &x1 : &x0, *w = place.second ? &w1 : &w0;
+      const int from = first_run(place.across) / UNIT, then = second_run(place.across) / UNIT;
       for (int i = 0; i < args.depth; i++) {
         const u32 stage = full + 8 * at.index;
         wait(empty + 8 * at.index, at.phase ^ 1);
         expect(stage, X_TILE + W_TILE);
-        load_rows(x_at + at.index * X_TILE, x, stage, i * DEPTH, row);
+        load_rows(x_at + at.index * X_TILE, x, stage, i * DEPTH, place.row);
 #pragma unroll
         for (int unit = 0; unit < COLUMNS / UNIT; unit++)
-          load_unit(w_at + at.index * W_TILE + unit * UNIT * DEPTH, w, stage, i * DEPTH, column / UNIT + unit);
+          load_unit(w_at + at.index * W_TILE + unit * UNIT * DEPTH, w, stage, i * DEPTH,
+                    unit < HEAD / UNIT ? from + unit : then + unit - HEAD / UNIT);
         at.next();
       }
     }
@@ -189,145 +256,215 @@ extern "C" __global__ void __launch_bounds__(ALL, 1)
   }
 
   asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
-  const int lane = threadIdx.x % 32, quad = lane % 4, group = threadIdx.x / 128 - 1, warp = threadIdx.x / 32 - 4;
+  const int quad = lane % 4, group = threadIdx.x / 128 - 1, warp = threadIdx.x / 32 - 4;
+  const int row_of_tile = warp * 16 + lane / 4;
   auto release = [&](u32 barrier) {
     if (lane == 0) arrive(barrier);
   };
 
   float floor = 0;  // what none of the attention's values exceeds
-  if (args.beside) {
-    const Stream& stream = args.streams[0];
-    float longest = 0;
-    for (int i = threadIdx.x - 128; i < stream.rows; i += 256) longest = fmaxf(longest, stream.norm[i]);
-#pragma unroll
-    for (int i = 16; i; i >>= 1) longest = fmaxf(longest, __shfl_xor_sync(~0u, longest, i));
-    if (lane == 0) norms[warp] = longest;
-    asm volatile("bar.sync 1, 256;" ::: "memory");
-    for (int i = 0; i < 8; i++) longest = fmaxf(longest, norms[i]);
-    floor = longest * stream.bounds[2] + stream.bounds[3];
-  }
-
-  auto begin = [&](int number) {
-    Tile tile;
-    const int high = number % args.tall;
-    tile.column = number / args.tall * COLUMNS;
-    tile.second = high >= args.first;
-    tile.row = (tile.second ? high - args.first : high) * ROWS + warp * 16 + lane / 4;
-    const Stream& stream = args.streams[tile.second];
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-      const int row = tile.row + 8 * r;
-      const bool inside = row < stream.rows;
-      tile.scale[r] = inside ? stream.scale[row] : 0;
-      tile.half[r] = 1;
-      if (tile.column >= args.plain) {
-        const float bound = inside ? stream.norm[row] * stream.bounds[0] + stream.bounds[1] : 1;
-        const float scale = fmaxf(fmaxf(bound, floor), SMALLEST) / LARGEST;
-        if (tile.column == args.plain && quad == 0 && inside) stream.activated_scale[row] = scale;
-        tile.half[r] = 0.5f / scale;
-      }
-    }
-    return tile;
-  };
-
-  // 8 of a thread's columns in one of its rows: first or second half of 16, which in float8 are stored together.
-  u32 packed[4];
-  auto piece = [&](float (&d)[SUMS], const Tile& tile, int number) {
-    const int span = number / 4, r = number / 2 % 2, half = number % 2, from = span * 64 + quad * 16;
-    const Stream& stream = args.streams[tile.second];
-    const int row = tile.row + 8 * r, column = tile.column + from;
-    const bool inside = row < stream.rows && column < args.columns;
-    const uint4 words = *(const uint4*)(biases[of_columns.index] + from + 8 * half);
-    const u32 bias[4] = {words.x, words.y, words.z, words.w};
-    float y[8];
+  auto know_scales = [&] {
+    const int thread = threadIdx.x - 128, part = thread / HEAD, all = args.batch * args.heads;
+    const int streams = args.first < args.tall ? 2 : 1;
+    float weight[2] = {0, 0}, largest = 0;
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-      const float4 four = *(const float4*)(weight_scales[of_columns.index] + from + 8 * half + 4 * i);
-      const float scales[4] = {four.x, four.y, four.z, four.w};
+      if (i >= streams) continue;
+      float longest = 0;
+      const Stream& stream = args.streams[i];
+#pragma unroll 8
+      for (int row = thread; row < stream.rows; row += 256) longest = fmaxf(longest, stream.norm[row]);
 #pragma unroll
-      for (int j = 0; j < 4; j++) {
-        const int k = 8 * half + 4 * i + j;
-        const u32 pair = bias[2 * i + j / 2];
-        y[4 * i + j] = d[32 * span + k / 2 * 4 + 2 * r + k % 2] * tile.scale[r] * scales[j] +
-                       __uint_as_float(j % 2 ? pair & 0xffff0000u : pair << 16);
+      for (int j = 16; j; j >>= 1) longest = fmaxf(longest, __shfl_xor_sync(~0u, longest, j));
+      if (lane == 0) norms[i][warp] = longest;
+      weight[i] = __uint_as_float((u32)args.of_heads[i].norms[part][thread % HEAD] << 16);
+      largest = fmaxf(largest, fabsf(weight[i]));
+    }
+#pragma unroll
+    for (int j = 16; j; j >>= 1) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, j));
+    if (lane == 0) weights[warp] = largest;
+    asm volatile("bar.sync 1, 256;" ::: "memory");
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      if (i >= streams) continue;
+      float longest = 0;
+      for (int j = 0; j < 8; j++) longest = fmaxf(longest, norms[i][j]);
+      floor = fmaxf(floor, longest * args.streams[i].bounds[2] + args.streams[i].bounds[3]);
+    }
+    floor = fmaxf(floor, SMALLEST);
+    // No value of a normed head exceeds sqrt(HEAD) times the largest weight, turned or not.
+    float of_parts[2];
+    for (int i = 0; i < 2; i++) {
+      const float* of = weights + 4 * i;
+      const float of_part = fmaxf(fmaxf(of[0], of[1]), fmaxf(of[2], of[3]));
+      of_parts[i] = fmaxf(of_part * sqrtf(HEAD), SMALLEST) / LARGEST;
+    }
+    for (int i = 0; i < 2; i++) {
+      const float own = weight[i] / (part ? of_parts[1] : of_parts[0]), next = __shfl_down_sync(~0u, own, 1);
+      if (thread % 2 == 0) head_norms[i][part][thread % HEAD / 2] = float16(own, next);
+    }
+    if (blockIdx.x == 0)
+      for (int i = thread; i < all; i += 256) {
+        args.descales[i] = of_parts[0];
+        args.descales[all + i] = of_parts[1];
+        args.descales[2 * all + i] = floor / LARGEST;
+      }
+    asm volatile("bar.sync 1, 256;" ::: "memory");
+  };
+
+  float sums[SUMS];       // of the tile that is multiplied
+  u32 results[SUMS / 2];  // x W + b of the one before it, by spans and pairs of columns, one row and then the other
+  Place of;               // that one's, of a thread's two rows the first
+  u32 factor[2];          // by rows, twice in float16: half of 1 over GELU's scale, or 1 over a head's root mean square
+
+  // Results from sums.
+  auto take = [&](int tile) {
+    of = find(tile);
+    of.row += row_of_tile;
+    wait(known + 8 * of_tile.index, of_tile.phase);
+    const float scale[2] = {scales[of_tile.index][row_of_tile], scales[of_tile.index][row_of_tile + 8]};
+    auto convert = [&](float (&squares)[2], bool of_head) {
+#pragma unroll
+      for (int i = 0; i < 4 * SPANS; i++) {
+        const int from = i / 4 * 64 + quad * 16 + i % 4 * 4;
+        const float4 w = *(const float4*)(weight_scales[of_tile.index] + from);
+        const float4 b = *(const float4*)(biases[of_tile.index] + from);
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+          const float* of_four = sums + 8 * i + 2 * r;
+          const float y[4] = {of_four[0] * scale[r] * w.x + b.x, of_four[1] * scale[r] * w.y + b.y,
+                              of_four[4] * scale[r] * w.z + b.z, of_four[5] * scale[r] * w.w + b.w};
+          results[4 * i + r] = float16(y[0], y[1]);
+          results[4 * i + 2 + r] = float16(y[2], y[3]);
+          if (of_head && i < 8) squares[r] += y[0] * y[0] + y[1] * y[1] + y[2] * y[2] + y[3] * y[3];
+        }
+      }
+    };
+    float of_rows[2] = {0, 0};
+    if (of.across < of_heads) {
+      convert(of_rows, true);
+#pragma unroll
+      for (int r = 0; r < 2; r++) {
+        of_rows[r] += __shfl_xor_sync(~0u, of_rows[r], 1);
+        of_rows[r] += __shfl_xor_sync(~0u, of_rows[r], 2);
+        of_rows[r] = rsqrtf(of_rows[r] * (1.f / HEAD) + args.eps);
+      }
+    } else {
+      convert(of_rows, false);
+      const Stream& stream = args.streams[of.second];
+#pragma unroll
+      for (int r = 0; r < 2; r++) {
+        const float bound = fmaxf(bounds[of_tile.index][row_of_tile + 8 * r], floor);
+        const float of_result = fmaxf(bound, SMALLEST) / LARGEST;
+        const int row = of.row + 8 * r;
+        if (of.across == of_heads && quad == 0 && row < stream.rows) stream.activated_scale[row] = of_result;
+        of_rows[r] = 0.5f / of_result;
       }
     }
-    if (tile.column < args.plain) {
-      uint4* to = (uint4*)(stream.plain + (long long)row * args.plain + column + 8 * half);
-      if (inside)
-        *to = make_uint4(bfloat16(y[0], y[1]), bfloat16(y[2], y[3]), bfloat16(y[4], y[5]), bfloat16(y[6], y[7]));
-      return;
-    }
 #pragma unroll
-    for (int i = 0; i < 8; i++) y[i] = gelu(y[i], tile.half[r]);
-    packed[2 * half] = e4m3(y[0], y[1], y[2], y[3]);
-    packed[2 * half + 1] = e4m3(y[4], y[5], y[6], y[7]);
-    const long long stride = args.beside + args.columns - args.plain;
-    u8* to = stream.activated + row * stride + args.beside + column - args.plain;
-    if (half && inside) *(uint4*)to = make_uint4(packed[0], packed[1], packed[2], packed[3]);
+    for (int r = 0; r < 2; r++) factor[r] = float16(of_rows[r], of_rows[r]);
+    release(used + 8 * of_tile.index);
+    of_tile.next();
+  };
+
+  // What is left to do of the results, in pieces: 16 columns in a row. `prepare`: what that takes from memory.
+  uint4 turns[2];
+  int token;  // the row's, among all
+  auto prepare = [&](int piece) {
+    const int span = piece / 2, r = piece % 2;
+    if (of.across >= of_heads) return;
+    const Heads& own = args.of_heads[of.second];
+    const int row = of.row + 8 * r, image = row / own.tokens, of_image = row - image * own.tokens;
+    token = image * args.tokens + own.first + of_image;
+    if (span == HEAD / 64) return;
+    const uint4* table = (const uint4*)(own.turns + of_image * HEAD + span * 64 + quad * 16);
+    turns[0] = table[0];
+    turns[1] = table[1];
+  };
+  auto complete = [&](int piece) {
+    const int span = piece / 2, r = piece % 2, from = span * 64 + quad * 16;
+    const u32* x = results + 16 * span + r;
+    const Stream& stream = args.streams[of.second];
+    bool inside = of.row + 8 * r < stream.rows;
+    u32 y[8];
+    u8* to;
+    if (of.across >= of_heads) {
+#pragma unroll
+      for (int i = 0; i < 8; i++) y[i] = gelu(x[2 * i], factor[r]);
+      const int stride = args.columns - of_heads * HEAD, column = of.across * COLUMNS + from;
+      inside = inside && column < args.columns;
+      to = stream.activated + (long long)(of.row + 8 * r) * stride + column - of_heads * HEAD;  // the values' are free
+    } else if (span < HEAD / 64) {
+      const uint4* weights = (const uint4*)(head_norms[of.second][of.across >= args.heads] + from / 2);
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        const uint4 four = weights[i];
+        const u32 weight[4] = {four.x, four.y, four.z, four.w};
+        const u32 turn[4] = {turns[i].x, turns[i].y, turns[i].z, turns[i].w};
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+          y[4 * i + j] = turned(mul(mul(x[8 * i + 2 * j], factor[r]), weight[j]), turn[j]);
+      }
+      to = args.query_key + ((long long)token * of_heads + of.across) * HEAD + from;
+    } else {
+      const u32 over = float16(LARGEST / floor, LARGEST / floor);
+#pragma unroll
+      for (int i = 0; i < 8; i++) y[i] = mul(x[2 * i], over);
+      to = args.value + (long long)token * args.heads * HEAD + of.across * 64 + quad * 16;
+    }
+    if (inside) *(uint4*)to = make_uint4(e4m3(y[0], y[1]), e4m3(y[2], y[3]), e4m3(y[4], y[5]), e4m3(y[6], y[7]));
   };
 
   // One block of depth. A warpgroup has two of them under way; `last` is the stage of the one before.
   int last = 0;
-  auto start = [&](float (&d)[SUMS], bool add) {
+  auto start = [&](bool add) {
     wait(full + 8 * at.index, at.phase);
     const u64 a = descriptor(x_at + at.index * X_TILE + group * 64 * DEPTH), b = descriptor(w_at + at.index * W_TILE);
-    hold(d);
+    hold(sums);
     fence();
 #pragma unroll
-    for (int k = 0; k < 4; k++) wgmma(d, a + 2 * k, b + 2 * k, add || k > 0);
+    for (int k = 0; k < 4; k++) wgmma(sums, a + 2 * k, b + 2 * k, add || k > 0);
     commit();
   };
-  auto finish = [&](float (&d)[SUMS]) {  // the one before the last
+  auto finish = [&] {  // the one before the last
     wait_but_for<1>();
-    hold(d);
+    hold(sums);
     release(empty + 8 * last);
     last = at.index;
     at.next();
   };
-  // All products of a tile into d, and meanwhile what is left to do of the one before, `done`.
-  auto multiply = [&](float (&d)[SUMS], float (&done)[SUMS], const Tile& before) {
-    start(d, false);
-    finish(done);
-    wait(full_columns + 8 * of_columns.index, of_columns.phase);
-#pragma unroll
-    for (int i = 0; i < PORTIONS; i++) {
-      start(d, true);
-#pragma unroll
-      for (int j = i * PIECES / PORTIONS; j < (i + 1) * PIECES / PORTIONS; j++) piece(done, before, j);
-      finish(d);
-    }
-    release(empty_columns + 8 * of_columns.index);
-    of_columns.next();
-    for (int i = 1 + PORTIONS; i < args.depth; i++) {
-      start(d, true);
-      finish(d);
-    }
-  };
-  auto end = [&](float (&done)[SUMS], const Tile& before) {
-    wait_but_for<0>();
-    hold(done);
-    wait(full_columns + 8 * of_columns.index, of_columns.phase);
-#pragma unroll
-    for (int i = 0; i < PIECES; i++) piece(done, before, i);
+  auto step = [&] {
+    start(true);
+    finish();
   };
 
-  float even[SUMS], odd[SUMS];
-  int tile = blockIdx.x;
-  Tile of_even = begin(tile), of_odd;
-  start(even, false);
-  last = at.index;
-  at.next();
-  for (int i = 1; i < args.depth; i++) {
-    start(even, true);
-    finish(even);
+  bool first = true;
+  for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+    start(false);
+    last = at.index;
+    at.next();
+    int i = 1;
+    if (first) {
+      if (of_heads) know_scales();  // while the tensor cores work
+    } else {
+#pragma unroll
+      for (int piece = 0; piece < PIECES; piece++) {
+        prepare(piece);
+        if (DEEP) step();
+        complete(piece);
+      }
+      if (DEEP) i += PIECES;
+    }
+    first = false;
+    for (; i < args.depth; i++) step();
+    wait_but_for<0>();
+    hold(sums);
+    release(empty + 8 * last);
+    take(tile);
   }
-  while (true) {
-    if ((tile += gridDim.x) >= tiles) return end(even, of_even);
-    of_odd = begin(tile);
-    multiply(odd, even, of_even);
-    if ((tile += gridDim.x) >= tiles) return end(odd, of_odd);
-    of_even = begin(tile);
-    multiply(even, odd, of_odd);
+#pragma unroll
+  for (int piece = 0; piece < PIECES; piece++) {
+    prepare(piece);
+    complete(piece);
   }
 }

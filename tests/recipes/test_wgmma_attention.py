@@ -191,5 +191,5 @@ def test_same_bits_every_time() -> None:
 def test_a_kernel_that_does_not_compile() -> None:
     broken = CudaKernel("wgmma_attention.cu", "wgmma_attention", "sm_90a", 0, (("STAGES", 7),))
     with pytest.raises(UserError, match=r"wgmma_attention\.cu doesn't compile: wgmma_attention\.cu\(") as error:
-        cuda_kernel.compiled(broken)
+        cuda_kernel.machine_code(broken)
     assert len(str(error.value).splitlines()) == 1

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.models.transformers.transformer_flux import FluxPosEmbed
 from torch import Tensor
 
 import recipes
@@ -76,13 +78,12 @@ def test_bounds_are_of_the_columns_they_are_for() -> None:
 @pytest.mark.parametrize(
     ("sizes", "words"),
     [
-        ((448, 256, 192), None),
-        ((256, 256, 192), None),
-        ((256, 256, 256), "256 out features, of which 256 without GELU, aren't multiples of 64 and 192"),
+        ((448, 256, 1), None),
+        ((384, 256, 1), None),
+        ((320, 256, 1), "320 out features aren't a multiple of 64, or fewer than 1 heads of 128 have"),
         ((448, 200, 0), "200 in features aren't a multiple of 128 from 256 on"),
         ((448, 128, 0), "128 in features aren't a multiple of 128 from 256 on"),
-        ((400, 256, 0), "400 out features, of which 0 without GELU, aren't multiples of 64 and 192"),
-        ((448, 256, 128), "448 out features, of which 128 without GELU, aren't multiples of 64 and 192"),
+        ((400, 256, 0), "400 out features aren't a multiple of 64, or fewer than 0 heads of 128 have"),
     ],
 )
 def test_sizes_that_it_takes(sizes: tuple[int, int, int], words: str | None) -> None:
@@ -153,10 +154,10 @@ def _here() -> None:
 
 
 # The larger ones are several tiles a multiprocessor, so that one's epilogue runs under the next one's products: of few
-# and of many blocks of depth, at the number of portions and next to it, with columns that fill no tile.
+# and of many blocks of depth, at the number of pieces and next to it, with columns that fill no tile.
 SIZES = [
     *((1, 192, 256), (77, 256, 256), (128, 448, 384), (200, 1024, 1792), (4608, 3072, 3072), (300, 12288, 3072)),
-    *((4700, 448, 256), (4700, 448, 1536), (4700, 448, 1664), (4700, 512, 1792)),
+    *((4700, 448, 256), (4700, 448, 768), (4700, 448, 896), (4700, 512, 1792)),
 ]
 
 
@@ -174,52 +175,145 @@ def test_gelu_of_two_streams(rows: int, columns: int, depth: int, loud: float, e
         assert error_of(values.float() * scale, exact) < 0.03
 
 
+def rotary(tokens: int) -> Tensor:
+    """Cosines and sines [tokens, 128], on the GPU."""
+    random = torch.Generator().manual_seed(2)
+    angles = 10 * torch.randn(tokens, 64, generator=random).to(CUDA)
+    return torch.stack([angles.cos(), angles.sin()], dim=-1).flatten(1).half()
+
+
+def normed_and_turned(x: Tensor, weight: Tensor, turns: Tensor) -> Tensor:
+    """x [batch, tokens, heads, 128], as diffusers norms and turns query and key."""
+    x = torch.nn.functional.rms_norm(x, x.shape[-1:], weight.float(), 1e-6)
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = turns.float()[:, None].unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2)
+
+
+def check_heads(
+    parts: Tensor, query_key: Tensor, value: Tensor, descales: Tensor, weights: list, turns: Tensor, error_of: Callable
+) -> None:
+    """parts [batch, tokens, 3, heads, 128], exact; weights: of the streams query's and key's norms, the last of which
+    `parts` are of."""
+    batch, _, _, heads, _ = parts.shape
+    for i in range(2):
+        weight = weights[-1][i]
+        expected = normed_and_turned(parts[:, :, i], weight, turns)
+        largest = max(one[i].float().abs().max() for one in weights)
+        torch.testing.assert_close(descales[i], (largest * 128**0.5 / 448).expand(batch, heads))
+        got = query_key[:, :, i].float()
+        assert (got.abs() < 448).all(), "nothing was cut off"
+        # e4m3's rounding of any normal number, and of the smaller ones; and what the tensor cores cut off.
+        allowed = expected.abs() * 2**-4 * 1.1 + descales[i, 0, 0] * 2**-10 * 1.1 + 0.02 * weight.float().abs().max()
+        assert ((got * descales[i, 0, 0] - expected).abs() <= allowed).all()
+        assert error_of(got * descales[i, 0, 0], expected) < 0.03
+    assert (value.float().abs() < 448).all(), "nothing was cut off"
+    assert error_of(value.float() * descales[2, 0, 0], parts[:, :, 2]) < 0.03
+
+
+def norm_weights(seed: int) -> Tensor:
+    """Of query's and key's norms [2, 128]."""
+    return torch.randn(2, 128, generator=torch.Generator().manual_seed(seed)).to(CUDA, torch.bfloat16)
+
+
 @gpu
 @pytest.mark.usefixtures("_here")
 @pytest.mark.parametrize(
-    ("rows", "columns", "depth", "plain", "beside"),
+    ("batch", "tokens", "heads", "others", "depth"),
     [
-        *((200, 1792, 256, 768, 256), (4608, 21504, 3072, 9216, 3072)),
-        *((5, 256, 256, 192, 64), (20000, 448, 256, 192, 64)),
+        *((1, 200, 2, 1024, 256), (2, 77, 3, 64, 256), (1, 5, 1, 448, 256), (1, 1, 1, 1024, 256)),
+        *((1, 4608, 24, 12288, 3072), (2, 4608, 1, 448, 1792), (1, 20000, 1, 64, 256)),
     ],
 )
 def test_query_key_value_and_mlp(
-    rows: int, columns: int, depth: int, plain: int, beside: int, error_of: Callable
+    batch: int, tokens: int, heads: int, others: int, depth: int, error_of: Callable
 ) -> None:
-    layer = Layer(rows, columns, depth, plain)
+    plain = 3 * heads * 128
+    layer = Layer(tokens, plain + others, depth, plain, batch=batch)
     exact = layer.exact(CUDA)
-    projected, values, scale = wgmma_linear.wgmma_qkv_gelu_linear(*layer.arguments(), plain, beside)
-    assert (projected.shape[-1], values.shape[-1]) == (plain, beside + columns - plain)
-    # bfloat16 rounds by 0.0017 on average; Hopper's tensor cores cut off what they add up in float8.
-    assert error_of(projected.float(), exact[..., :plain]) < 0.004
-    activated = gelu(exact[..., plain:])
-    assert error_of(values[..., beside:].float() * scale, activated) < 0.03
-    assert (exact[..., plain * 2 // 3 : plain].abs().amax() <= 448 * scale).all(), "the attention's result fits in"
+    weights, turns = norm_weights(3), rotary(tokens)
+    query_key, value, descales, rows, scale = wgmma_linear.wgmma_qkv_gelu_linear(
+        *layer.arguments(), *weights, turns, 1e-6, heads
+    )
+    check_heads(
+        exact[..., :plain].unflatten(-1, (3, heads, 128)), query_key, value, descales, [weights], turns, error_of
+    )
+    assert (scale >= descales[2, 0, 0]).all(), "the attention's result fits in"
+    assert rows.shape == (batch, tokens, heads * 128 + others)
+    assert error_of(rows[..., heads * 128 :].float() * scale, gelu(exact[..., plain:])) < 0.03
+
+
+@gpu
+@pytest.mark.usefixtures("_here")
+@pytest.mark.parametrize(
+    ("batch", "image", "text", "heads", "depth"),
+    [(1, 200, 77, 2, 256), (2, 130, 5, 3, 256), (1, 4096, 512, 24, 3072), (2, 4096, 512, 2, 2688)],
+)
+def test_query_key_value_of_two_streams(
+    batch: int, image: int, text: int, heads: int, depth: int, error_of: Callable
+) -> None:
+    plain = 3 * heads * 128
+    layers = [Layer(n, plain, depth, plain, batch=batch, seed=seed) for seed, n in enumerate((image, text))]
+    weights, turns = [norm_weights(3), norm_weights(4)], rotary(text + image)
+    query_key, value, descales = wgmma_linear.wgmma_qkv_linears(
+        *layers[0].arguments(), *layers[1].arguments(), *weights[0], *weights[1], turns, 1e-6, heads
+    )
+    assert query_key.shape == (batch, text + image, 2, heads, 128)
+    for layer, own, where in zip(layers, weights, (slice(text, None), slice(text)), strict=True):
+        parts = layer.exact(CUDA).unflatten(-1, (3, heads, 128))
+        both = [one for one in weights if one is not own] + [own]
+        check_heads(parts, query_key[:, where], value[:, where], descales, both, turns[where], error_of)
 
 
 @gpu
 @pytest.mark.usefixtures("_here")
 def test_same_bits_every_time() -> None:
-    arguments = Layer(4608, 21504, 3072, 9216).arguments()
-    first = wgmma_linear.wgmma_qkv_gelu_linear(*arguments, 9216, 3072)
+    norms = torch.ones(2, 128, device=CUDA, dtype=torch.bfloat16)
+    arguments = (*Layer(4608, 21504, 3072, 9216).arguments(), *norms, rotary(4608), 1e-6, 24)
+    first = wgmma_linear.wgmma_qkv_gelu_linear(*arguments)
     for _ in range(5):
-        again = wgmma_linear.wgmma_qkv_gelu_linear(*arguments, 9216, 3072)
-        assert torch.equal(again[0], first[0])
-        assert torch.equal(again[2], first[2])
-        assert torch.equal(again[1][..., 3072:].view(torch.uint8), first[1][..., 3072:].view(torch.uint8))
+        again = wgmma_linear.wgmma_qkv_gelu_linear(*arguments)
+        for i in (2, 4):
+            assert torch.equal(again[i], first[i])
+        for i in (0, 1):
+            assert torch.equal(again[i].view(torch.uint8), first[i].view(torch.uint8))
+        assert torch.equal(again[3][..., 3072:].view(torch.uint8), first[3][..., 3072:].view(torch.uint8))
+
+
+def test_turns_are_those_of_diffusers() -> None:
+    embed = FluxPosEmbed(theta=10000, axes_dim=[16, 56, 56])
+    ids = torch.tensor([[0, 0, 0], [0, 3, 60], [1, 63, 7]])
+    x = torch.randn(1, 3, 2, 128, generator=torch.Generator().manual_seed(0))
+    normed = torch.nn.functional.rms_norm(x, x.shape[-1:], eps=1e-6)
+    expected = apply_rotary_emb(normed, embed(ids), sequence_dim=1)
+    (turns,) = gemm_epilogues.Turns(embed)(ids)
+    torch.testing.assert_close(normed_and_turned(x, torch.ones(128), turns), expected, rtol=0, atol=4 * 2**-11)
 
 
 def test_refuses_what_it_would_read_wrongly() -> None:
-    rows, scale, norm, *layer = Layer(5, 192, 256, 0).arguments(torch.device("cpu"))
+    cpu = torch.device("cpu")
+    rows, scale, norm, *layer = Layer(5, 448, 256, 384).arguments(cpu)
+    norms = torch.ones(2, 128, dtype=torch.bfloat16)
+    turns = torch.ones(5, 128, dtype=torch.float16)
+    of_heads = (*norms, turns, 1e-6, 1)
     with pytest.raises(ValueError, match=r"norm is to be \[1, 5, 1\] torch.float32, contiguous, not \[1, 4, 1\]"):
-        wgmma_linear.wgmma_qkv_gelu_linear(rows, scale, norm[:, :4], *layer, 0, 0)
+        wgmma_linear.wgmma_qkv_gelu_linear(rows, scale, norm[:, :4], *layer, *of_heads)
     with pytest.raises(ValueError, match=r"x is to be \[1, 5, 256\] torch.float8_e4m3fn, contiguous, not"):
-        wgmma_linear.wgmma_qkv_gelu_linear(rows.float(), scale, norm, *layer, 0, 0)
-    with pytest.raises(ValueError, match="192 out features, of which 128 without GELU, aren't multiples of 64 and 192"):
-        wgmma_linear.wgmma_qkv_gelu_linear(rows, scale, norm, *layer, 128, 0)
-    with pytest.raises(ValueError, match="8 columns beside the others aren't a multiple of 16"):
-        wgmma_linear.wgmma_qkv_gelu_linear(rows, scale, norm, *layer, 0, 8)
+        wgmma_linear.wgmma_qkv_gelu_linear(rows.float(), scale, norm, *layer, *of_heads)
+    with pytest.raises(ValueError, match=r"448 out features aren't .*, or fewer than 2 heads of 128 have"):
+        wgmma_linear.wgmma_qkv_gelu_linear(rows, scale, norm, *layer, *norms, turns, 1e-6, 2)
+    with pytest.raises(ValueError, match=r"turns is to be \[5, 128\] torch.float16, contiguous, not \[4, 128\]"):
+        wgmma_linear.wgmma_qkv_gelu_linear(rows, scale, norm, *layer, *norms, turns[:4], 1e-6, 1)
+    whole = Layer(5, 384, 256, 384).arguments(cpu)
+    with pytest.raises(ValueError, match="384 out features are those of 1 heads: none are left for GELU"):
+        wgmma_linear.wgmma_qkv_gelu_linear(*whole, *of_heads)
+    two = Layer(5, 384, 256, 384, batch=2).arguments(cpu)
+    of_both = (*norms, *norms, torch.ones(10, 128, dtype=torch.float16), 1e-6)
+    with pytest.raises(ValueError, match=r"the streams' batches differ: \[1, 2\]"):
+        wgmma_linear.wgmma_qkv_linears(*whole, *two, *of_both, 1)
+    with pytest.raises(ValueError, match="384 out features aren't those of 2 heads: 768"):
+        wgmma_linear.wgmma_qkv_linears(*whole, *whole, *of_both, 2)
     weight, weight_scale, bias, bounds = layer
     shifted = torch.cat([bias[:1], bias])[1:]
     with pytest.raises(ValueError, match="bias is read 16 bytes at once and has to begin at a multiple of that"):
-        wgmma_linear.wgmma_qkv_gelu_linear(rows, scale, norm, weight, weight_scale, shifted, bounds, 0, 0)
+        wgmma_linear.wgmma_qkv_gelu_linear(rows, scale, norm, weight, weight_scale, shifted, bounds, *of_heads)

@@ -118,17 +118,31 @@ def test_float8_gemm_writes_bfloat16() -> None:
 
 
 def test_own_linears() -> None:
-    """Two streams count together; GELU's results are float8, in the single block behind what stays in bfloat16."""
-    layer = ((1, 64, 32), (1, 64, 1), (1, 64, 1), (16, 32), (16, 1), (16,), (4,))
+    """Two streams count together; all results are float8."""
+    layer = ((1, 64, 32), (1, 64, 1), (1, 64, 1), (448, 32), (448, 1), (448,), (4,))
     types = ("c10::Float8_e4m3fn", "float", "float", "c10::Float8_e4m3fn", "float", "c10::BFloat16", "float")
-    read = 64 * 32 + 4 * 2 * 64 + 16 * 32 + 4 * 16 + 2 * 16 + 4 * 4
-    qkv = Shapes((*layer, (), ()), (*types, "Scalar", "Scalar"), ("",) * 7 + ("12", "4"))
-    moved = read + 64 * (2 * 12 + 4)
-    expected = Cost("gemm", "fp8", "64 x 16 x 32", 2 * 64 * 16 * 32, moved)
-    assert cost("flux_fast::wgmma_qkv_gelu_linear", qkv) == expected
+    read = 64 * 32 + 4 * 2 * 64 + 448 * 32 + 4 * 448 + 2 * 448 + 4 * 4
     both = Shapes(layer * 2, types * 2, ("",) * 14)
-    expected = Cost("gemm", "fp8", "64 x 16 x 32 + 64 x 16 x 32", 4 * 64 * 16 * 32, 2 * (read + 64 * 16))
+    flops = 2 * 64 * 448 * 32
+    expected = Cost("gemm", "fp8", "64 x 448 x 32 + 64 x 448 x 32", 2 * flops, 2 * (read + 64 * 448))
     assert cost("flux_fast::wgmma_gelu_linears", both) == expected
+    norms, turns = ((128,), (128,)), ((64, 128),)
+    of_norms, of_turns = ("c10::BFloat16",) * 2, ("c10::Half",)
+    qkv = Shapes(
+        (*layer, *norms, *turns, (), ()),
+        (*types, *of_norms, *of_turns, "Scalar", "Scalar"),
+        ("",) * 10 + ("1e-6", "1"),
+    )
+    moved = read + 2 * 2 * 128 + 2 * 64 * 128 + 64 * 448
+    assert cost("flux_fast::wgmma_qkv_gelu_linear", qkv) == Cost("gemm", "fp8", "64 x 448 x 32", flops, moved)
+    joint = Shapes(
+        (*layer * 2, *norms * 2, (128, 128), (), ()),
+        (*types * 2, *of_norms * 2, *of_turns, "Scalar", "Scalar"),
+        ("",) * 19 + ("1e-6", "1"),
+    )
+    moved = 2 * (read + 2 * 2 * 128 + 128 * 128 + 64 * 448)
+    found = cost("flux_fast::wgmma_qkv_linears", joint)
+    assert found == Cost("gemm", "fp8", "64 x 448 x 32 + 64 x 448 x 32", 2 * flops, moved)
 
 
 def test_fused_kernels_of_inductor() -> None:

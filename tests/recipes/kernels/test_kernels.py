@@ -212,6 +212,8 @@ def test_qkv_norm_rotary_float8(
     query_key, laid_out, descales = qkv.qkv_norm_rotary_float8(*arguments, layout, per_head)
     value = qkv.qkv_norm_rotary_float8(*arguments, "by_token", per_head)[1]
     assert torch.equal(laid_out.view(torch.uint8), lay_out(value, layout).view(torch.uint8))
+    again = qkv.lay_out_values(value, layout)
+    assert torch.equal(again.view(torch.uint8), laid_out.view(torch.uint8)), "what is float8 already"
     reference = qkv.reference(*of_reference)
     expected = qkv.reference_descales(reference, *of_reference[2:4], per_head)
     torch.testing.assert_close(descales, expected, rtol=1e-5, atol=0)
