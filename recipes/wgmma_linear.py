@@ -20,6 +20,7 @@ COLUMNS = 192  # of a tile
 HEAD_DIM = 128
 _ROWS, _DEPTH, _STAGES, _THREADS = 128, 128, 5, 384  # as in the kernel
 _SHARED = _STAGES * (_ROWS + COLUMNS) * _DEPTH + 1024  # rows of both operands by stages, alignment
+_CACHED = 16 << 20  # bytes of input rows at once; a Hopper GPU's L2 cache has 50 MB, in two halves
 _PIECES = 6  # of what is left to do of a tile, a block of depth each
 
 
@@ -64,7 +65,7 @@ class _Arguments(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("query_key", "value", "descales")),
         *((name, ctypes.c_int) for name in ("heads", "tokens", "batch")),
         ("eps", ctypes.c_float),
-        *((name, ctypes.c_int) for name in ("first", "tall", "wide", "depth", "columns")),
+        *((name, ctypes.c_int) for name in ("first", "tall", "wide", "group", "depth", "columns")),
     )
 
 
@@ -114,6 +115,7 @@ def _launch(
     qkv = () if attention is None else _attend(arguments, [layer.x for layer in layers], attention)
     tall = [-(-stream.rows // _ROWS) for stream in arguments.streams]
     arguments.first, arguments.tall = tall[0], sum(tall)
+    arguments.group = rows_at_once(arguments.tall, depth)
     both = (*layers, *layers)[:2]
     rows = [tensor_map(of.x.data_ptr(), (depth, of.x[..., 0].numel()), (depth,), (_DEPTH, _ROWS)) for of in both]
     weights = [_order(of.weight) for of in both]
@@ -142,6 +144,13 @@ def _attend(arguments: _Arguments, streams: list[torch.Tensor], attention: Atten
         own.norm_q, own.norm_k = norm_q.data_ptr(), norm_k.data_ptr()
         own.turns = attention.turns[first:].data_ptr()
     return out
+
+
+def rows_at_once(tall: int, depth: int) -> int:
+    """Of `tall` tiles of rows of `depth` bytes how many are multiplied by all columns before the next: such that they
+    stay in the L2 cache, and in groups as large as each other."""
+    groups = -(-tall // max(1, _CACHED // (_ROWS * depth)))
+    return -(-tall // groups)
 
 
 @cache

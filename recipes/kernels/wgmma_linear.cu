@@ -36,6 +36,8 @@ constexpr int SPANS = COLUMNS / 64, PIECES = 2 * SPANS;  // 16 of 64 columns are
 constexpr int HEAD = 128;
 constexpr float LARGEST = 448, SMALLEST = 0.004f;  // of e4m3; of bounds: 448 over one is to be a float16
 
+#include "tiles.cuh"
+
 struct Stream {
   const float* scale;         // [rows]
   const float* norm;          // [rows]: no less than a row's norm
@@ -62,8 +64,8 @@ struct Arguments {
   float* descales;  // [3, batch, heads]: of query, key and value
   int heads, tokens, batch;
   float eps;
-  int first, tall, wide;  // tiles of rows in the first stream and in both; of columns
-  int depth, columns;     // blocks of 128; of W's rows
+  Tiles tiles;
+  int depth, columns;  // blocks of 128; of W's rows
 };
 
 // ---- loads
@@ -160,12 +162,6 @@ __device__ __forceinline__ u32 turned(u32 pair, u32 turn) {
   return fma(pair, __byte_perm(turn, 0, 0x1010), mul(crossed, __byte_perm(turn, 0, 0x3232)));
 }
 
-// Where a tile lies: its number among those side by side, in which stream, and there its first row.
-struct Place {
-  int across, row;
-  bool second;
-};
-
 extern "C" __global__ void __launch_bounds__(ALL, 1)
     wgmma_linear(const __grid_constant__ TensorMap x0, const __grid_constant__ TensorMap x1,
                  const __grid_constant__ TensorMap w0, const __grid_constant__ TensorMap w1,
@@ -193,15 +189,10 @@ extern "C" __global__ void __launch_bounds__(ALL, 1)
   }
   __syncthreads();
 
-  const int tiles = args.tall * args.wide, of_heads = 2 * args.heads;  // columns of tiles: of query and key
+  const int tiles = args.tiles.number(), of_heads = 2 * args.heads;  // columns of tiles: of query and key
   const int lane = threadIdx.x % 32;
   Turn<STAGES> at;
   Turn<2> of_tile;
-  auto find = [&](int tile) {
-    const int high = tile % args.tall;
-    const bool second = high >= args.first;
-    return Place{tile / args.tall, (second ? high - args.first : high) * ROWS, second};
-  };
   // A tile's columns are two runs of W's rows: a head, and 64 of the values; elsewhere one run.
   auto first_run = [&](int across) { return across < of_heads ? across * HEAD : across * COLUMNS; };
   auto second_run = [&](int across) {
@@ -212,7 +203,7 @@ extern "C" __global__ void __launch_bounds__(ALL, 1)
     asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
     if (threadIdx.x / 32 == 1) {
       for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-        const Place place = find(tile);
+        const Place place = args.tiles[tile];
         const Stream& stream = args.streams[place.second];
         const int from = first_run(place.across), then = second_run(place.across);
         wait(used + 8 * of_tile.index, of_tile.phase ^ 1);
@@ -237,7 +228,7 @@ extern "C" __global__ void __launch_bounds__(ALL, 1)
     }
     if (threadIdx.x != 0) return;
     for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-      const Place place = find(tile);
+      const Place place = args.tiles[tile];
       const TensorMap *x = place.second ? &x1 : &x0, *w = place.second ? &w1 : &w0;
       const int from = first_run(place.across) / UNIT, then = second_run(place.across) / UNIT;
       for (int i = 0; i < args.depth; i++) {
@@ -265,7 +256,7 @@ extern "C" __global__ void __launch_bounds__(ALL, 1)
   float floor = 0;  // what none of the attention's values exceeds
   auto know_scales = [&] {
     const int thread = threadIdx.x - 128, part = thread / HEAD, all = args.batch * args.heads;
-    const int streams = args.first < args.tall ? 2 : 1;
+    const int streams = args.tiles.first < args.tiles.tall ? 2 : 1;
     float weight[2] = {0, 0}, largest = 0;
 #pragma unroll
     for (int i = 0; i < 2; i++) {
@@ -319,7 +310,7 @@ extern "C" __global__ void __launch_bounds__(ALL, 1)
 
   // Results from sums.
   auto take = [&](int tile) {
-    of = find(tile);
+    of = args.tiles[tile];
     of.row += row_of_tile;
     wait(known + 8 * of_tile.index, of_tile.phase);
     const float scale[2] = {scales[of_tile.index][row_of_tile], scales[of_tile.index][row_of_tile + 8]};
