@@ -2,10 +2,11 @@
 
 Those of FLUX.1's Linears that have something to follow, at 1024x1024, one image, 4096 image and 512 text tokens, with a
 scale a row. `scaled_mm`: torch._scaled_mm alone, a launch a stream; `apart`: the same and then our Triton kernels, for
-GELU and its cast, for query, key and value; `wgmma`: kernels/wgmma_linear.cu, both streams, GELU, query, key and
-value in one launch, the values laid out after it. They take turns, each for so long that a GPU at its power limit has
-come to the clock that it keeps with it. --zeros: of zeros, which take so little power that the clock stays high: what
-is left is how well a kernel fills the tensor cores. The error is against float32, of GELU's results or the Linear's.
+GELU and its cast, for query, key and value, for the gated residual; `wgmma`: kernels/wgmma_linear.cu, both streams and
+what follows in one launch, the values laid out after it. They take turns, each for so long that a GPU at its power
+limit has come to the clock that it keeps with it. --zeros: of zeros, which take so little power that the clock stays
+high: what is left is how well a kernel fills the tensor cores. The error is against float32, of GELU's results or the
+Linear's.
 """
 
 from __future__ import annotations
@@ -35,18 +36,20 @@ IMAGE, TEXT, DIM = 4096, 512, 3072
 _CALLS = 5  # in a graph
 Stream = tuple[Float8Linear, Any]  # a layer and its input, fused_blocks' Rows
 Form = Callable[[], list[Any]]
-HEADER = "linear   form            ms  TFLOP/s   error   MHz"
+HEADER = "linear    form            ms  TFLOP/s   error   MHz"
 
 
 @dataclass(frozen=True)
 class Case:
-    """tokens: of each stream; heads: of query, key and value, whose features come before those that go through GELU."""
+    """tokens: of each stream; heads: of query, key and value, whose features come before those that go through GELU.
+    gated: a result, times a gate, is added to its stream instead."""
 
     name: str
     tokens: tuple[int, ...]
     out_features: int
     in_features: int
     heads: int
+    gated: bool = False
 
     @property
     def plain(self) -> int:
@@ -63,6 +66,9 @@ def cases() -> list[Case]:
         Case("qkv", both, 3 * DIM, DIM, DIM // HEAD_DIM),
         Case("mlp_up", both, 4 * DIM, DIM, 0),
         Case("qkv_mlp", (IMAGE + TEXT,), 7 * DIM, DIM, DIM // HEAD_DIM),
+        Case("attn_out", both, DIM, DIM, 0, gated=True),
+        Case("mlp_down", both, DIM, 4 * DIM, 0, gated=True),
+        Case("out", (IMAGE + TEXT,), DIM, 5 * DIM, 0, gated=True),
     ]
 
 
@@ -85,6 +91,29 @@ def stream(case: Case, number: int, device: torch.device, zeros: bool) -> Stream
     return layer, Rows(*rows_and_norms(normal(1, case.tokens[number], case.in_features), True))
 
 
+def _gated(case: Case, streams: Sequence[Stream]) -> Callable[[Any], list[Any]]:
+    """Adds what the Linears give to streams, by fused_blocks' kernels that it gets; gives nothing."""
+    from recipes.fused_blocks import Gated
+
+    device = streams[0][1].scale.device
+    random = torch.Generator(device).manual_seed(len(streams))
+    gated = []
+    for (linear, x), tokens in zip(streams, case.tokens, strict=True):
+        sizes = ((case.out_features,), (tokens, case.out_features))
+        gate, before = (torch.randn(1, *size, device=device, generator=random).bfloat16() for size in sizes)
+        gated.append(Gated(linear, x, gate, before))
+
+    def call(kernels: Any) -> list[Any]:
+        if len(gated) == 2:
+            kernels.gated_linears(gated)
+        else:
+            before = gated[0].residual
+            kernels.gated_linear(gated[0]._replace(residual=before[:, TEXT:]), before[:, :TEXT])
+        return []
+
+    return call
+
+
 def forms(case: Case, streams: Sequence[Stream]) -> dict[str, Form]:
     """What is timed; gives the Linears' results in bfloat16, or rows of GELU's, of one stream after the other."""
     from recipes.fused_blocks import Epilogues, Float8, Rows
@@ -93,6 +122,9 @@ def forms(case: Case, streams: Sequence[Stream]) -> dict[str, Form]:
     backend: Any = None  # the attention's, which isn't called
     apart, joined = Float8(backend), Epilogues(backend)
     found: dict[str, Form] = {"scaled_mm": lambda: [apart.linear(*one) for one in streams]}
+    if case.gated:
+        call = _gated(case, streams)
+        return found | {"apart": partial(call, apart), "wgmma": partial(call, joined)}
     if not case.heads:
         return found | {"apart": lambda: apart.gelu_linears(streams), "wgmma": lambda: joined.gelu_linears(streams)}
     tokens = sum(case.tokens)
@@ -177,8 +209,8 @@ def line(row: dict[str, Any]) -> str:
     for name, figures in row.get("forms", {}).items():
         of_text = f"{figures['relative_error']:.4f}" if "relative_error" in figures else ""
         ms, tflops, clock = figures["ms"]["median"], figures["tflops"], figures["sm_clock_mhz"] or 0
-        text.append(f"{row['linear']:<7}  {name:<9}  {ms:7.4f}  {tflops:7.0f}  {of_text:>6}  {clock:4.0f}")
-    return "\n".join(text) or f"{row['linear']:<7}"
+        text.append(f"{row['linear']:<8}  {name:<9}  {ms:7.4f}  {tflops:7.0f}  {of_text:>6}  {clock:4.0f}")
+    return "\n".join(text) or f"{row['linear']:<8}"
 
 
 def main() -> None:
@@ -194,7 +226,7 @@ def main() -> None:
             series.Measurement(
                 {
                     "linear": case.name,
-                    **{k: getattr(case, k) for k in ("tokens", "out_features", "in_features", "heads")},
+                    **{k: getattr(case, k) for k in ("tokens", "out_features", "in_features", "heads", "gated")},
                 },
                 partial(measure, case, arguments.zeros, device),
                 missing,

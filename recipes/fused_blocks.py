@@ -24,8 +24,9 @@ from recipes import wgmma_linear
 from recipes.attention_backends import Backend
 from recipes.kernels import adaln, cast, gelu, qkv, residual
 
+Norm = tuple[Tensor, Tensor, float]  # AdaLN's shift, scale and eps
 Rotary = tuple[Tensor, ...]  # the cosines and sines; of Epilogues, gemm_epilogues.Turns'
-Kernels = Any  # Plain, Float8 or Epilogues: what one's adaln and gelu_linears give, its linear takes
+Kernels = Any  # Plain, Float8 or Epilogues: what one's adaln and gelu_linears give, its other Linears take
 
 
 class Rows(NamedTuple):
@@ -37,6 +38,15 @@ class Rows(NamedTuple):
     norm: Tensor | None = None
 
 
+class Gated(NamedTuple):
+    """A Linear, its input, and what its result is added to, times the gate."""
+
+    linear: nn.Module
+    x: Any  # as the kernels' `linear` takes it
+    gate: Tensor
+    residual: Tensor
+
+
 @dataclass(frozen=True)
 class Plain:
     """The kernels between Linears of the activations' own dtype."""
@@ -46,10 +56,18 @@ class Plain:
     def adaln(self, image: Tensor, text: Tensor | None, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
         return adaln.adaln(image, text, shift, scale, eps)
 
-    def residual_adaln(
-        self, x: Tensor, gate: Tensor, before: Tensor, shift: Tensor, scale: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor]:
-        return residual.gated_residual_adaln(x, gate, before, shift, scale, eps)
+    def gated_linear(self, one: Gated, text_residual: Tensor) -> Tensor:
+        return residual.gated_residual(self.linear(one.linear, one.x), one.gate, one.residual, text_residual)
+
+    def gated_linears(self, streams: Sequence[Gated]) -> list[Tensor]:
+        updates = [self.linear(one.linear, one.x) for one in streams]
+        together = zip(updates, streams, strict=True)
+        return [residual.gated_residual(x, one.gate, one.residual, None) for x, one in together]
+
+    def gated_linears_adaln(self, streams: Sequence[Gated], norms: Sequence[Norm]) -> list[tuple[Tensor, Tensor]]:
+        updates = [self.linear(one.linear, one.x) for one in streams]
+        together = zip(updates, streams, norms, strict=True)
+        return [residual.gated_residual_adaln(x, one.gate, one.residual, *norm) for x, one, norm in together]
 
     def attention_and_mlp(self, attn: FluxAttention, linear: nn.Module, x: Tensor, rotary: Rotary) -> Tensor:
         return gelu.concat_gelu(*_attention_and_mlp(self, attn, linear, x, rotary))
@@ -77,11 +95,22 @@ class Float8:
     def adaln(self, image: Tensor, text: Tensor | None, shift: Tensor, scale: Tensor, eps: float) -> Rows:
         return Rows(*adaln.adaln_float8(image, text, shift, scale, eps, self.row_norms))
 
-    def residual_adaln(
-        self, x: Tensor, gate: Tensor, before: Tensor, shift: Tensor, scale: Tensor, eps: float
-    ) -> tuple[Tensor, Rows]:
-        hidden, *rows = residual.gated_residual_adaln_float8(x, gate, before, shift, scale, eps, self.row_norms)
-        return hidden, Rows(*rows)
+    def gated_linear(self, one: Gated, text_residual: Tensor) -> Tensor:
+        return residual.gated_residual(self.linear(one.linear, one.x), one.gate, one.residual, text_residual)
+
+    def gated_linears(self, streams: Sequence[Gated]) -> list[Tensor]:
+        updates = [self.linear(one.linear, one.x) for one in streams]
+        together = zip(updates, streams, strict=True)
+        return [residual.gated_residual(x, one.gate, one.residual, None) for x, one in together]
+
+    def gated_linears_adaln(self, streams: Sequence[Gated], norms: Sequence[Norm]) -> list[tuple[Tensor, Rows]]:
+        found = []
+        updates = [self.linear(one.linear, one.x) for one in streams]
+        for x, one, norm in zip(updates, streams, norms, strict=True):
+            arguments = (x, one.gate, one.residual, *norm, self.row_norms)
+            hidden, *rows = residual.gated_residual_adaln_float8(*arguments)
+            found.append((hidden, Rows(*rows)))
+        return found
 
     def attention_and_mlp(self, attn: FluxAttention, linear: nn.Module, x: Rows, rotary: Rotary) -> Rows:
         attended, hidden = _attention_and_mlp(self, attn, linear, x, rotary)
@@ -106,8 +135,8 @@ class Float8:
 
 @dataclass(frozen=True)
 class Epilogues(Float8):
-    """As Float8, but GELU, RMSNorm and rotary embedding are done in the kernel of the Linear before them, of both
-    streams in one launch."""
+    """As Float8, but GELU, RMSNorm, rotary embedding and gated residual are done in the kernel of the Linear before
+    them, of both streams in one launch."""
 
     row_norms: bool = True
 
@@ -133,10 +162,28 @@ class Epilogues(Float8):
         values, scale = self.attention.float8.rows(query_key[:, :, 0], query_key[:, :, 1], value, descales)
         return Rows(values.flatten(2, 3), scale)
 
+    def gated_linear(self, one: Gated, text_residual: Tensor) -> Tensor:
+        return wgmma_linear.wgmma_gated_linear(*_gated(one), text_residual)
+
+    def gated_linears(self, streams: Sequence[Gated]) -> list[Tensor]:
+        first, second = (_gated(one) for one in streams)
+        return list(wgmma_linear.wgmma_gated_linears(*first, *second))
+
+    def gated_linears_adaln(self, streams: Sequence[Gated], norms: Sequence[Norm]) -> list[tuple[Tensor, Rows]]:
+        updated = self.gated_linears(streams)
+        return [(hidden, self.adaln(hidden, None, *norm)) for hidden, norm in zip(updated, norms, strict=True)]
+
     def gelu_linears(self, pairs: Sequence[tuple[nn.Module, Rows]]) -> list[Rows]:
         first, second = (_bounded(*pair) for pair in pairs)
         out = wgmma_linear.wgmma_gelu_linears(*first, *second)
         return [Rows(*out[:2]), Rows(*out[2:])]
+
+
+def _gated(one: Gated) -> tuple[Any, ...]:
+    """As `wgmma_linear`'s operators take it; a stream of a batch's is a part of rows, and copied."""
+    linear: Any = one.linear
+    values, scale = (x.contiguous() for x in one.x[:2])
+    return values, scale, linear.weight, linear.weight_scale, linear.bias, one.gate, one.residual
 
 
 def _bounded(linear: Any, x: Rows) -> tuple[Any, ...]:
@@ -161,19 +208,24 @@ def double_block(
     text_normed = kernels.adaln(text, None, *of_text[:2], self.norm1_context.norm.eps)
     attended = kernels.joint_attention(attn, image_normed, text_normed, image_rotary_emb)
     of_text_tokens, of_image_tokens = kernels.streams(attended, [text.shape[1], image.shape[1]])
-    image_update = kernels.linear(attn.to_out[0], of_image_tokens)
-    text_update = kernels.linear(attn.to_add_out, of_text_tokens)
-    gate, *of_norm, image_gate = of_image[2:]
-    image, image_normed = kernels.residual_adaln(image_update, gate, image, *of_norm, self.norm2.eps)
-    gate, *of_norm, text_gate = of_text[2:]
-    text, text_normed = kernels.residual_adaln(text_update, gate, text, *of_norm, self.norm2_context.eps)
+    image_gate, *image_norm, image_mlp_gate = of_image[2:]
+    text_gate, *text_norm, text_mlp_gate = of_text[2:]
+    (image, image_normed), (text, text_normed) = kernels.gated_linears_adaln(
+        [
+            Gated(attn.to_out[0], of_image_tokens, image_gate, image),
+            Gated(attn.to_add_out, of_text_tokens, text_gate, text),
+        ],
+        [(*image_norm, self.norm2.eps), (*text_norm, self.norm2_context.eps)],
+    )
     image_hidden, text_hidden = kernels.gelu_linears(
         [(self.ff.net[0].proj, image_normed), (self.ff_context.net[0].proj, text_normed)]
     )
-    image_update = kernels.linear(self.ff.net[2], image_hidden)
-    text_update = kernels.linear(self.ff_context.net[2], text_hidden)
-    image = residual.gated_residual(image_update, image_gate, image, None)
-    text = residual.gated_residual(text_update, text_gate, text, None)
+    image, text = kernels.gated_linears(
+        [
+            Gated(self.ff.net[2], image_hidden, image_mlp_gate, image),
+            Gated(self.ff_context.net[2], text_hidden, text_mlp_gate, text),
+        ]
+    )
     return text, image
 
 
@@ -192,8 +244,7 @@ def single_block(
     shift, scale, gate = _modulation(self.norm, temb, 3)
     normed = kernels.adaln(image, text, shift, scale, self.norm.norm.eps)
     attended = kernels.attention_and_mlp(attn, self.proj_qkv_mlp, normed, image_rotary_emb)
-    update = kernels.linear(self.proj_out, attended)
-    joint = residual.gated_residual(update, gate, image, text)
+    joint = kernels.gated_linear(Gated(self.proj_out, attended, gate, image), text)
     text, image = joint.split([text.shape[1], image.shape[1]], dim=1)
     return text, image
 

@@ -1,5 +1,5 @@
 """What follows a float8 Linear in that GEMM's epilogue, by our own kernel for Hopper: GELU, or of query and key RMSNorm
-and rotary embedding, and the cast to float8.
+and rotary embedding, and the cast to float8; or the gated residual.
 
 The MLP's hidden activations, query and key are in memory once then, instead of in bfloat16 and in float8. Both streams'
 layers run in one launch, for 512 text tokens alone don't fill the GPU; and the single block's attention writes its
@@ -43,7 +43,7 @@ def _apply(pipe: DiffusionPipeline, recipe: Recipe) -> str:
     for block in blocks:
         block.kernels = fused_blocks.Epilogues(block.kernels.attention)
     transformer.pos_embed = Turns(transformer.pos_embed)
-    return f"GELU, QK norm and rotary embedding in the GEMMs of {len(blocks)} blocks"
+    return f"GELU, QK norm, rotary embedding and gated residual in the GEMMs of {len(blocks)} blocks"
 
 
 def arrange(transformer: FluxTransformer2DModel) -> None:
@@ -63,7 +63,8 @@ def _unfit(recipe: Recipe, pipe: DiffusionPipeline) -> str | None:
     config = pipe.transformer.config
     dim = config.num_attention_heads * config.attention_head_dim
     heads = config.num_attention_heads
-    layers = ((3 * dim, heads), (4 * dim, 0), (7 * dim, heads))  # query, key and value; the MLP; a single block's first
+    # Query, key and value; the MLP; a single block's first; the Linears back to the streams, the shallowest.
+    layers = ((3 * dim, heads), (4 * dim, 0), (7 * dim, heads), (dim, 0))
     reason = next((reason for layer in layers if (reason := wgmma_linear.refusal(layer[0], dim, layer[1]))), None)
     return f"needs other sizes: {reason}" if reason else None
 

@@ -1,8 +1,8 @@
 """Float8 Linears by our own kernel for Hopper's tensor cores (kernels/wgmma_linear.cu), as custom ops.
 
 What follows them is done before a result leaves the registers: GELU and the cast back to float8; of query and key
-RMSNorm, rotary embedding and the cast. One launch takes two streams, each with its own layer, so that 512 text tokens
-don't leave most of the GPU idle.
+RMSNorm, rotary embedding and the cast; or the gated residual. One launch takes two streams, each with its own layer, so
+that 512 text tokens don't leave most of the GPU idle.
 """
 
 from __future__ import annotations
@@ -29,16 +29,17 @@ class Layer(NamedTuple):
 
     x [batch, tokens, in features] float8_e4m3fn, scale [batch, tokens, 1] float32, norm [batch, tokens, 1] float32, no
     less than a row's norm; weight [out features, in features] float8_e4m3fn, weight_scale [out features, 1] float32,
-    bias [out features] bfloat16, bounds [4] float32, `Float8Linear`'s. All contiguous.
+    bias [out features] bfloat16, bounds [4] float32, `Float8Linear`'s. All contiguous. Norm and bounds are what results
+    in float8 are scaled by: None where they stay in bfloat16.
     """
 
     x: torch.Tensor
     scale: torch.Tensor
-    norm: torch.Tensor
+    norm: torch.Tensor | None
     weight: torch.Tensor
     weight_scale: torch.Tensor
     bias: torch.Tensor
-    bounds: torch.Tensor
+    bounds: torch.Tensor | None
 
 
 class _Stream(ctypes.Structure):
@@ -58,10 +59,19 @@ class _Heads(ctypes.Structure):
     )
 
 
+class _Update(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("text", "image", "gate", "out")),
+        *((name, ctypes.c_longlong) for name in ("text_batch", "text_row", "image_batch", "image_row", "gate_batch")),
+        *((name, ctypes.c_int) for name in ("text_tokens", "tokens")),
+    )
+
+
 class _Arguments(ctypes.Structure):
     _fields_ = (
         ("streams", _Stream * 2),
         ("of_heads", _Heads * 2),
+        ("updates", _Update * 2),
         *((name, ctypes.c_void_p) for name in ("query_key", "value", "descales")),
         *((name, ctypes.c_int) for name in ("heads", "tokens", "batch")),
         ("eps", ctypes.c_float),
@@ -83,6 +93,18 @@ class Attention(NamedTuple):
     heads: int
 
 
+class Update(NamedTuple):
+    """What a stream was before, and what is added to it: the Linear's result times a gate.
+
+    gate [batch, out features], residual [batch, image tokens, out features], text_residual the same of the text's
+    tokens, which come first, or None; bfloat16, the last dimension of each contiguous.
+    """
+
+    gate: torch.Tensor
+    residual: torch.Tensor
+    text_residual: torch.Tensor | None
+
+
 def refusal(out_features: int, in_features: int, heads: int) -> str | None:
     """Why the kernel can't compute such a layer, whose results begin with query, key and value of `heads`; None if it
     can."""
@@ -98,32 +120,63 @@ def _launch(
 ) -> tuple[tuple[torch.Tensor, ...], list[tuple[torch.Tensor, torch.Tensor]]]:
     """The kernel over one or two layers: `_qkv` of both, if there is an attention; of each what is activated, and its
     scale."""
-    columns, depth = layers[0].weight.shape
+    columns = len(layers[0].weight)
     heads = 0 if attention is None else attention.heads
+    arguments = _arguments(layers, heads)
+    out = [_activated(layer.x, columns, heads) for layer in layers]
+    for results, stream in zip(out, arguments.streams, strict=False):
+        stream.activated, stream.activated_scale = (result.data_ptr() for result in results)
+    qkv = () if attention is None else _attend(arguments, [layer.x for layer in layers], attention)
+    _run(layers, arguments, update=False)
+    return qkv, out
+
+
+def _launch_updates(layers: Sequence[Layer], updates: Sequence[Update]) -> list[torch.Tensor]:
+    """The kernel over one or two layers: what each stream is afterwards."""
+    arguments = _arguments(layers, 0)
+    out = []
+    for layer, update, own in zip(layers, updates, arguments.updates, strict=False):
+        result = _updated(layer.x, layer.weight)
+        _check_update(update, result)
+        text = update.residual if update.text_residual is None else update.text_residual
+        own.text_tokens = 0 if update.text_residual is None else text.shape[1]
+        own.tokens = result.shape[1]
+        own.text, own.image, own.gate, own.out = (x.data_ptr() for x in (text, update.residual, update.gate, result))
+        own.text_batch, own.text_row = text.stride()[:2]
+        own.image_batch, own.image_row = update.residual.stride()[:2]
+        own.gate_batch = update.gate.stride(0)
+        out.append(result)
+    _run(layers, arguments, update=True)
+    return out
+
+
+def _arguments(layers: Sequence[Layer], heads: int) -> _Arguments:
+    """What the kernel is told of layers whose results begin with query, key and value of `heads`, checked."""
+    columns, depth = layers[0].weight.shape
     if (reason := refusal(columns, depth, heads)) is not None:
         raise ValueError(reason)
     arguments = _Arguments(wide=-(-columns // COLUMNS), depth=depth // _DEPTH, columns=columns)
-    out = []
     for layer, stream in zip(layers, arguments.streams, strict=False):
         _check(layer, columns, depth)
-        results = _activated(layer.x, columns, heads)
-        out.append(results)
         for name in ("scale", "norm", "weight_scale", "bias", "bounds"):
-            setattr(stream, name, getattr(layer, name).data_ptr())
-        stream.activated, stream.activated_scale = (result.data_ptr() for result in results)
+            tensor = getattr(layer, name)
+            setattr(stream, name, None if tensor is None else tensor.data_ptr())
         stream.rows = layer.x.shape[0] * layer.x.shape[1]
-    qkv = () if attention is None else _attend(arguments, [layer.x for layer in layers], attention)
     tall = [-(-stream.rows // _ROWS) for stream in arguments.streams]
     arguments.first, arguments.tall = tall[0], sum(tall)
     arguments.group = rows_at_once(arguments.tall, depth)
+    return arguments
+
+
+def _run(layers: Sequence[Layer], arguments: _Arguments, update: bool) -> None:
+    depth = layers[0].weight.shape[1]
     both = (*layers, *layers)[:2]
     rows = [tensor_map(of.x.data_ptr(), (depth, of.x[..., 0].numel()), (depth,), (_DEPTH, _ROWS)) for of in both]
     weights = [_order(of.weight) for of in both]
     device = layers[0].x.device
     blocks = min(arguments.tall * arguments.wide, torch.cuda.get_device_properties(device).multi_processor_count)
-    kernel = _kernel(arguments.depth > _PIECES)
+    kernel = _kernel(arguments.depth > _PIECES, update)
     kernel.launch(device, blocks, _THREADS, (*rows, *weights, arguments))
-    return qkv, out
 
 
 def _attend(arguments: _Arguments, streams: list[torch.Tensor], attention: Attention) -> tuple[torch.Tensor, ...]:
@@ -154,8 +207,9 @@ def rows_at_once(tall: int, depth: int) -> int:
 
 
 @cache
-def _kernel(deep: bool) -> CudaKernel:
-    return CudaKernel("wgmma_linear.cu", "wgmma_linear", "sm_90a", _SHARED, (("DEEP", int(deep)),))
+def _kernel(deep: bool, update: bool) -> CudaKernel:
+    defines = (("DEEP", int(deep)), ("UPDATE", int(update)))
+    return CudaKernel("wgmma_linear.cu", "wgmma_linear", "sm_90a", _SHARED, defines)
 
 
 def _order(weight: torch.Tensor) -> ctypes.Array[ctypes.c_char]:
@@ -176,12 +230,33 @@ def _check(layer: Layer, columns: int, depth: int) -> None:
     _check_tensors(
         x=(layer.x, (*rows[:2], depth), torch.float8_e4m3fn),
         scale=(layer.scale, rows, torch.float32),
-        norm=(layer.norm, rows, torch.float32),
         weight=(layer.weight, (columns, depth), torch.float8_e4m3fn),
         weight_scale=(layer.weight_scale, (columns, 1), torch.float32),
         bias=(layer.bias, (columns,), torch.bfloat16),
-        bounds=(layer.bounds, (4,), torch.float32),
     )
+    if layer.norm is not None:
+        _check_tensors(norm=(layer.norm, rows, torch.float32))
+    if layer.bounds is not None:
+        _check_tensors(bounds=(layer.bounds, (4,), torch.float32))
+
+
+def _check_update(update: Update, result: torch.Tensor) -> None:
+    """Raise ValueError unless the kernel reads this update of a result [batch, tokens, columns] rightly."""
+    batch, tokens, columns = result.shape
+    text = 0 if update.text_residual is None else update.text_residual.shape[1]
+    wanted = {
+        "gate": (batch, columns),
+        "residual": (batch, tokens - text, columns),
+        "text_residual": (batch, text, columns),
+    }
+    for name, tensor in update._asdict().items():
+        if tensor is None:
+            continue
+        if tensor.shape != wanted[name] or tensor.dtype != torch.bfloat16 or tensor.stride(-1) != 1:
+            wanted_text = f"{list(wanted[name])} bfloat16, its last dimension contiguous"
+            raise ValueError(f"{name} is to be {wanted_text}, not {list(tensor.shape)} {tensor.dtype}")
+        if tensor.data_ptr() % 16 or any(stride % 8 for stride in tensor.stride()[:-1]):
+            raise ValueError(f"{name} is read 16 bytes at once and its rows have to begin at a multiple of that")
 
 
 def _check_tensors(**wanted: tuple[torch.Tensor, tuple[int, ...], torch.dtype]) -> None:
@@ -333,3 +408,70 @@ def wgmma_qkv_linears(
 @wgmma_qkv_linears.register_fake
 def _(*arguments: Any) -> tuple[torch.Tensor, ...]:
     return _qkv([arguments[0], arguments[7]], arguments[-1])
+
+
+def _updated(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """What a stream is after an update, for x [batch, tokens, in features], to be filled."""
+    return x.new_empty((*x.shape[:2], len(weight)), dtype=torch.bfloat16)
+
+
+@torch.library.custom_op("flux_fast::wgmma_gated_linear", mutates_args=())
+def wgmma_gated_linear(
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor,
+    gate: torch.Tensor,
+    residual: torch.Tensor,
+    text_residual: torch.Tensor | None,
+) -> torch.Tensor:
+    """residual + gate * (x W^T + b), the tensors as in `Layer` and `Update`, the sum in bfloat16.
+
+    Returns [batch, tokens, out features] bfloat16, contiguous.
+
+    Raises:
+        ValueError: a tensor isn't as said, or the kernel has no such sizes (`refusal`).
+    """
+    layer = Layer(x, scale, None, weight, weight_scale, bias, None)
+    (out,) = _launch_updates([layer], [Update(gate, residual, text_residual)])
+    return out
+
+
+@wgmma_gated_linear.register_fake
+def _(*arguments: Any) -> torch.Tensor:
+    return _updated(arguments[0], arguments[2])
+
+
+@torch.library.custom_op("flux_fast::wgmma_gated_linears", mutates_args=())
+def wgmma_gated_linears(
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor,
+    gate: torch.Tensor,
+    residual: torch.Tensor,
+    other_x: torch.Tensor,
+    other_scale: torch.Tensor,
+    other_weight: torch.Tensor,
+    other_weight_scale: torch.Tensor,
+    other_bias: torch.Tensor,
+    other_gate: torch.Tensor,
+    other_residual: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`wgmma_gated_linear` of two streams, whose layers are of one size, in one launch.
+
+    Raises:
+        ValueError: a tensor isn't as said, or the kernel has no such sizes (`refusal`).
+    """
+    first = Layer(x, scale, None, weight, weight_scale, bias, None)
+    second = Layer(other_x, other_scale, None, other_weight, other_weight_scale, other_bias, None)
+    updates = [Update(gate, residual, None), Update(other_gate, other_residual, None)]
+    one, other = _launch_updates([first, second], updates)
+    return one, other
+
+
+@wgmma_gated_linears.register_fake
+def _(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return _updated(tensors[0], tensors[2]), _updated(tensors[7], tensors[9])

@@ -170,11 +170,8 @@ def _own_attention(operator: str, shapes: Shapes) -> Cost | None:
     return Cost("attention", shapes.dtype(0), text, flops, moved)
 
 
-def _own_linears(*layers: tuple[int, int]) -> Callable[[str, Shapes], Cost | None]:
-    """recipes' float8 Linears in one launch: of each the places of x [batch, tokens, in] and weight [out, in].
-
-    All comes out in float8.
-    """
+def _own_linears(*layers: tuple[int, int], out_bytes: int = 1) -> Callable[[str, Shapes], Cost | None]:
+    """recipes' float8 Linears in one launch: of each the places of x [batch, tokens, in] and weight [out, in]."""
 
     def found(operator: str, shapes: Shapes) -> Cost | None:
         flops, moved, text = 0, _inputs(shapes), []
@@ -184,7 +181,7 @@ def _own_linears(*layers: tuple[int, int]) -> Callable[[str, Shapes], Cost | Non
             if inner != other:
                 return None
             flops += 2 * batch * tokens * columns * inner
-            moved += batch * tokens * columns
+            moved += out_bytes * batch * tokens * columns
             text.append(f"{batch * tokens} x {columns} x {inner}")
         return Cost("gemm", shapes.dtype(0), " + ".join(text), flops, moved)
 
@@ -280,6 +277,8 @@ _COSTS: dict[str, Callable[[str, Shapes], Cost | None]] = {
     "aten::_scaled_dot_product_flash_attention": _attention(4),
     "aten::_scaled_dot_product_efficient_attention": _attention(6),
     "aten::_scaled_dot_product_cudnn_attention": _attention(6),
+    "flux_fast::wgmma_gated_linear": _own_linears((0, 2), out_bytes=2),
+    "flux_fast::wgmma_gated_linears": _own_linears((0, 2), (7, 9), out_bytes=2),
     "flux_fast::wgmma_qkv_linears": _own_linears((0, 3), (7, 10)),
     "flux_fast::wgmma_gelu_linears": _own_linears((0, 3), (7, 10)),
     "flux_fast::wgmma_qkv_gelu_linear": _own_linears((0, 3)),

@@ -54,11 +54,20 @@ struct Heads {
   const u16* turns;     // [tokens, HEAD] float16, of each pair of columns cosine and sine
   int first, tokens;
 };
+// UPDATE: the result times a gate is added to what a stream was before. Of each image's tokens the first are the text's.
+struct Update {
+  const u16 *text, *image;  // of the stream [batch, tokens, columns] bfloat16
+  const u16* gate;          // [batch, columns] bfloat16
+  u16* out;                 // [batch, tokens, columns] bfloat16
+  long long text_batch, text_row, image_batch, image_row, gate_batch;  // values from one to the next
+  int text_tokens, tokens;
+};
 // Query, key and value are the first 3 * heads * HEAD columns; those after them go through GELU. In its result heads *
 // HEAD columns are left in front to the attention, a mean of values.
 struct Arguments {
   Stream streams[2];
   Heads of_heads[2];
+  Update updates[2];
   u8* query_key;    // [batch, tokens, 2, heads, HEAD] float8, of both streams
   u8* value;        // [batch, tokens, heads, HEAD] float8
   float* descales;  // [3, batch, heads]: of query, key and value
@@ -137,6 +146,16 @@ __device__ __forceinline__ u32 float16(float a, float b) {
   u32 packed;
   asm("cvt.rn.satfinite.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(b), "f"(a));
   return packed;
+}
+__device__ __forceinline__ u32 bfloat16(float a, float b) {
+  u32 packed;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(b), "f"(a));
+  return packed;
+}
+__device__ __forceinline__ u32 fma_bfloat16(u32 a, u32 b, u32 c) {
+  u32 d;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
 }
 __device__ __forceinline__ u32 e4m3(u32 a, u32 b) {
   u32 packed;
@@ -219,7 +238,7 @@ extern "C" __global__ void __launch_bounds__(ALL, 1)
           const int row = place.row + i;
           const bool inside = row < stream.rows;
           scales[of_tile.index][i] = inside ? stream.scale[row] : 0;
-          bounds[of_tile.index][i] = inside ? stream.norm[row] * stream.bounds[0] + stream.bounds[1] : 1;
+          if (!UPDATE) bounds[of_tile.index][i] = inside ? stream.norm[row] * stream.bounds[0] + stream.bounds[1] : 1;
         }
         __syncwarp();
         if (lane == 0) arrive(known + 8 * of_tile.index);
@@ -308,6 +327,8 @@ extern "C" __global__ void __launch_bounds__(ALL, 1)
   Place of;               // that one's, of a thread's two rows the first
   u32 factor[2];          // by rows, twice in float16: half of 1 over GELU's scale, or 1 over a head's root mean square
 
+  const u16 *before[2], *gates[2];  // UPDATE: of a thread's two rows
+
   // Results from sums.
   auto take = [&](int tile) {
     of = args.tiles[tile];
@@ -325,14 +346,25 @@ extern "C" __global__ void __launch_bounds__(ALL, 1)
           const float* of_four = sums + 8 * i + 2 * r;
           const float y[4] = {of_four[0] * scale[r] * w.x + b.x, of_four[1] * scale[r] * w.y + b.y,
                               of_four[4] * scale[r] * w.z + b.z, of_four[5] * scale[r] * w.w + b.w};
-          results[4 * i + r] = float16(y[0], y[1]);
-          results[4 * i + 2 + r] = float16(y[2], y[3]);
+          results[4 * i + r] = UPDATE ? bfloat16(y[0], y[1]) : float16(y[0], y[1]);
+          results[4 * i + 2 + r] = UPDATE ? bfloat16(y[2], y[3]) : float16(y[2], y[3]);
           if (of_head && i < 8) squares[r] += y[0] * y[0] + y[1] * y[1] + y[2] * y[2] + y[3] * y[3];
         }
       }
     };
     float of_rows[2] = {0, 0};
-    if (of.across < of_heads) {
+    if (UPDATE) {
+      convert(of_rows, false);
+      const Update& update = args.updates[of.second];
+#pragma unroll
+      for (int r = 0; r < 2; r++) {
+        const int row = min(of.row + 8 * r, (int)args.streams[of.second].rows - 1), image = row / update.tokens;
+        const int token = row - image * update.tokens, of_image = token - update.text_tokens;
+        before[r] = of_image < 0 ? update.text + image * update.text_batch + token * update.text_row
+                                 : update.image + image * update.image_batch + of_image * update.image_row;
+        gates[r] = update.gate + image * update.gate_batch;
+      }
+    } else if (of.across < of_heads) {
       convert(of_rows, true);
 #pragma unroll
       for (int r = 0; r < 2; r++) {
@@ -359,10 +391,20 @@ extern "C" __global__ void __launch_bounds__(ALL, 1)
   };
 
   // What is left to do of the results, in pieces: 16 columns in a row. `prepare`: what that takes from memory.
-  uint4 turns[2];
+  uint4 turns[2], stream[2], gate[2];
   int token;  // the row's, among all
   auto prepare = [&](int piece) {
     const int span = piece / 2, r = piece % 2;
+    if (UPDATE) {
+      const int column = of.across * COLUMNS + span * 64 + quad * 16;
+      if (column >= args.columns) return;
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        stream[i] = ((const uint4*)(before[r] + column))[i];
+        gate[i] = ((const uint4*)(gates[r] + column))[i];
+      }
+      return;
+    }
     if (of.across >= of_heads) return;
     const Heads& own = args.of_heads[of.second];
     const int row = of.row + 8 * r, image = row / own.tokens, of_image = row - image * own.tokens;
@@ -375,16 +417,30 @@ extern "C" __global__ void __launch_bounds__(ALL, 1)
   auto complete = [&](int piece) {
     const int span = piece / 2, r = piece % 2, from = span * 64 + quad * 16;
     const u32* x = results + 16 * span + r;
-    const Stream& stream = args.streams[of.second];
-    bool inside = of.row + 8 * r < stream.rows;
+    const Stream& own = args.streams[of.second];
+    bool inside = of.row + 8 * r < own.rows;
     u32 y[8];
+    if (UPDATE) {
+      const int column = of.across * COLUMNS + from;
+      uint4* to = (uint4*)(args.updates[of.second].out + (long long)(of.row + 8 * r) * args.columns + column);
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        const u32 g[4] = {gate[i].x, gate[i].y, gate[i].z, gate[i].w};
+        const u32 old[4] = {stream[i].x, stream[i].y, stream[i].z, stream[i].w};
+#pragma unroll
+        for (int j = 0; j < 4; j++) y[4 * i + j] = fma_bfloat16(x[8 * i + 2 * j], g[j], old[j]);
+        if (inside && column < args.columns)
+          to[i] = make_uint4(y[4 * i], y[4 * i + 1], y[4 * i + 2], y[4 * i + 3]);
+      }
+      return;
+    }
     u8* to;
     if (of.across >= of_heads) {
 #pragma unroll
       for (int i = 0; i < 8; i++) y[i] = gelu(x[2 * i], factor[r]);
       const int stride = args.columns - of_heads * HEAD, column = of.across * COLUMNS + from;
       inside = inside && column < args.columns;
-      to = stream.activated + (long long)(of.row + 8 * r) * stride + column - of_heads * HEAD;  // the values' are free
+      to = own.activated + (long long)(of.row + 8 * r) * stride + column - of_heads * HEAD;  // the values' are free
     } else if (span < HEAD / 64) {
       const uint4* weights = (const uint4*)(head_norms[of.second][of.across >= args.heads] + from / 2);
 #pragma unroll

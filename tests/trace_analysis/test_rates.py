@@ -118,7 +118,7 @@ def test_float8_gemm_writes_bfloat16() -> None:
 
 
 def test_own_linears() -> None:
-    """Two streams count together; all results are float8."""
+    """Two streams count together; all results are float8, but for a gated residual's."""
     layer = ((1, 64, 32), (1, 64, 1), (1, 64, 1), (448, 32), (448, 1), (448,), (4,))
     types = ("c10::Float8_e4m3fn", "float", "float", "c10::Float8_e4m3fn", "float", "c10::BFloat16", "float")
     read = 64 * 32 + 4 * 2 * 64 + 448 * 32 + 4 * 448 + 2 * 448 + 4 * 4
@@ -143,6 +143,14 @@ def test_own_linears() -> None:
     moved = 2 * (read + 2 * 2 * 128 + 128 * 128 + 64 * 448)
     found = cost("flux_fast::wgmma_qkv_linears", joint)
     assert found == Cost("gemm", "fp8", "64 x 448 x 32 + 64 x 448 x 32", 2 * flops, moved)
+    gated = ((1, 64, 32), (1, 64, 1), (448, 32), (448, 1), (448,), (1, 448), (1, 64, 448))
+    of_gated = ("c10::Float8_e4m3fn", "float", "c10::Float8_e4m3fn", "float", *("c10::BFloat16",) * 3)
+    moved = 64 * 32 + 4 * 64 + 448 * 32 + 4 * 448 + 2 * 2 * 448 + 2 * 2 * 64 * 448
+    one = Shapes((*gated, ()), (*of_gated, ""), ("",) * 8)
+    assert cost("flux_fast::wgmma_gated_linear", one) == Cost("gemm", "fp8", "64 x 448 x 32", flops, moved)
+    two = Shapes(gated * 2, of_gated * 2, ("",) * 14)
+    found = cost("flux_fast::wgmma_gated_linears", two)
+    assert found == Cost("gemm", "fp8", "64 x 448 x 32 + 64 x 448 x 32", 2 * flops, 2 * moved)
 
 
 def test_fused_kernels_of_inductor() -> None:

@@ -98,6 +98,12 @@ def linear_arguments(x: Inputs, tokens: int, columns: int) -> tuple:
     return rows, scale, norm, weight, weight_scale, x.normal(columns), bounds
 
 
+def gated_arguments(x: Inputs, tokens: int) -> tuple:
+    """The same of 256 out features, a gate, and the stream before."""
+    rows, scale, _, weight, weight_scale, bias, _ = linear_arguments(x, tokens, 256)
+    return rows, scale, weight, weight_scale, bias, x.normal(BATCH, 3 * 256)[:, 256:512], x.normal(BATCH, tokens, 256)
+
+
 def cudnn_float8_arguments(x: Inputs) -> tuple:
     q, k, v, descales = x.float8_heads(128, per_head=False)
     a, b, c = descales[:, 0, 0].unbind(0)
@@ -169,6 +175,14 @@ CASES = {
             *(*x.normal(4, 128), x.turns(TEXT + IMAGE), EPS, 2),
         ),
         "wgmma_fp8",
+    ),
+    "wgmma_gated_linear": Case(
+        wgmma_linear.wgmma_gated_linear,
+        lambda x: (*gated_arguments(x, TEXT + IMAGE)[:-1], x.normal(BATCH, IMAGE, 256), x.normal(BATCH, TEXT, 256)),
+        "wgmma_fp8",
+    ),
+    "wgmma_gated_linears": Case(
+        wgmma_linear.wgmma_gated_linears, lambda x: gated_arguments(x, IMAGE) + gated_arguments(x, TEXT), "wgmma_fp8"
     ),
     "wgmma_gelu_linears": Case(
         wgmma_linear.wgmma_gelu_linears,
