@@ -20,6 +20,7 @@ COLUMNS = 192  # of a tile
 HEAD_DIM = 128
 _ROWS, _DEPTH, _STAGES, _THREADS = 128, 128, 5, 384  # as in the kernel
 _SHARED = _STAGES * (_ROWS + COLUMNS) * _DEPTH + 1024  # rows of both operands by stages, alignment
+_WARPS = 8  # that compute
 _CACHED = 16 << 20  # bytes of input rows at once; a Hopper GPU's L2 cache has 50 MB, in two halves
 _PIECES = 6  # of what is left to do of a tile, a block of depth each
 
@@ -75,7 +76,9 @@ class _Arguments(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("query_key", "value", "descales")),
         *((name, ctypes.c_int) for name in ("heads", "tokens", "batch")),
         ("eps", ctypes.c_float),
-        *((name, ctypes.c_int) for name in ("first", "tall", "wide", "group", "depth", "columns")),
+        *((name, ctypes.c_void_p) for name in ("partial", "given")),
+        *((name, ctypes.c_int) for name in ("first", "tall", "wide", "group")),
+        *((name, ctypes.c_int) for name in ("whole", "left", "parts", "depth", "columns")),
     )
 
 
@@ -173,10 +176,27 @@ def _run(layers: Sequence[Layer], arguments: _Arguments, update: bool) -> None:
     both = (*layers, *layers)[:2]
     rows = [tensor_map(of.x.data_ptr(), (depth, of.x[..., 0].numel()), (depth,), (_DEPTH, _ROWS)) for of in both]
     weights = [_order(of.weight) for of in both]
-    device = layers[0].x.device
-    blocks = min(arguments.tall * arguments.wide, torch.cuda.get_device_properties(device).multi_processor_count)
+    device, tiles = layers[0].x.device, arguments.tall * arguments.wide
+    blocks = torch.cuda.get_device_properties(device).multi_processor_count
+    arguments.parts = parts = shared_by(tiles, blocks, arguments.depth)
+    arguments.left = tiles % blocks if parts > 1 else 0
+    arguments.whole = tiles - arguments.left
+    if parts > 1:
+        sums = arguments.left * (parts - 1) * _ROWS * COLUMNS
+        partial = torch.empty(sums, device=device, dtype=torch.float32)
+        given = torch.zeros(arguments.left * _WARPS, device=device, dtype=torch.int32)
+        arguments.partial, arguments.given = partial.data_ptr(), given.data_ptr()
+    units = arguments.whole + arguments.left * parts
     kernel = _kernel(arguments.depth > _PIECES, update)
-    kernel.launch(device, blocks, _THREADS, (*rows, *weights, arguments))
+    kernel.launch(device, min(units, blocks), _THREADS, (*rows, *weights, arguments))
+
+
+def shared_by(tiles: int, blocks: int, depth: int) -> int:
+    """How many of `blocks` of threads share each of the tiles that are left for fewer than all of them, each some of
+    the `depth` blocks of depth. The first adds up what the others leave in memory: at most four, none of less than
+    eight blocks of depth."""
+    left = tiles % blocks
+    return max(1, min(blocks // left, depth // 8, 4)) if left else 1
 
 
 def _attend(arguments: _Arguments, streams: list[torch.Tensor], attention: Attention) -> tuple[torch.Tensor, ...]:

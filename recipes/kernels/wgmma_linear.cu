@@ -73,7 +73,10 @@ struct Arguments {
   float* descales;  // [3, batch, heads]: of query, key and value
   int heads, tokens, batch;
   float eps;
+  float* partial;  // [tiles that are shared, parts but the first, a thread's sums by fours, threads, 4]
+  int* given;      // [tiles that are shared, warps]: how many parts are there; zeros
   Tiles tiles;
+  Units units;
   int depth, columns;  // blocks of 128; of W's rows
 };
 
@@ -208,7 +211,7 @@ extern "C" __global__ void __launch_bounds__(ALL, 1)
   }
   __syncthreads();
 
-  const int tiles = args.tiles.number(), of_heads = 2 * args.heads;  // columns of tiles: of query and key
+  const int units = args.units.number(), of_heads = 2 * args.heads;  // columns of tiles: of query and key
   const int lane = threadIdx.x % 32;
   Turn<STAGES> at;
   Turn<2> of_tile;
@@ -221,8 +224,10 @@ extern "C" __global__ void __launch_bounds__(ALL, 1)
   if (threadIdx.x < 128) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
     if (threadIdx.x / 32 == 1) {
-      for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-        const Place place = args.tiles[tile];
+      for (int i = blockIdx.x; i < units; i += gridDim.x) {
+        const Unit unit = args.units.at(i, args.depth);
+        if (unit.part) continue;
+        const Place place = args.tiles[unit.tile];
         const Stream& stream = args.streams[place.second];
         const int from = first_run(place.across), then = second_run(place.across);
         wait(used + 8 * of_tile.index, of_tile.phase ^ 1);
@@ -246,11 +251,12 @@ extern "C" __global__ void __launch_bounds__(ALL, 1)
       }
     }
     if (threadIdx.x != 0) return;
-    for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-      const Place place = args.tiles[tile];
+    for (int number = blockIdx.x; number < units; number += gridDim.x) {
+      const Unit unit = args.units.at(number, args.depth);
+      const Place place = args.tiles[unit.tile];
       const TensorMap *x = place.second ? &x1 : &x0, *w = place.second ? &w1 : &w0;
       const int from = first_run(place.across) / UNIT, then = second_run(place.across) / UNIT;
-      for (int i = 0; i < args.depth; i++) {
+      for (int i = unit.begin; i < unit.end; i++) {
         const u32 stage = full + 8 * at.index;
         wait(empty + 8 * at.index, at.phase ^ 1);
         expect(stage, X_TILE + W_TILE);
@@ -328,6 +334,39 @@ extern "C" __global__ void __launch_bounds__(ALL, 1)
   u32 factor[2];          // by rows, twice in float16: half of 1 over GELU's scale, or 1 over a head's root mean square
 
   const u16 *before[2], *gates[2];  // UPDATE: of a thread's two rows
+
+  // Of a tile that is shared: its sums to memory, for the block of threads that has the first part, which adds them up.
+  auto partial = [&](const Unit& unit) {
+    const int shared = unit.tile - args.units.whole;
+    return (float4*)args.partial + (shared * (args.units.parts - 1) + unit.part) * (SUMS / 4 * 256) + threadIdx.x - 128;
+  };
+  auto given = [&](const Unit& unit) { return args.given + (unit.tile - args.units.whole) * warps + warp; };
+  auto give = [&](Unit unit) {
+    unit.part--;
+    float4* to = partial(unit);
+#pragma unroll
+    for (int i = 0; i < SUMS / 4; i++)
+      to[256 * i] = make_float4(sums[4 * i], sums[4 * i + 1], sums[4 * i + 2], sums[4 * i + 3]);
+    __threadfence();
+    __syncwarp();
+    if (lane == 0) asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(given(unit)) : "memory");
+  };
+  auto gather = [&](Unit unit) {
+    int there = 0;
+    while (there < args.units.parts - 1)
+      asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(there) : "l"(given(unit)) : "memory");
+    for (; unit.part < args.units.parts - 1; unit.part++) {
+      const float4* from = partial(unit);
+#pragma unroll
+      for (int i = 0; i < SUMS / 4; i++) {
+        const float4 four = __ldcg(from + 256 * i);
+        sums[4 * i] += four.x;
+        sums[4 * i + 1] += four.y;
+        sums[4 * i + 2] += four.z;
+        sums[4 * i + 3] += four.w;
+      }
+    }
+  };
 
   // Results from sums.
   auto take = [&](int tile) {
@@ -485,15 +524,18 @@ extern "C" __global__ void __launch_bounds__(ALL, 1)
     finish();
   };
 
-  bool first = true;
-  for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+  bool first = true, pending = false;
+  for (int number = blockIdx.x; number < units; number += gridDim.x) {
+    const Unit unit = args.units.at(number, args.depth);
     start(false);
     last = at.index;
     at.next();
-    int i = 1;
+    int i = unit.begin + 1;
     if (first) {
       if (of_heads) know_scales();  // while the tensor cores work
-    } else {
+      first = false;
+    }
+    if (pending) {
 #pragma unroll
       for (int piece = 0; piece < PIECES; piece++) {
         prepare(piece);
@@ -502,13 +544,19 @@ extern "C" __global__ void __launch_bounds__(ALL, 1)
       }
       if (DEEP) i += PIECES;
     }
-    first = false;
-    for (; i < args.depth; i++) step();
+    for (; i < unit.end; i++) step();
     wait_but_for<0>();
     hold(sums);
     release(empty + 8 * last);
-    take(tile);
+    pending = unit.part == 0;
+    if (!pending) {
+      give(unit);
+      continue;
+    }
+    if (number >= args.units.whole && args.units.parts > 1) gather(unit);
+    take(unit.tile);
   }
+  if (!pending) return;
 #pragma unroll
   for (int piece = 0; piece < PIECES; piece++) {
     prepare(piece);

@@ -278,9 +278,11 @@ def gated(layer: Layer, text: int, seed: int) -> tuple[tuple, Tensor]:
     return (values, scale, *of_linear, gate, *before), stream.float() + gate.float()[:, None] * layer.exact(CUDA)
 
 
-# Of the smallest, of tiles not full in either way, of many; below, at and above the number of pieces; the blocks'.
+# Of the smallest, of tiles not full in either way, of many; below, at and above the number of pieces; tiles that four
+# blocks of threads share; the blocks'.
 GATED = [
     *((1, 1, 0, 64, 256), (2, 77, 5, 256, 256), (1, 200, 0, 448, 768), (3, 130, 7, 1024, 896), (1, 20000, 9, 64, 256)),
+    (1, 300, 7, 448, 4096),
     *((1, 4608, 512, 3072, 15360), (2, 4608, 512, 448, 3072)),
 ]
 
@@ -324,6 +326,9 @@ def test_same_bits_every_time() -> None:
         for i in (0, 1):
             assert torch.equal(again[i].view(torch.uint8), first[i].view(torch.uint8))
         assert torch.equal(again[3][..., 3072:].view(torch.uint8), first[3][..., 3072:].view(torch.uint8))
+    arguments, _ = gated(Layer(4608, 3072, 3072, 0), 512, 1)
+    shared = [wgmma_linear.wgmma_gated_linear(*arguments) for _ in range(5)]
+    assert all(torch.equal(again, shared[0]) for again in shared)
 
 
 def test_turns_are_those_of_diffusers() -> None:

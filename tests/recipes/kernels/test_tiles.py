@@ -17,7 +17,15 @@ PROGRAM = """
 constexpr int ROWS = 128;
 #include "tiles.cuh"
 
-int main(int, char** x) {
+int main(int many, char** x) {
+  if (many == 5) {
+    const Units units{atoi(x[1]), atoi(x[2]), atoi(x[3])};
+    for (int number = 0; number < units.number(); number++) {
+      const Unit unit = units.at(number, atoi(x[4]));
+      printf("%d %d %d %d\\n", unit.tile, unit.begin, unit.end, unit.part);
+    }
+    return 0;
+  }
   const Tiles tiles{atoi(x[1]), atoi(x[2]), atoi(x[3]), atoi(x[4])};
   for (int tile = 0; tile < tiles.number(); tile++) {
     const Place place = tiles[tile];
@@ -39,9 +47,13 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def order(program: Path, first: int, tall: int, wide: int, group: int) -> list[Place]:
-    numbers = [str(x) for x in (first, tall, wide, group)]
+    numbers = [str(x) for x in (first, tall, wide, group, "")]
+    return [(a, b, c) for a, b, c in printed(program, *numbers)]
+
+
+def printed(program: Path, *numbers: str) -> list[list[int]]:
     lines = subprocess.run([program, *numbers], check=True, capture_output=True, text=True).stdout.splitlines()
-    return [(int(a), int(b), int(c)) for a, b, c in (line.split() for line in lines)]
+    return [[int(x) for x in line.split()] for line in lines]
 
 
 @pytest.mark.parametrize(
@@ -68,6 +80,28 @@ def test_each_tile_once(program: Path, first: int, tall: int, wide: int, group: 
         for row in rows[begin : begin + group]
     ]
     assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("tiles", "blocks", "depth", "parts"),
+    [
+        *((1728, 132, 24, 3), (2304, 132, 24, 2), (4032, 132, 24, 1), (576, 132, 120, 2), (576, 132, 24, 2)),
+        *((264, 132, 24, 1), (5, 132, 24, 3), (5, 132, 120, 4), (5, 132, 15, 1), (140, 132, 2, 1)),
+    ],
+)
+def test_tiles_that_are_left_are_shared(program: Path, tiles: int, blocks: int, depth: int, parts: int) -> None:
+    assert wgmma_linear.shared_by(tiles, blocks, depth) == parts
+    left = tiles % blocks if parts > 1 else 0
+    units = printed(program, *(str(x) for x in (tiles - left, left, parts, depth)))
+    assert len(units) == tiles + left * (parts - 1)
+    assert len(units) - (tiles - left) <= blocks, "those that share a tile run at once"
+    for tile in range(tiles):
+        own = [unit for unit in units if unit[0] == tile]
+        assert [unit[3] for unit in own] == list(range(parts if tile >= tiles - left else 1))
+        begins, ends = ([unit[i] for unit in own] for i in (1, 2))
+        assert (begins[0], ends[-1]) == (0, depth)
+        assert begins[1:] == ends[:-1]
+        assert len(own) == 1 or all(end - begin >= 8 for begin, end in zip(begins, ends, strict=True))
 
 
 @pytest.mark.parametrize(
