@@ -306,9 +306,11 @@ def cpu_arch() -> str:
 
 @functools.cache
 def sources() -> str:
-    """A hash of the code that shapes the graphs: what is exported is partly this repository's own."""
+    """A hash of the code that shapes the graphs, or whose machine code a package holds: what is exported is partly this
+    repository's own."""
     digest = hashlib.sha256()
-    names = {str(path.relative_to(ROOT)) for path in (ROOT / "recipes").rglob("*.py")}
+    kinds = ("*.py", "*.cu", "*.cuh")
+    names = {str(path.relative_to(ROOT)) for kind in kinds for path in (ROOT / "recipes").rglob(kind)}
     for name in sorted({*(names - set(_NOT_SHAPING)), *_SHAPING_OF_EXPORT}):
         digest.update(name.encode() + b"\0" + (ROOT / name).read_bytes())
     return digest.hexdigest()

@@ -24,7 +24,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from utils.errors import UserError
 
 Result = TypeVar("Result")
-Rotary = tuple[torch.Tensor, torch.Tensor]
+Rotary = tuple[torch.Tensor, ...]
 Replace = Callable[[dict[str, Any]], dict[str, Any]]
 _REMEMBERED, _HOISTED = "_remembered", "_hoisted"
 
@@ -139,8 +139,9 @@ def run(
     """A denoising step: what lies before the blocks, the transformer's blocks, what lies after them.
 
     hidden_states [batch, image tokens, in_channels]. Hoisted: `context` [batch, text tokens, dim] is the context
-    embedder's output, `rotary` the cosines and sines [tokens, head_dim] in float32, `modulation` [batch, width] the
-    output of every AdaLN's Linear, side by side in the order of `modulated`. The rest as diffusers has it.
+    embedder's output, `rotary` what pos_embed gives, as cosines and sines [tokens, head_dim] in float32, `modulation`
+    [batch, width] the output of every AdaLN's Linear, side by side in the order of `modulated`. The rest as diffusers
+    has it.
     before, after: as the functions of these names, without the transformer.
 
     Raises:
@@ -220,7 +221,7 @@ def conditioning(
 
 
 def rotary_table(transformer: Any, txt_ids: torch.Tensor, img_ids: torch.Tensor) -> Rotary:
-    """Cosines and sines [tokens, head_dim] float32 of the text's and the image's position ids [tokens, 3]."""
+    """What pos_embed gives, cosines and sines, for the text's and the image's position ids [tokens, 3]."""
     if txt_ids.ndim != 2 or img_ids.ndim != 2:
         raise UserError(f"position ids are [tokens, 3], not {list(txt_ids.shape)} and {list(img_ids.shape)}")
     return transformer.pos_embed(torch.cat((txt_ids, img_ids), dim=0))

@@ -117,25 +117,29 @@ def machine_code(kernel: CudaKernel) -> bytes:
     """
     if kernel.key not in _code:
         code = _kept(kernel)
-        if not code:
+        if code is None:
             code = _compiled(kernel)
             with suppress(*_NOT_KEPT), replacing(_place(kernel)) as path:
-                path.write_bytes(code)
+                path.write_bytes(hashlib.sha256(code).digest() + code)
         _code[kernel.key] = code
     return _code[kernel.key]
 
 
 def _kept(kernel: CudaKernel) -> bytes | None:
+    """What another process has compiled; None also of a file that is damaged."""
     with suppress(*_NOT_KEPT):
-        return _place(kernel).read_bytes()
+        content = _place(kernel).read_bytes()
+        code = content[hashlib.sha256().digest_size :]
+        if content == hashlib.sha256(code).digest() + code:
+            return code
     return None
 
 
 def _place(kernel: CudaKernel) -> Path:
-    """Where its machine code is kept, in a folder that is there."""
+    """Where its machine code is kept behind its hash, in a folder that is there."""
     folder = Path(cache_dir()) / "flux_fast"
     folder.mkdir(exist_ok=True)
-    return folder / f"{kernel.key}.cubin"
+    return folder / kernel.key
 
 
 def _compiled(kernel: CudaKernel) -> bytes:

@@ -163,7 +163,13 @@ def test_name_belongs_to_recipe_weights_inputs_and_sources(tmp_path: Path, monke
     assert len({same, *others}) == 1 + len(others)
 
 
-@pytest.mark.parametrize("name", ["build", "conv_layouts", "host_code", "regions", "sizes"])
+SHAPING = ["build", "conv_layouts", "host_code", "regions", "sizes"]
+KERNELS = ["wgmma_linear.cu", "hopper.cuh", "qkv.py"]
+
+
+@pytest.mark.parametrize(
+    "name", [*(f"export/{name}.py" for name in SHAPING), *(f"recipes/kernels/{name}" for name in KERNELS)]
+)
 def test_how_graphs_are_compiled_is_one_of_the_sources(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -172,7 +178,7 @@ def test_how_graphs_are_compiled_is_one_of_the_sources(
     monkeypatch.setattr(manifest, "ROOT", tmp_path)
     hashed = manifest.sources.__wrapped__
     assert hashed() == manifest.sources()
-    with (tmp_path / "export" / f"{name}.py").open("a") as file:
+    with (tmp_path / name).open("a") as file:
         file.write("# as it was before it was mended\n")
     assert hashed() != manifest.sources()
 

@@ -73,6 +73,12 @@ def test_what_was_compiled_is_kept_for_other_processes(monkeypatch: pytest.Monke
     monkeypatch.setattr(cuda_kernel, "_compiled", fails)
     cuda_kernel._code.clear()  # as in another process
     assert cuda_kernel.machine_code(AFTER) == b"compiled"
+    place = cuda_kernel._place(AFTER)
+    for damaged in (place.read_bytes()[:-1], b""):
+        place.write_bytes(damaged)
+        cuda_kernel._code.clear()
+        with pytest.raises(UserError, match="doesn't compile"):
+            cuda_kernel.machine_code(AFTER)
 
 
 @pytest.mark.slow

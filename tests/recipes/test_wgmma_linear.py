@@ -313,6 +313,22 @@ def test_gated_residual_of_two_streams(
 
 @gpu
 @pytest.mark.usefixtures("_here")
+def test_values_next_to_nothing(error_of: Callable) -> None:
+    """Whose bound is below what a float16 takes the inverse of, but not by so much that float8 has no digits for it."""
+    layer = Layer(200, 3 * 128 + 64, 256, 3 * 128)
+    layer.linear.weight_scale[256:384] *= 2e-4
+    layer.linear.bias[256:384] *= 2e-4
+    layer.linear.bound(3 * 128)
+    norms = torch.ones(2, 128, device=CUDA, dtype=torch.bfloat16)
+    _, value, descales, *_ = wgmma_linear.wgmma_qkv_gelu_linear(*layer.arguments(), *norms, rotary(200), 1e-6, 1)
+    assert layer.linear.bounds is not None
+    assert (layer.norm.max() * layer.linear.bounds[2] + layer.linear.bounds[3]).item() < 0.007
+    exact = layer.exact(CUDA)[..., 256:384].unflatten(-1, (1, 128))
+    assert error_of(value.float() * descales[2, 0, 0], exact) < 0.03
+
+
+@gpu
+@pytest.mark.usefixtures("_here")
 def test_same_bits_every_time() -> None:
     norms = torch.ones(2, 128, device=CUDA, dtype=torch.bfloat16)
     arguments = (*Layer(4608, 21504, 3072, 9216).arguments(), *norms, rotary(4608), 1e-6, 24)
