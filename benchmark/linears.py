@@ -92,7 +92,8 @@ def stream(case: Case, number: int, device: torch.device, zeros: bool) -> Stream
 
 
 def _gated(case: Case, streams: Sequence[Stream]) -> Callable[[Any], list[Any]]:
-    """Adds what the Linears give to streams, by fused_blocks' kernels that it gets; gives nothing."""
+    """Adds what the Linears give to streams, and after an attention norms these, by fused_blocks' kernels that it gets;
+    gives nothing."""
     from recipes.fused_blocks import Gated
 
     device = streams[0][1].scale.device
@@ -103,8 +104,12 @@ def _gated(case: Case, streams: Sequence[Stream]) -> Callable[[Any], list[Any]]:
         gate, before = (torch.randn(1, *size, device=device, generator=random).bfloat16() for size in sizes)
         gated.append(Gated(linear, x, gate, before))
 
+    norms = [(torch.zeros_like(one.gate), torch.zeros_like(one.gate), 1e-6) for one in gated]
+
     def call(kernels: Any) -> list[Any]:
-        if len(gated) == 2:
+        if case.name == "attn_out":
+            kernels.gated_linears_adaln(gated, norms)
+        elif len(gated) == 2:
             kernels.gated_linears(gated)
         else:
             before = gated[0].residual

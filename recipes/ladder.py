@@ -129,7 +129,7 @@ def wgmma_attention(parent: Recipe) -> Recipe:
 
 
 def gemm_epilogues(parent: Recipe) -> Recipe:
-    """GELU, QK norm and rotary embedding, with their float8 casts, in the epilogue of the GEMM before them."""
+    """GELU, QK norm, rotary embedding and gated residual, with their casts, in the epilogue of the GEMM before them."""
     return replace(parent, gemm_epilogues=True)
 
 

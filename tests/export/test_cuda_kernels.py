@@ -19,7 +19,7 @@ from recipes.kernels import cuda_kernel
 from recipes.kernels.cuda_kernel import CudaKernel
 from utils.errors import UserError
 
-AFTER = CudaKernel("wgmma_linear.cu", "wgmma_linear", "sm_90a", 0, (("DEEP", 0),))
+AFTER = CudaKernel("wgmma_linear.cu", "wgmma_linear", "sm_90a", 0, (("DEEP", 0), ("UPDATE", 0)))
 FAST = Recipe(
     dtype="bfloat16", execution="aoti", fused_qkv=True, quantization="float8_per_row", attention="wgmma_fp8",
     fused_kernels=True, gemm_epilogues=True,
@@ -39,7 +39,11 @@ def records(package: Path) -> dict[str, bytes]:
 
 
 def test_key_is_of_all_that_it_is_made_from(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    other = [replace(AFTER, defines=(("DEEP", 1),)), replace(AFTER, arch="sm_90"), replace(AFTER, name="another")]
+    other = [
+        replace(AFTER, defines=(("DEEP", 1), ("UPDATE", 0))),
+        replace(AFTER, arch="sm_90"),
+        replace(AFTER, name="another"),
+    ]
     for file in ("wgmma_linear.cu", "hopper.cuh"):
         (tmp_path / file).write_text("// a source")
     assert len({AFTER.key, *(one.key for one in other)}) == 4

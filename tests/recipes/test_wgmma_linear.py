@@ -343,8 +343,8 @@ def test_same_bits_every_time() -> None:
             assert torch.equal(again[i].view(torch.uint8), first[i].view(torch.uint8))
         assert torch.equal(again[3][..., 3072:].view(torch.uint8), first[3][..., 3072:].view(torch.uint8))
     arguments, _ = gated(Layer(4608, 3072, 3072, 0), 512, 1)
-    shared = [wgmma_linear.wgmma_gated_linear(*arguments) for _ in range(5)]
-    assert all(torch.equal(again, shared[0]) for again in shared)
+    added = [wgmma_linear.wgmma_gated_linear(*arguments) for _ in range(5)]
+    assert all(torch.equal(again, added[0]) for again in added)
 
 
 def test_turns_are_those_of_diffusers() -> None:
