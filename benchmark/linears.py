@@ -121,7 +121,7 @@ def _gated(case: Case, streams: Sequence[Stream]) -> Callable[[Any], list[Any]]:
 
 def forms(case: Case, streams: Sequence[Stream]) -> dict[str, Form]:
     """What is timed; gives the Linears' results in bfloat16, or rows of GELU's, of one stream after the other."""
-    from recipes.fused_blocks import Epilogues, Float8, Rows
+    from recipes.fused_blocks import Epilogues, Float8, Rows, bounded
     from recipes.kernels import gelu, qkv
 
     backend: Any = None  # the attention's, which isn't called
@@ -137,13 +137,10 @@ def forms(case: Case, streams: Sequence[Stream]) -> dict[str, Form]:
     norms = [torch.ones(HEAD_DIM, device=like.device, dtype=torch.bfloat16)] * 2
     angle = torch.linspace(0, 100, tokens * HEAD_DIM // 2, device=like.device).view(tokens, -1)
     rotary = [turn.repeat_interleave(2, dim=1) for turn in (angle.cos(), angle.sin())]
-    turns = torch.stack([angle.cos(), angle.sin()], dim=-1).flatten(1).half()
+    turns = gemm_epilogues.turns(*rotary)
 
     def heads_of(projected: torch.Tensor) -> torch.Tensor:
         return projected[..., : case.plain].unflatten(2, (3, case.heads, HEAD_DIM))
-
-    def of_linear(linear: Float8Linear, x: Any) -> tuple[Any, ...]:
-        return *x, linear.weight, linear.weight_scale, linear.bias, linear.bounds
 
     if len(streams) == 2:
 
@@ -153,7 +150,7 @@ def forms(case: Case, streams: Sequence[Stream]) -> dict[str, Form]:
             return []
 
         def together() -> list[Any]:
-            both = (*of_linear(*streams[0]), *of_linear(*streams[1]))
+            both = (*bounded(*streams[0]), *bounded(*streams[1]))
             _, value, _ = wgmma_linear.wgmma_qkv_linears(*both, *norms, *norms, turns, 1e-6, case.heads)
             qkv.lay_out_values(value, "for_wgmma")
             return []
@@ -171,7 +168,7 @@ def forms(case: Case, streams: Sequence[Stream]) -> dict[str, Form]:
 
     def with_mlp_together() -> list[Any]:
         of_heads = (*norms, turns, 1e-6, case.heads)
-        _, value, _, *rows = wgmma_linear.wgmma_qkv_gelu_linear(*of_linear(linear, x), *of_heads)
+        _, value, _, *rows = wgmma_linear.wgmma_qkv_gelu_linear(*bounded(linear, x), *of_heads)
         qkv.lay_out_values(value, "for_wgmma")
         return [Rows(*rows)]
 

@@ -146,7 +146,7 @@ class Epilogues(Float8):
         assert self.attention.float8.beside is not None
         heads = attn.inner_dim // attn.head_dim
         of_heads = (attn.norm_q.weight, attn.norm_k.weight, *rotary, attn.norm_q.eps, heads)
-        query_key, value, descales, *rows = wgmma_linear.wgmma_qkv_gelu_linear(*_bounded(linear, x), *of_heads)
+        query_key, value, descales, *rows = wgmma_linear.wgmma_qkv_gelu_linear(*bounded(linear, x), *of_heads)
         value = qkv.lay_out_values(value, self.attention.float8.value_layout)
         self.attention.float8.beside(query_key[:, :, 0], query_key[:, :, 1], value, descales, *rows)
         return Rows(*rows)
@@ -154,7 +154,7 @@ class Epilogues(Float8):
     def joint_attention(self, attn: FluxAttention, image: Rows, text: Rows, rotary: Rotary) -> Rows:
         assert self.attention.float8 is not None
         assert self.attention.float8.rows is not None
-        linears = (*_bounded(attn.to_qkv, image), *_bounded(attn.to_added_qkv, text))
+        linears = (*bounded(attn.to_qkv, image), *bounded(attn.to_added_qkv, text))
         norms = (attn.norm_q.weight, attn.norm_k.weight, attn.norm_added_q.weight, attn.norm_added_k.weight)
         of_heads = (*norms, *rotary, attn.norm_q.eps, attn.inner_dim // attn.head_dim)
         query_key, value, descales = wgmma_linear.wgmma_qkv_linears(*linears, *of_heads)
@@ -174,7 +174,7 @@ class Epilogues(Float8):
         return [(hidden, self.adaln(hidden, None, *norm)) for hidden, norm in zip(updated, norms, strict=True)]
 
     def gelu_linears(self, pairs: Sequence[tuple[nn.Module, Rows]]) -> list[Rows]:
-        first, second = (_bounded(*pair) for pair in pairs)
+        first, second = (bounded(*pair) for pair in pairs)
         out = wgmma_linear.wgmma_gelu_linears(*first, *second)
         return [Rows(*out[:2]), Rows(*out[2:])]
 
@@ -186,7 +186,7 @@ def _gated(one: Gated) -> tuple[Any, ...]:
     return values, scale, linear.weight, linear.weight_scale, linear.bias, one.gate, one.residual
 
 
-def _bounded(linear: Any, x: Rows) -> tuple[Any, ...]:
+def bounded(linear: Any, x: Rows) -> tuple[Any, ...]:
     """A stream and its Float8Linear as `wgmma_linear`'s operators take them."""
     return *x, linear.weight, linear.weight_scale, linear.bias, linear.bounds
 

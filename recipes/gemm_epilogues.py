@@ -20,18 +20,22 @@ from recipes.optimization import Needs, Optimization
 from recipes.recipe import Recipe
 
 
+def turns(cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """A rotary embedding's table [tokens, head_dim] float32 as the GEMM reads it: of each pair of columns cosine and
+    sine, float16. In float32 and twice they are four times as much to read, for each head anew."""
+    return torch.stack([cos[:, ::2], sin[:, ::2]], dim=-1).flatten(1).half()
+
+
 class Turns(nn.Module):
-    """A rotary embedding's table as the GEMM reads it: of each pair of columns cosine and sine, which in float32 and
-    twice are four times as much to read, for each head anew."""
+    """A rotary embedding that gives its table as the GEMM reads it."""
 
     def __init__(self, embed: nn.Module):
         super().__init__()
         self.embed = embed
 
     def forward(self, ids: torch.Tensor) -> tuple[torch.Tensor]:
-        """[tokens, head_dim] float16 of position ids [tokens, 3]."""
-        cos, sin = self.embed(ids)
-        return (torch.stack([cos[:, ::2], sin[:, ::2]], dim=-1).flatten(1).half(),)
+        """`turns` of position ids [tokens, 3]."""
+        return (turns(*self.embed(ids)),)
 
 
 def _apply(pipe: DiffusionPipeline, recipe: Recipe) -> str:
