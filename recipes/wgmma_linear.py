@@ -178,7 +178,7 @@ def _run(layers: Sequence[Layer], arguments: _Arguments, update: bool) -> None:
     weights = [_order(of.weight) for of in both]
     device, tiles = layers[0].x.device, arguments.tall * arguments.wide
     blocks = torch.cuda.get_device_properties(device).multi_processor_count
-    arguments.parts = parts = shared_by(tiles, blocks, arguments.depth)
+    arguments.parts = parts = shared_by(tiles, blocks, arguments.depth) if update else 1
     arguments.left = tiles % blocks if parts > 1 else 0
     arguments.whole = tiles - arguments.left
     if parts > 1:
@@ -194,9 +194,9 @@ def _run(layers: Sequence[Layer], arguments: _Arguments, update: bool) -> None:
 def shared_by(tiles: int, blocks: int, depth: int) -> int:
     """How many of `blocks` of threads share each of the tiles that are left for fewer than all of them, each some of
     the `depth` blocks of depth. The first adds up what the others leave in memory: at most four, none of less than
-    eight blocks of depth."""
+    16 blocks of depth, which would cost more than it gives."""
     left = tiles % blocks
-    return max(1, min(blocks // left, depth // 8, 4)) if left else 1
+    return max(1, min(blocks // left, depth // 16, 4)) if left else 1
 
 
 def _attend(arguments: _Arguments, streams: list[torch.Tensor], attention: Attention) -> tuple[torch.Tensor, ...]:

@@ -211,7 +211,9 @@ extern "C" __global__ void __launch_bounds__(ALL, 1)
   }
   __syncthreads();
 
-  const int units = args.units.number(), of_heads = 2 * args.heads;  // columns of tiles: of query and key
+  // Tiles are shared where the gated residual follows: with what follows elsewhere, that costs more than it gives.
+  const Units shared = UPDATE ? args.units : Units{args.tiles.number(), 0, 1};
+  const int units = shared.number(), of_heads = 2 * args.heads;  // columns of tiles: of query and key
   const int lane = threadIdx.x % 32;
   Turn<STAGES> at;
   Turn<2> of_tile;
@@ -225,7 +227,7 @@ extern "C" __global__ void __launch_bounds__(ALL, 1)
     asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
     if (threadIdx.x / 32 == 1) {
       for (int i = blockIdx.x; i < units; i += gridDim.x) {
-        const Unit unit = args.units.at(i, args.depth);
+        const Unit unit = shared.at(i, args.depth);
         if (unit.part) continue;
         const Place place = args.tiles[unit.tile];
         const Stream& stream = args.streams[place.second];
@@ -252,7 +254,7 @@ extern "C" __global__ void __launch_bounds__(ALL, 1)
     }
     if (threadIdx.x != 0) return;
     for (int number = blockIdx.x; number < units; number += gridDim.x) {
-      const Unit unit = args.units.at(number, args.depth);
+      const Unit unit = shared.at(number, args.depth);
       const Place place = args.tiles[unit.tile];
       const TensorMap *x = place.second ? &x1 : &x0, *w = place.second ? &w1 : &w0;
       const int from = first_run(place.across) / UNIT, then = second_run(place.across) / UNIT;
@@ -337,10 +339,10 @@ extern "C" __global__ void __launch_bounds__(ALL, 1)
 
   // Of a tile that is shared: its sums to memory, for the block of threads that has the first part, which adds them up.
   auto partial = [&](const Unit& unit) {
-    const int shared = unit.tile - args.units.whole;
-    return (float4*)args.partial + (shared * (args.units.parts - 1) + unit.part) * (SUMS / 4 * 256) + threadIdx.x - 128;
+    const int of_shared = unit.tile - shared.whole;
+    return (float4*)args.partial + (of_shared * (shared.parts - 1) + unit.part) * (SUMS / 4 * 256) + threadIdx.x - 128;
   };
-  auto given = [&](const Unit& unit) { return args.given + (unit.tile - args.units.whole) * warps + warp; };
+  auto given = [&](const Unit& unit) { return args.given + (unit.tile - shared.whole) * warps + warp; };
   auto give = [&](Unit unit) {
     unit.part--;
     float4* to = partial(unit);
@@ -353,9 +355,9 @@ extern "C" __global__ void __launch_bounds__(ALL, 1)
   };
   auto gather = [&](Unit unit) {
     int there = 0;
-    while (there < args.units.parts - 1)
+    while (there < shared.parts - 1)
       asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(there) : "l"(given(unit)) : "memory");
-    for (; unit.part < args.units.parts - 1; unit.part++) {
+    for (; unit.part < shared.parts - 1; unit.part++) {
       const float4* from = partial(unit);
 #pragma unroll
       for (int i = 0; i < SUMS / 4; i++) {
@@ -525,18 +527,16 @@ extern "C" __global__ void __launch_bounds__(ALL, 1)
     finish();
   };
 
-  bool first = true, pending = false;
+  bool pending = false;
   for (int number = blockIdx.x; number < units; number += gridDim.x) {
-    const Unit unit = args.units.at(number, args.depth);
+    const Unit unit = shared.at(number, args.depth);
     start(false);
     last = at.index;
     at.next();
     int i = unit.begin + 1;
-    if (first) {
-      if (of_heads) know_scales();  // while the tensor cores work
-      first = false;
-    }
-    if (pending) {
+    if (!pending) {
+      if (of_heads) know_scales();  // the first tile's products are under way
+    } else {
 #pragma unroll
       for (int piece = 0; piece < PIECES; piece++) {
         prepare(piece);
@@ -554,7 +554,7 @@ extern "C" __global__ void __launch_bounds__(ALL, 1)
       give(unit);
       continue;
     }
-    if (number >= args.units.whole && args.units.parts > 1) gather(unit);
+    if (number >= shared.whole && shared.parts > 1) gather(unit);
     take(unit.tile);
   }
   if (!pending) return;

@@ -85,8 +85,9 @@ def test_each_tile_once(program: Path, first: int, tall: int, wide: int, group: 
 @pytest.mark.parametrize(
     ("tiles", "blocks", "depth", "parts"),
     [
-        *((1728, 132, 24, 3), (2304, 132, 24, 2), (4032, 132, 24, 1), (576, 132, 120, 2), (576, 132, 24, 2)),
-        *((264, 132, 24, 1), (5, 132, 24, 3), (5, 132, 120, 4), (5, 132, 15, 1), (140, 132, 2, 1)),
+        *((1728, 132, 96, 4), (2304, 132, 24, 1), (4032, 132, 96, 1), (576, 132, 120, 2)),
+        *((576, 132, 96, 2), (576, 132, 24, 1), (264, 132, 24, 1), (5, 132, 48, 3), (5, 132, 120, 4)),
+        *((5, 132, 31, 1), (140, 132, 2, 1)),
     ],
 )
 def test_tiles_that_are_left_are_shared(program: Path, tiles: int, blocks: int, depth: int, parts: int) -> None:
@@ -101,7 +102,7 @@ def test_tiles_that_are_left_are_shared(program: Path, tiles: int, blocks: int, 
         begins, ends = ([unit[i] for unit in own] for i in (1, 2))
         assert (begins[0], ends[-1]) == (0, depth)
         assert begins[1:] == ends[:-1]
-        assert len(own) == 1 or all(end - begin >= 8 for begin, end in zip(begins, ends, strict=True))
+        assert len(own) == 1 or all(end - begin >= 16 for begin, end in zip(begins, ends, strict=True))
 
 
 @pytest.mark.parametrize(
