@@ -59,7 +59,8 @@ def timed_call(name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> 
     if one.float8 is None:
         return lambda: (one.attend(q, k, v),)
     float8 = one.float8
-    (q8, dq), (k8, dk), (v8, dv) = (float8_heads.to_float8(x, float8.value_per_head) for x in (q, k, v))
+    (q8, dq), (k8, dk) = (float8_heads.to_float8_by_norm(x) for x in (q, k))  # as the fused kernels do
+    v8, dv = float8_heads.to_float8(v, float8.value_per_head)
     v8 = float8_heads.lay_out(v8, float8.value_layout)
     descales = torch.stack([dq, dk, dv])
     if (rows := float8.rows) is not None:

@@ -9,6 +9,9 @@ import torch
 
 E4M3_MAX = torch.finfo(torch.float8_e4m3fn).max  # 448
 SMALLEST_AMAX = 1e-12  # what is all zeros has a scale too
+# Of a row of query or key, before it is rounded: rounding makes at most 17/16 of each value, and a score is to be a
+# float16, 65504 at most.
+LONGEST = 224
 
 
 def to_float8(x: torch.Tensor, per_head: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
@@ -22,6 +25,13 @@ def to_float8(x: torch.Tensor, per_head: bool = True) -> tuple[torch.Tensor, tor
         amax = amax.amax().expand(amax.shape)
     scale = E4M3_MAX / amax
     return (x.float() * scale[:, None, :, None]).to(torch.float8_e4m3fn), (amax / E4M3_MAX).contiguous()
+
+
+def to_float8_by_norm(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`to_float8` of query or key by its longest row, of each (batch, head), which comes to be `LONGEST`."""
+    norm = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).amax(dim=1).clamp(min=SMALLEST_AMAX)
+    scale = LONGEST / norm
+    return (x.float() * scale[:, None, :, None]).to(torch.float8_e4m3fn), norm / LONGEST
 
 
 def tokens_innermost(x: torch.Tensor) -> torch.Tensor:

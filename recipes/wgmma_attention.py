@@ -8,13 +8,12 @@ from functools import partial
 
 import torch
 
-from recipes.float8_heads import E4M3_MAX, for_wgmma, to_float8
+from recipes.float8_heads import for_wgmma, to_float8, to_float8_by_norm
 from recipes.kernels.cuda_kernel import CudaKernel, tensor_map
 
 HEAD_DIM = 128
 _BLOCK, _STAGES, _THREADS = 128, 4, 384  # as in the kernel
 _SHARED = (2 * _STAGES + 2) * _BLOCK * HEAD_DIM + 1024  # keys and values by stages, two blocks of queries, alignment
-_ROUNDED = (1 + 2**-4) ** 2  # what rounding two values to e4m3 may make of their product
 
 _kernel = partial(CudaKernel, "wgmma_attention.cu", "wgmma_attention", "sm_90a", _SHARED)
 _KERNELS = {
@@ -27,34 +26,34 @@ class _Arguments(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("out", "descales", "scales")),
         ("stride", ctypes.c_longlong),
         *((name, ctypes.c_int) for name in ("tokens", "keys", "heads", "batch")),
-        *((name, ctypes.c_float) for name in ("scale", "bound")),
+        ("scale", ctypes.c_float),
     )
 
 
 @torch.library.custom_op("flux_fast::wgmma_attention", mutates_args=())
 def wgmma_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, descales: torch.Tensor, normed: bool, in_float8: bool
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, descales: torch.Tensor, in_float8: bool
 ) -> torch.Tensor:
     """softmax(q k^T / sqrt(128)) v from float8_e4m3fn, not causal.
 
     query [batch, tokens, heads, 128] and key [batch, keys, heads, 128], of which the last dimension is contiguous and
     the other strides are multiples of 16; value as `float8_heads.for_wgmma` lays it out; descales [3, batch, heads]
-    float32, of query, key and value. normed: no row of query or key was longer than 448 before it was rounded, as
-    RMSNorm and `kernels.qkv` make them, so that scores are known to be bounded, which is faster. Returns [batch,
-    tokens, heads, 128], contiguous, in bfloat16; in_float8: in float8_e4m3fn and the unit of the values' descale.
+    float32, of query, key and value. No row of query or key may have been longer than `float8_heads.LONGEST` before it
+    was rounded, for scores are float16: `kernels.qkv` and `to_float8_by_norm` see to that. Returns [batch, tokens,
+    heads, 128], contiguous, in bfloat16; in_float8: in float8_e4m3fn and the unit of the values' descale.
 
     Raises:
         ValueError: heads aren't of 128, or a layout is another.
     """
     dtype = torch.float8_e4m3fn if in_float8 else torch.bfloat16
     out = query.new_empty(query.shape, dtype=dtype)
-    _launch(query, key, value, descales, normed, out, None)
+    _launch(query, key, value, descales, out, None)
     return out
 
 
 @wgmma_attention.register_fake
 def _(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, descales: torch.Tensor, normed: bool, in_float8: bool
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, descales: torch.Tensor, in_float8: bool
 ) -> torch.Tensor:
     return query.new_empty(query.shape, dtype=torch.float8_e4m3fn if in_float8 else torch.bfloat16)
 
@@ -68,7 +67,7 @@ def wgmma_attention_beside(
     rows: torch.Tensor,
     scale: torch.Tensor,
 ) -> None:
-    """`wgmma_attention` of rows that were normed, written into the first columns of wider rows.
+    """`wgmma_attention`, written into the first columns of wider rows.
 
     rows [batch, tokens, heads * 128 + others] float8_e4m3fn and their scale [batch, tokens, 1] float32, contiguous.
 
@@ -82,7 +81,7 @@ def wgmma_attention_beside(
         raise ValueError(f"a row's scale is float32, [batch, tokens, 1], contiguous, not {tuple(scale.shape)}")
     if not rows.is_contiguous() or rows.shape[2] % 16 or rows.data_ptr() % 16:
         raise ValueError(f"wgmma_attention writes 16 bytes at once: rows have strides {rows.stride()}")
-    _launch(query, key, value, descales, True, rows, scale)
+    _launch(query, key, value, descales, rows, scale)
 
 
 @wgmma_attention_beside.register_fake
@@ -95,7 +94,6 @@ def _launch(
     key: torch.Tensor,
     value: torch.Tensor,
     descales: torch.Tensor,
-    normed: bool,
     out: torch.Tensor,
     scales: torch.Tensor | None,
 ) -> None:
@@ -110,12 +108,11 @@ def _launch(
             raise ValueError(f"wgmma_attention reads 16 bytes at once: {name} has strides {x.stride()}")
     if value.shape != (batch, heads, HEAD_DIM, padded) or not value.is_contiguous() or not descales.is_contiguous():
         raise ValueError(f"wgmma_attention takes values as for_wgmma lays them out, not {tuple(value.shape)}")
-    bound = E4M3_MAX**2 * (_ROUNDED if normed else HEAD_DIM)
     scale = math.log2(math.e) / math.sqrt(HEAD_DIM)
     arguments = _Arguments(out.data_ptr(), descales.data_ptr(), stride=out.stride(1))
     arguments.scales = None if scales is None else scales.data_ptr()
     arguments.tokens, arguments.keys, arguments.heads, arguments.batch = tokens, keys, heads, batch
-    arguments.scale, arguments.bound = scale, bound
+    arguments.scale = scale
     by_token = [
         tensor_map(
             x.data_ptr(),
@@ -139,7 +136,7 @@ def rows_from_float8(
 
     Of the values' descales all are the same: a mean of values can't exceed them, so their own scale fits it.
     """
-    out = wgmma_attention(query, key, value, descales, True, True)
+    out = wgmma_attention(query, key, value, descales, True)
     return out, descales[2, 0, 0].expand(*out.shape[:2], 1).contiguous()
 
 
@@ -147,7 +144,7 @@ def attention_from_float8(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, descales: torch.Tensor
 ) -> torch.Tensor:
     """`wgmma_attention` of `kernels.qkv.qkv_norm_rotary_float8`'s results in bfloat16."""
-    return wgmma_attention(query, key, value, descales, True, False)
+    return wgmma_attention(query, key, value, descales, False)
 
 
 def wgmma_fp8(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -155,6 +152,6 @@ def wgmma_fp8(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> to
 
     Returns the query's shape and dtype.
     """
-    (q, q_descale), (k, k_descale), (v, v_descale) = (to_float8(x) for x in (query, key, value))
+    (q, q_descale), (k, k_descale), (v, v_descale) = to_float8_by_norm(query), to_float8_by_norm(key), to_float8(value)
     descales = torch.stack([q_descale, k_descale, v_descale])
-    return wgmma_attention(q, k, for_wgmma(v), descales, False, False).to(query.dtype)
+    return wgmma_attention(q, k, for_wgmma(v), descales, False).to(query.dtype)

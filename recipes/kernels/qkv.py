@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch.library import triton_op, wrap_triton
 
-from recipes.float8_heads import E4M3_MAX, SMALLEST_AMAX
+from recipes.float8_heads import E4M3_MAX, LONGEST, SMALLEST_AMAX
 from recipes.kernels.rows import check_rows, row_scale, to_e4m3
 
 _VALUE_BLOCK = 64  # tokens a program of the values' cast
@@ -55,7 +55,7 @@ def reference_descales(
 ) -> torch.Tensor:
     """Descales [3, batch, heads] float32 of `reference`'s result: the bound for query and key, the values' largest."""
     both = [torch.stack([w, *([] if text_weights is None else [text_weights[i]])]) for i, w in enumerate(weights)]
-    bounds = [w.float().abs().max() * qkv.shape[-1] ** 0.5 for w in both]
+    bounds = [w.float().abs().max() * qkv.shape[-1] ** 0.5 * (E4M3_MAX / LONGEST) for w in both]
     amax = qkv[:, :, 2].abs().amax(dim=(1, 3))
     amax = amax if value_per_head else amax.max().expand_as(amax)
     return torch.stack([*(bound.expand_as(amax) for bound in bounds), amax]).clamp(min=SMALLEST_AMAX) / E4M3_MAX
@@ -188,7 +188,7 @@ def _launch(
         first.stride(0), first.stride(1), image.stride(0), image.stride(1), cos.stride(0), sin.stride(0),
         EPS=eps, HEADS=heads, HEADS_BLOCK=block, HEAD_DIM=head_dim, PARTS=parts,
         FLOAT8=descales is not None, PER_HEAD=value_amax is not None and value_amax.numel() > 1,
-        num_warps=max(1, block * head_dim // 256),
+        OF_LONGEST=E4M3_MAX / LONGEST, num_warps=max(1, block * head_dim // 256),
     )  # fmt: skip
 
 
@@ -232,6 +232,7 @@ def _qkv_kernel(
     PARTS: tl.constexpr,  # noqa: N803
     FLOAT8: tl.constexpr,  # noqa: N803
     PER_HEAD: tl.constexpr,  # noqa: N803
+    OF_LONGEST: tl.constexpr,  # noqa: N803
 ):
     token, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
     dims = tl.arange(0, HEAD_DIM)
@@ -250,10 +251,10 @@ def _qkv_kernel(
         text_weight = tl.load((text_norm_q if part == 0 else text_norm_k) + dims).to(tl.float32)
         weight = tl.where(is_text, text_weight, image_weight)
         if FLOAT8:
-            # No value of a normed head exceeds sqrt(head_dim) times the largest weight, turned or not. float8 keeps
-            # its precision over 15 powers of two: a scale from a bound costs nothing beside one from the true amax.
+            # No normed head is longer than sqrt(head_dim) times the largest weight, turned or not. float8 keeps its
+            # precision over 15 powers of two: a scale from a bound costs nothing beside one from the true amax.
             largest = tl.maximum(tl.max(tl.abs(image_weight), axis=0), tl.max(tl.abs(text_weight), axis=0))
-            scale = row_scale(largest * tl.sqrt(HEAD_DIM * 1.0))
+            scale = row_scale(largest * tl.sqrt(HEAD_DIM * 1.0) * OF_LONGEST)
             weight *= 1.0 / scale
             if token == 0:
                 for head in tl.static_range(HEADS):

@@ -21,7 +21,7 @@
 constexpr int DIM = 128, ROWS = 128, KEYS = 128, STAGES = 4, TILE = KEYS * DIM, ALL = 384;
 constexpr float SHIFT = 3;      // log2 of what the first block's largest probability is scaled to
 constexpr float LARGEST = 448;  // of e4m3
-constexpr float EXPONENTS = 118;  // by how much scores may grow, in powers of two, and 32 such terms have a sum
+constexpr u32 NOTHING = 0xFC00FC00;  // two float16: minus infinity
 
 struct Arguments {
   u8* out;                // [batch, tokens, heads, DIM], of which a token begins `stride` values after the last one
@@ -30,7 +30,6 @@ struct Arguments {
   long long stride;
   int tokens, keys, heads, batch;
   float scale;  // of the scores, times log2(e)
-  float bound;  // of a score, before its descales
 };
 
 // ---- loads
@@ -79,18 +78,28 @@ __device__ __forceinline__ void wgmma(float (&d)[64], const u32* a, u64 b) {
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 
-// The same, a in shared memory; from zero if not `add`.
-__device__ __forceinline__ void wgmma(float (&d)[64], u64 a, u64 b, bool add) {
-  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\n"
-               "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {" NUMBERS "}, %64, %65, add, 1, 1;\n}\n"
-               : ACCUMULATORS
+#define SCORES \
+  "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3]), "+r"(d[4]), "+r"(d[5]), "+r"(d[6]), "+r"(d[7]), "+r"(d[8]), \
+  "+r"(d[9]), "+r"(d[10]), "+r"(d[11]), "+r"(d[12]), "+r"(d[13]), "+r"(d[14]), "+r"(d[15]), "+r"(d[16]), "+r"(d[17]), \
+  "+r"(d[18]), "+r"(d[19]), "+r"(d[20]), "+r"(d[21]), "+r"(d[22]), "+r"(d[23]), "+r"(d[24]), "+r"(d[25]), \
+  "+r"(d[26]), "+r"(d[27]), "+r"(d[28]), "+r"(d[29]), "+r"(d[30]), "+r"(d[31])
+
+// The same in float16, d[2 i] of the first row, d[2 i + 1] of the second, a in shared memory; from zero if not `add`.
+__device__ __forceinline__ void wgmma(u32 (&d)[32], u64 a, u64 b, bool add) {
+  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %34, 0;\n"
+               "wgmma.mma_async.sync.aligned.m64n128k32.f16.e4m3.e4m3 {"
+               "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+               "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+               "}, %32, %33, add, 1, 1;\n}\n"
+               : SCORES
                : "l"(a), "l"(b), "r"((int)add));
 }
 
 // The compiler is to have these values now, and take them to be others afterwards.
 __device__ __forceinline__ void hold(float (&d)[64]) { asm volatile("" : ACCUMULATORS::"memory"); }
+__device__ __forceinline__ void hold(u32 (&d)[32]) { asm volatile("" : SCORES::"memory"); }
 
-__device__ __forceinline__ void start_scores(float (&s)[64], u32 query, u32 keys) {
+__device__ __forceinline__ void start_scores(u32 (&s)[32], u32 query, u32 keys) {
   const u64 a = descriptor(query), b = descriptor(keys);
 #pragma unroll
   for (int k = 0; k < 4; k++) wgmma(s, a + 2 * k, b + 2 * k, k > 0);
@@ -104,93 +113,103 @@ __device__ __forceinline__ void start_values(float (&o)[64], const u32 (&p)[16],
   commit();
 }
 
-// ---- softmax
+// ---- softmax, in pairs of float16
 
 __device__ __forceinline__ float power_of_two(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+// Put together by `prmt`: ptxas would do it for each use of a pair that `ex2` gives.
+__device__ __forceinline__ u32 powers_of_two(u32 x) {
+  u32 y;
+  asm("{\n.reg .b16 low, high;\n.reg .b32 a, b;\nmov.b32 {low, high}, %1;\n"
+      "ex2.approx.f16 low, low;\nex2.approx.f16 high, high;\n"
+      "cvt.u32.u16 a, low;\ncvt.u32.u16 b, high;\nprmt.b32 %0, a, b, 0x5410;\n}\n"
+      : "=r"(y)
+      : "r"(x));
+  return y;
+}
+__device__ __forceinline__ u32 larger(u32 a, u32 b) {
+  u32 c;
+  asm("max.f16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
+  return c;
+}
 
 // Of a thread's two rows: a probability is 2 ^ (score * factor + offset); `sum`: theirs so far, of its columns alone.
 struct Softmax {
-  float sum[2], offset[2], factor;
-  float correction[2];  // what sums before the last block have to be multiplied by
-  bool far;
+  float sum[2];
+  float factor, offset[2];  // exact in float16
+  float correction[2];      // what sums before the last block have to be multiplied by
 
   // A row's largest, of all its columns.
-  __device__ __forceinline__ float largest(const float (&s)[64], int r) {
-    float x = fmaxf(s[2 * r], s[2 * r + 1]);
+  __device__ __forceinline__ float largest(const u32 (&s)[32], int r) {
+    u32 both = s[r];
 #pragma unroll
-    for (int i = 4 + 2 * r; i < 64; i += 4) x = fmaxf(x, fmaxf(s[i], s[i + 1]));
+    for (int i = 2 + r; i < 32; i += 2) both = larger(both, s[i]);
+    const float2 of_pair = floats(both);
+    float x = fmaxf(of_pair.x, of_pair.y);
     x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
     return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
   }
 
-  __device__ __forceinline__ void begin(const float (&first)[64]) {
+  // So that a row's largest probability of these scores is 2 ^ SHIFT.
+  __device__ __forceinline__ float fitting(const u32 (&s)[32], int r) {
+    return floats(float16(SHIFT - largest(s, r) * factor, 0)).x;
+  }
+
+  __device__ __forceinline__ void begin(const u32 (&first)[32], float scale) {
+    // Of scores next to nothing the factor may be as coarse as it is then; times minus infinity it isn't to be zero.
+    factor = floats(float16(fmaxf(scale, 0x1p-24f), 0)).x;
 #pragma unroll
     for (int r = 0; r < 2; r++) {
       sum[r] = 0;
-      offset[r] = SHIFT - largest(first, r) * factor;
+      offset[r] = fitting(first, r);
     }
   }
 
   // A block's scores to its probabilities; whether a correction of this warp's isn't 1.
-  __device__ __forceinline__ bool step(float (&s)[64]) {
-    bool grown = false;
+  __device__ __forceinline__ bool step(u32 (&p)[32], const u32 (&s)[32]) {
     correction[0] = correction[1] = 1;
-    if (__builtin_expect(far, 0)) {
+    float of_block[2];
+    auto exponentials = [&] {
 #pragma unroll
       for (int r = 0; r < 2; r++) {
-        const float above = fmaxf(largest(s, r) * factor + offset[r] - SHIFT, 0.f);
-        grown |= above > 0;
-        offset[r] -= above;
-        correction[r] = power_of_two(-above);
+        const u32 by = float16(factor, factor), from = float16(offset[r], offset[r]);
+        u32 even = 0, odd = 0;
+#pragma unroll
+        for (int i = r; i < 32; i += 4) {
+          p[i] = powers_of_two(fma(s[i], by, from));
+          p[i + 2] = powers_of_two(fma(s[i + 2], by, from));
+          even = i == r ? p[i] : add(even, p[i]);
+          odd = i == r ? p[i + 2] : add(odd, p[i + 2]);
+        }
+        const float2 a = floats(even), b = floats(odd);
+        of_block[r] = a.x + a.y + (b.x + b.y);
+      }
+    };
+    exponentials();
+    const bool grown = __any_sync(~0u, fmaxf(of_block[0], of_block[1]) > LARGEST);
+    if (__builtin_expect(grown, 0)) {
+#pragma unroll
+      for (int r = 0; r < 2; r++) {
+        const float lower = fminf(offset[r], fitting(s, r));
+        correction[r] = power_of_two(lower - offset[r]);
+        offset[r] = lower;
         sum[r] *= correction[r];
       }
-    }
-    float of_block[2];
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-      float even = 0, odd = 0;
-#pragma unroll
-      for (int i = 2 * r; i < 64; i += 4) {
-        s[i] = power_of_two(s[i] * factor + offset[r]);
-        s[i + 1] = power_of_two(s[i + 1] * factor + offset[r]);
-        even += s[i];
-        odd += s[i + 1];
-      }
-      of_block[r] = even + odd;
-    }
-    if (__builtin_expect(__any_sync(~0u, fmaxf(of_block[0], of_block[1]) > LARGEST), 0)) {
-      grown = true;
-#pragma unroll
-      for (int r = 0; r < 2; r++) {
-        const float above = fmaxf(__log2f(largest(s, r)) - SHIFT, 0.f), down = power_of_two(-above);
-        offset[r] -= above;
-        correction[r] *= down;
-        sum[r] *= down;
-        of_block[r] *= down;
-#pragma unroll
-        for (int i = 2 * r; i < 64; i += 4) {
-          s[i] *= down;
-          s[i + 1] *= down;
-        }
-      }
+      exponentials();
     }
     sum[0] += of_block[0];
     sum[1] += of_block[1];
-    return __any_sync(~0u, grown);
+    return grown;
   }
 };
 
 // wgmma's left operand: of 32 columns a thread has four words, each row's in turn; see `float8_heads.for_wgmma`.
-__device__ __forceinline__ void pack(u32 (&p)[16], const float (&s)[64]) {
+__device__ __forceinline__ void pack(u32 (&packed)[16], const u32 (&p)[32]) {
 #pragma unroll
-  for (int i = 0; i < 16; i++) {
-    const int from = 8 * (i / 2) + 2 * (i % 2);
-    p[i] = e4m3(s[from], s[from + 1], s[from + 4], s[from + 5]);
-  }
+  for (int i = 0; i < 16; i++) packed[i] = e4m3(p[4 * (i / 2) + i % 2], p[4 * (i / 2) + 2 + i % 2]);
 }
 
 // ---- the kernel. BFLOAT16: the result in that; else in float8, in units of the values' descale or of `scales`.
@@ -255,13 +274,11 @@ extern "C" __global__ void __launch_bounds__(ALL, 1)
   auto release = [&](u32 barrier) {
     if (lane == 0) arrive(barrier);
   };
-  float s[64], o[64];
-  u32 p[16];
+  u32 s[32], p[32], packed[16];
+  float o[64];
   for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
     const int program = tile / of_head;
     Softmax softmax;
-    softmax.factor = args.scale * args.descales[program] * args.descales[programs + program];
-    softmax.far = 2 * args.bound * softmax.factor > EXPONENTS;
     const u32 rows = queries_at + of_query.index * ROWS * DIM + (threadIdx.x / 128 - 1) * 64 * DIM;
 #pragma unroll
     for (int i = 0; i < 64; i++) o[i] = 0;
@@ -278,12 +295,15 @@ extern "C" __global__ void __launch_bounds__(ALL, 1)
     const int left = args.keys - (blocks - 1) * KEYS;
     if (left < KEYS) {
 #pragma unroll
-      for (int i = 0; i < 64; i++)
-        if (i / 4 * 8 + quad * 2 + i % 2 >= left) s[i] = -__int_as_float(0x7f800000);
+      for (int i = 0; i < 32; i++) {
+        const int column = i / 2 * 8 + quad * 2;
+        if (column >= left) s[i] = NOTHING;
+        if (column + 1 == left) s[i] = __byte_perm(s[i], NOTHING, 0x7610);
+      }
     }
-    softmax.begin(s);
-    softmax.step(s);
-    pack(p, s);
+    softmax.begin(s, args.scale * args.descales[program] * args.descales[programs + program]);
+    softmax.step(p, s);
+    pack(packed, p);
 
     for (int block = 1; block < blocks; block++) {
       const Turn<STAGES> before = at;
@@ -294,16 +314,16 @@ extern "C" __global__ void __launch_bounds__(ALL, 1)
       fence();
       start_scores(s, rows, keys_at + at.index * TILE);
       wait(full_v + 8 * before.index, before.phase);
-      start_values(o, p, values_at + before.index * TILE);
+      start_values(o, packed, values_at + before.index * TILE);
       wait_but_for<1>();
       hold(s);
-      const bool grown = softmax.step(s);
+      const bool grown = softmax.step(p, s);
       // + 0, for sums have no sign. Without it ptxas waits for the values before it computes the exponentials.
       release(empty_k + 8 * at.index + (__float_as_uint(softmax.sum[0] + softmax.sum[1]) >> 31));
       wait_but_for<0>();
       hold(o);
       release(empty_v + 8 * before.index);
-      pack(p, s);
+      pack(packed, p);
       if (grown) {
 #pragma unroll
         for (int i = 0; i < 64; i++) o[i] *= softmax.correction[i / 2 % 2];
@@ -315,7 +335,7 @@ extern "C" __global__ void __launch_bounds__(ALL, 1)
     wait(full_v + 8 * at.index, at.phase);
     hold(o);
     fence();
-    start_values(o, p, values_at + at.index * TILE);
+    start_values(o, packed, values_at + at.index * TILE);
     wait_but_for<0>();
     hold(o);
     release(empty_v + 8 * at.index);

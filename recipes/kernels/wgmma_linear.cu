@@ -35,6 +35,7 @@ constexpr int X_TILE = ROWS * DEPTH, W_TILE = COLUMNS * DEPTH, UNIT = 32;  // ro
 constexpr int SPANS = COLUMNS / 64, PIECES = 2 * SPANS;  // 16 of 64 columns are a thread's, in two rows
 constexpr int HEAD = 128;
 constexpr float LARGEST = 448, SMALLEST = 0.007f;  // of e4m3; of bounds: 448 over one is to be a float16
+constexpr float LONGEST = 224;                    // `float8_heads.LONGEST`
 
 #include "tiles.cuh"
 
@@ -133,23 +134,8 @@ __device__ __forceinline__ void wgmma(float (&d)[SUMS], u64 a, u64 b, bool add) 
 // The compiler is to have these values now, and take them to be others afterwards.
 __device__ __forceinline__ void hold(float (&d)[SUMS]) { asm volatile("" : ACCUMULATORS::"memory"); }
 
-// ---- after the products, in float16: 8 times more exact than a float8, and two at once
+// ---- after the products
 
-__device__ __forceinline__ u32 mul(u32 a, u32 b) {
-  u32 c;
-  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
-  return c;
-}
-__device__ __forceinline__ u32 fma(u32 a, u32 b, u32 c) {
-  u32 d;
-  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
-  return d;
-}
-__device__ __forceinline__ u32 float16(float a, float b) {
-  u32 packed;
-  asm("cvt.rn.satfinite.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(b), "f"(a));
-  return packed;
-}
 __device__ __forceinline__ u32 bfloat16(float a, float b) {
   u32 packed;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(b), "f"(a));
@@ -159,14 +145,6 @@ __device__ __forceinline__ u32 fma_bfloat16(u32 a, u32 b, u32 c) {
   u32 d;
   asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
   return d;
-}
-__device__ __forceinline__ u32 e4m3(u32 a, u32 b) {
-  u32 packed;
-  asm("{\n.reg .b16 low, high;\ncvt.rn.satfinite.e4m3x2.f16x2 low, %1;\ncvt.rn.satfinite.e4m3x2.f16x2 high, %2;\n"
-      "mov.b32 %0, {low, high};\n}\n"
-      : "=r"(packed)
-      : "r"(a), "r"(b));
-  return packed;
 }
 
 // GELU's tanh form of x, times twice `half`; exact to |x| / 2048, by the tanh.
@@ -310,12 +288,12 @@ extern "C" __global__ void __launch_bounds__(ALL, 1)
       floor = fmaxf(floor, longest * args.streams[i].bounds[2] + args.streams[i].bounds[3]);
     }
     floor = fmaxf(floor, SMALLEST);
-    // No value of a normed head exceeds sqrt(HEAD) times the largest weight, turned or not.
+    // No normed head is longer than sqrt(HEAD) times the largest weight, turned or not.
     float of_parts[2];
     for (int i = 0; i < 2; i++) {
       const float* of = weights + 4 * i;
       const float of_part = fmaxf(fmaxf(of[0], of[1]), fmaxf(of[2], of[3]));
-      of_parts[i] = fmaxf(of_part * sqrtf(HEAD), SMALLEST) / LARGEST;
+      of_parts[i] = fmaxf(of_part * sqrtf(HEAD), SMALLEST) / LONGEST;
     }
     for (int i = 0; i < 2; i++) {
       const float own = weight[i] / (part ? of_parts[1] : of_parts[0]), next = __shfl_down_sync(~0u, own, 1);

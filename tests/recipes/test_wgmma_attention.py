@@ -10,7 +10,7 @@ import torch
 
 import recipes
 from recipes import Recipe, wgmma_attention
-from recipes.float8_heads import E4M3_MAX, for_wgmma, to_float8
+from recipes.float8_heads import for_wgmma, to_float8, to_float8_by_norm
 from recipes.kernels import cuda_kernel
 from recipes.kernels.cuda_kernel import CudaKernel
 from utils.errors import UserError
@@ -27,21 +27,12 @@ def parts(tokens: int, keys: int, heads: int = 2, batch: int = 1, loud: float = 
     return *(loud * torch.nn.functional.rms_norm(x, (DIM,)) for x in (q, k)), v
 
 
-def attend(given: Parts, normed: bool = False, in_float8: bool = False, device: torch.device = CUDA) -> torch.Tensor:
-    """normed: scaled by the bound of a row's values, as the fused kernel does; else by the largest value."""
+def attend(given: Parts, in_float8: bool = False, device: torch.device = CUDA) -> torch.Tensor:
     q, k, v = (x.to(device) for x in given)
-    if normed:
-        (q8, dq), (k8, dk) = (_by_norm(x) for x in (q, k))
-    else:
-        (q8, dq), (k8, dk) = to_float8(q), to_float8(k)
+    (q8, dq), (k8, dk) = to_float8_by_norm(q), to_float8_by_norm(k)
     v8, dv = to_float8(v, per_head=not in_float8)
-    out = wgmma_attention.wgmma_attention(q8, k8, for_wgmma(v8), torch.stack([dq, dk, dv]), normed, in_float8)
+    out = wgmma_attention.wgmma_attention(q8, k8, for_wgmma(v8), torch.stack([dq, dk, dv]), in_float8)
     return out.float() * (dv[:, None, :, None] if in_float8 else 1)
-
-
-def _by_norm(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    descale = (x.norm(dim=-1).amax(dim=1) / E4M3_MAX).contiguous()
-    return (x / descale[:, None, :, None]).to(torch.float8_e4m3fn), descale
 
 
 def exact(given: Parts) -> torch.Tensor:
@@ -71,12 +62,12 @@ def test_refuses_what_it_would_read_wrongly() -> None:
     op = wgmma_attention.wgmma_attention
     short = torch.zeros(1, 5, 2, 64, dtype=float8)
     with pytest.raises(ValueError, match="takes heads of 128 values, not of 64"):
-        op(short, short, value, descales, True, True)
+        op(short, short, value, descales, True)
     uneven = torch.zeros(1, 5, 2, DIM + 8, dtype=float8)[..., :DIM]
     with pytest.raises(ValueError, match=r"reads 16 bytes at once: key has strides \(1360, 272, 136, 1\)"):
-        op(x, uneven, value, descales, True, True)
+        op(x, uneven, value, descales, True)
     with pytest.raises(ValueError, match=r"values as for_wgmma lays them out, not \(1, 5, 2, 128\)"):
-        op(x, x, x, descales, True, True)
+        op(x, x, x, descales, True)
     beside, scale = wgmma_attention.wgmma_attention_beside, torch.ones(1, 5, 1)
     with pytest.raises(ValueError, match=r"rows are to be 256 values in float8 and others, not \(1, 5, 128\)"):
         beside(x, x, value, descales, torch.zeros(1, 5, 128, dtype=float8), scale)
@@ -112,14 +103,13 @@ SIZES = [(1, 1), (77, 77), (128, 128), (129, 127), (1, 300), (300, 1), (500, 100
 
 @gpu
 @pytest.mark.usefixtures("_here")
-@pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize(("tokens", "keys"), SIZES)
-def test_any_number_of_tokens(tokens: int, keys: int, normed: bool, error_of: Callable) -> None:
+def test_any_number_of_tokens(tokens: int, keys: int, error_of: Callable) -> None:
     given = parts(tokens, keys, batch=2)
     expected = exact(given).to(CUDA)
     # Rounding query, key, value and probabilities, 2.6 % each, comes to 5.4 %; the result's own rounding makes 6 of it.
-    assert error_of(attend(given, normed), expected) < 0.065
-    assert error_of(attend(given, normed, in_float8=True), expected) < 0.075
+    assert error_of(attend(given), expected) < 0.065
+    assert error_of(attend(given, in_float8=True), expected) < 0.075
 
 
 @gpu
@@ -136,11 +126,11 @@ def test_scores_that_outgrow_the_first_block(loud: float, rising: bool, error_of
     towards = -towards if rising else towards
     k = loud * torch.nn.functional.rms_norm(k / 4 + towards * direction, (DIM,))
     q = loud * torch.nn.functional.rms_norm(q / 4 + direction, (DIM,))
-    q8, k8 = (_by_norm(x) for x in (q, k))
+    q8, k8 = (to_float8_by_norm(x) for x in (q, k))
     rounded = tuple(x.float() * descale[:, None, :, None] for x, descale in (q8, k8))
     expected = exact((*rounded, v)).to(CUDA)
     for in_float8 in (False, True):
-        out = attend((q, k, v), normed=True, in_float8=in_float8)
+        out = attend((q, k, v), in_float8=in_float8)
         assert out.isfinite().all()
         assert error_of(out, expected) < 0.06
 
@@ -167,9 +157,9 @@ def test_scores_that_are_all_alike(error_of: Callable) -> None:
 def test_beside_other_columns(error_of: Callable) -> None:
     """Within wider rows, each of another scale: the same as in bfloat16 but for rounding; nothing else is touched."""
     q, k, v = (x.to(CUDA) for x in parts(129, 129, batch=2))
-    (q8, dq), (k8, dk), (v8, dv) = _by_norm(q), _by_norm(k), to_float8(v, per_head=False)
+    (q8, dq), (k8, dk), (v8, dv) = to_float8_by_norm(q), to_float8_by_norm(k), to_float8(v, per_head=False)
     given = (q8, k8, for_wgmma(v8), torch.stack([dq, dk, dv]))
-    expected = wgmma_attention.wgmma_attention(*given, True, False).float().flatten(2)
+    expected = wgmma_attention.wgmma_attention(*given, False).float().flatten(2)
     scale = (v.abs().amax() / 448 * torch.linspace(1, 20, 2 * 129, device=CUDA)).view(2, 129, 1)
     rows = torch.full((2, 129, 2 * DIM + 64), 77, dtype=torch.uint8, device=CUDA).view(torch.float8_e4m3fn)
     wgmma_attention.wgmma_attention_beside(*given, rows, scale)
@@ -181,9 +171,9 @@ def test_beside_other_columns(error_of: Callable) -> None:
 @pytest.mark.usefixtures("_here")
 def test_same_bits_every_time() -> None:
     given = parts(700, 900, heads=24)
-    first = attend(given, normed=True, in_float8=True)
+    first = attend(given, in_float8=True)
     for _ in range(5):
-        assert torch.equal(attend(given, normed=True, in_float8=True), first)
+        assert torch.equal(attend(given, in_float8=True), first)
 
 
 @gpu

@@ -25,7 +25,7 @@ from recipes import (
     wgmma_attention,
     wgmma_linear,
 )
-from recipes.float8_heads import for_wgmma, to_float8, tokens_innermost
+from recipes.float8_heads import for_wgmma, to_float8, to_float8_by_norm, tokens_innermost
 from recipes.kernels import adaln, attention, cast, gelu, group_norm, qkv, residual
 from recipes.kernels.rows import rows_to_float8
 
@@ -59,7 +59,8 @@ class Inputs:
 
     def float8_heads(self, head_dim: int = HEAD_DIM, per_head: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """`heads` in float8, and their descales [3, batch, heads]."""
-        (q, a), (k, b), (v, c) = (to_float8(x, per_head) for x in self.heads(head_dim))
+        query, key, value = self.heads(head_dim)
+        (q, a), (k, b), (v, c) = to_float8_by_norm(query), to_float8_by_norm(key), to_float8(value, per_head)
         return q, k, v, torch.stack([a, b, c])
 
     def norm_and_rotary(self) -> tuple[Tensor, ...]:
@@ -80,7 +81,7 @@ def attention_arguments(x: Inputs) -> tuple:
 
 def wgmma_arguments(x: Inputs) -> tuple:
     q, k, v, descales = x.float8_heads(128)
-    return q.contiguous(), k.contiguous(), for_wgmma(v), descales, False, True
+    return q.contiguous(), k.contiguous(), for_wgmma(v), descales, True
 
 
 def beside_arguments(x: Inputs) -> tuple:
