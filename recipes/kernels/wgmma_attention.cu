@@ -8,9 +8,12 @@
 // - the values come with their tokens innermost, which is how wgmma reads its right operand, and with tokens and
 //   channels in such an order (`float8_heads.for_wgmma`) that a thread's probabilities are, as they lie in its
 //   registers, wgmma's left operand, and that what it computes of a row of the result is 32 channels side by side;
-// - the running maximum isn't taken. Scores are held against the first block's maximum, and what is above it is scaled
-//   down only where a thread's probabilities of one block add up to more than e4m3 can hold: none of them exceeds their
-//   sum, which is wanted anyway. Where scores might outgrow even float32's exponents (`far`), the maximum is taken.
+// - scores are float16, two in a register: the tensor cores write half as much, and one instruction works on two. Even
+//   of the largest score that rounds off a tenth of what rounding query and key to e4m3 does; and none overflows, for
+//   no row of theirs is longer than `float8_heads.LONGEST`;
+// - the running maximum isn't taken. Scores are held against the first block's maximum. Only where a thread's
+//   probabilities of one block add up to more than e4m3 can hold is the maximum looked for, and the block done again:
+//   no probability exceeds the sum, which is wanted anyway.
 //
 // FLOPs: 4 x tokens^2 x 128 a head; 24 heads at 4608 tokens: 261 GFLOP.
 //
@@ -19,8 +22,8 @@
 #include "hopper.cuh"
 
 constexpr int DIM = 128, ROWS = 128, KEYS = 128, STAGES = 4, TILE = KEYS * DIM, ALL = 384;
-constexpr float SHIFT = 3;      // log2 of what the first block's largest probability is scaled to
-constexpr float LARGEST = 448;  // of e4m3
+constexpr float SHIFT = 3;           // log2 of what the first block's largest probability is scaled to
+constexpr float LARGEST = 448;       // of e4m3
 constexpr u32 NOTHING = 0xFC00FC00;  // two float16: minus infinity
 
 struct Arguments {
