@@ -62,7 +62,7 @@ def parser() -> Parser:
 def measure(library: Library, calls: list[PackagedCall], repeats: int, device: torch.device) -> dict[str, Any]:
     """One region's figures: `at`, one row a size; `calls` are those of the region, of which all differ in size."""
     (fixed, _), (dynamic, _) = library.build(calls), library.build(calls, dynamic=True)
-    (of_ranges,) = dynamic.manifest.models
+    (of_ranges,) = (name for name, model in dynamic.manifest.models.items() if model.ranges)
     rows = []
     for region, inputs in calls:
         specs = build.input_specs(inputs)

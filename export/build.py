@@ -70,7 +70,8 @@ def input_specs(inputs: Inputs) -> dict[str, TensorSpec]:
 
 
 def over_ranges(calls: Iterable[Call]) -> list[Call]:
-    """One call for all those of a region that differ in their sizes alone: the largest of them, with their ranges.
+    """One call for all those of a region that differ in their sizes alone: the largest of them, with their ranges. They
+    stay besides where the region is slower so: of the sizes that were ordered each has its model.
 
     Raises:
         UserError: a range begins at 1, a size which torch.export takes for fixed.
@@ -89,6 +90,8 @@ def over_ranges(calls: Iterable[Call]) -> list[Call]:
                 raise UserError(f"no model takes {sizes.words(name, one)}: order sizes from 2 on, or without --dynamic")
         inputs = pytree.tree_map(_own, largest.inputs) if ranges else largest.inputs
         merged.append(replace(largest, inputs=inputs, ranges=ranges))
+        if ranges and largest.region.slower_over_ranges:
+            merged += group
     return merged
 
 

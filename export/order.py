@@ -29,8 +29,8 @@ _STEPS = 2  # of the pipeline, for each shape: the second one's inputs come from
 class Order:
     """What a package is to hold. resolutions: height and width in pixels; text_lengths: T5 tokens.
 
-    dynamic: models not of each of these sizes, but for all from the smallest to the largest. image_size: height and
-    width in pixels of the image that Kontext edits; None: as what is drawn.
+    dynamic: models for all sizes from the smallest to the largest; of these sizes only where that is slower.
+    image_size: height and width in pixels of the image that Kontext edits; None: as what is drawn.
     """
 
     checkpoint: str

@@ -25,12 +25,14 @@ Key = tuple
 class Region:
     """A part of the pipeline: `inputs`, the names of what its model may take, in the order in which it takes them.
 
-    component: the part of the pipeline whose configuration decides what it looks like.
+    component: the part of the pipeline whose configuration decides what it looks like. slower_over_ranges: a model for
+    a range of sizes takes notably longer than one of a fixed size (`benchmark.dynamic_shapes`).
     """
 
     name: str
     component: str
     inputs: tuple[str, ...]
+    slower_over_ranges: bool = False
 
     def arguments(self, args: tuple, kwargs: dict[str, Any]) -> Inputs:
         """A call's arguments as the model takes them: by name, without those that are None, laid out alike.
@@ -58,7 +60,7 @@ DOUBLE_BLOCK = Region(
 SINGLE_BLOCK = Region("single_block", "transformer", DOUBLE_BLOCK.inputs)
 AFTER = Region("after", "transformer", ("hidden_states", "temb"))
 WHOLE = Region("transformer", "transformer", ("context", "rotary", "modulation", *BEFORE.inputs))
-DECODER = Region("vae_decoder", "vae", ("sample",))
+DECODER = Region("vae_decoder", "vae", ("sample",), slower_over_ranges=True)
 REGIONS = {region.name: region for region in (BEFORE, DOUBLE_BLOCK, SINGLE_BLOCK, AFTER, WHOLE, DECODER)}
 
 

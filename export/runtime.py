@@ -205,7 +205,8 @@ class Library:
     ) -> tuple[Entry, bool]:
         """One package with a model for each of these calls, and whether it was there already.
 
-        dynamic: one for all those of a region that differ in their sizes alone, and for what lies between them.
+        dynamic: one for all those of a region that differ in their sizes alone, and for what lies between them; besides
+        them where that is slower.
         verified: its models are run on the calls' modules, and it is there only if they compute what those do.
 
         Raises:

@@ -62,8 +62,12 @@ class Request:
             self.open_image()
 
     def to_dict(self) -> dict[str, Any]:
-        """For a result file: an image by its name, without the machine's folders."""
-        return {**vars(self), "image": None if self.image is None else self.image.name}
+        """For a result file: an image by its name, without the machine's folders, and its height and width, by which there
+        are more tokens or fewer."""
+        if self.image is None:
+            return dict(vars(self))
+        width, height = self.open_image().size
+        return {**vars(self), "image": self.image.name, "image_size": [height, width]}
 
     def open_image(self) -> Image.Image:
         assert self.image is not None

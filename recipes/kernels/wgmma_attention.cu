@@ -163,7 +163,9 @@ struct Softmax {
 
   __device__ __forceinline__ void begin(const u32 (&first)[32], float scale) {
     // Of scores next to nothing the factor may be as coarse as it is then; times minus infinity it isn't to be zero.
-    factor = floats(float16(fmaxf(scale, 0x1p-24f), 0)).x;
+    // Where the largest would be more than 2^11 by it, it is to be smaller: float16's offsets would be too coarse, and a
+    // softmax is a maximum among such scores with the smaller one too.
+    factor = floats(float16(fminf(fmaxf(scale, 0x1p-24f), 0x1p-5f), 0)).x;
 #pragma unroll
     for (int r = 0; r < 2; r++) {
       sum[r] = 0;

@@ -137,6 +137,16 @@ def test_scores_that_outgrow_the_first_block(loud: float, rising: bool, error_of
 
 @gpu
 @pytest.mark.usefixtures("_here")
+@pytest.mark.parametrize("loud", [60.0, 1000.0])
+def test_scores_beyond_float16(loud: float, error_of: Callable) -> None:
+    """Times log2(e) / sqrt(128) the largest are millions: a maximum. Each query is its own key, which is found."""
+    keys = loud * torch.nn.functional.rms_norm(torch.eye(DIM)[:100], (DIM,))[None, :, None].repeat(1, 1, 2, 1)
+    value = torch.randn(1, 100, 2, DIM, generator=torch.Generator().manual_seed(0))
+    assert error_of(attend((keys, keys, value)), value.to(CUDA)) < 0.03
+
+
+@gpu
+@pytest.mark.usefixtures("_here")
 def test_scores_that_are_all_alike(error_of: Callable) -> None:
     """The mean of the values: probabilities that add up to much, and grow no more.
 

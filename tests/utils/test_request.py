@@ -1,7 +1,9 @@
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from utils.errors import UsageError
 from utils.request import LONGEST_TEXT, Request, noise
@@ -41,3 +43,12 @@ def test_the_longest_text_is_diffusers_own(tiny) -> None:
     pipe.check_inputs("a red circle", None, 64, 64, max_sequence_length=LONGEST_TEXT)
     with pytest.raises(ValueError, match="cannot be greater than"):
         pipe.check_inputs("a red circle", None, 64, 64, max_sequence_length=LONGEST_TEXT + 1)
+
+
+def test_image_by_its_name_and_size(tmp_path: Path) -> None:
+    """As result files have it: two images of one name needn't make as many tokens."""
+    Image.new("RGB", (40, 24)).save(tmp_path / "cat.png")
+    request = Request("a hat", 64, 48, 2, 2.5, 16, image=tmp_path / "cat.png")
+    told = request.to_dict()
+    assert (told["image"], told["image_size"]) == ("cat.png", [24, 40])
+    assert "image_size" not in Request("a hat", 64, 48, 2, 2.5, 16).to_dict()
