@@ -59,7 +59,7 @@ def timed_call(name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> 
     if one.float8 is None:
         return lambda: (one.attend(q, k, v),)
     float8 = one.float8
-    (q8, dq), (k8, dk) = (float8_heads.to_float8_by_norm(x) for x in (q, k))  # as the fused kernels do
+    (q8, dq), (k8, dk) = (float8_heads.to_float8_by_norm(x, float8.value_per_head) for x in (q, k))
     v8, dv = float8_heads.to_float8(v, float8.value_per_head)
     v8 = float8_heads.lay_out(v8, float8.value_layout)
     descales = torch.stack([dq, dk, dv])

@@ -27,11 +27,13 @@ def to_float8(x: torch.Tensor, per_head: bool = True) -> tuple[torch.Tensor, tor
     return (x.float() * scale[:, None, :, None]).to(torch.float8_e4m3fn), (amax / E4M3_MAX).contiguous()
 
 
-def to_float8_by_norm(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`to_float8` of query or key by its longest row, of each (batch, head), which comes to be `LONGEST`."""
+def to_float8_by_norm(x: torch.Tensor, per_head: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+    """`to_float8` of query or key by its longest row, of each (batch, head) or of all, which comes to be `LONGEST`."""
     norm = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).amax(dim=1).clamp(min=SMALLEST_AMAX)
+    if not per_head:
+        norm = norm.amax().expand(norm.shape)
     scale = LONGEST / norm
-    return (x.float() * scale[:, None, :, None]).to(torch.float8_e4m3fn), norm / LONGEST
+    return (x.float() * scale[:, None, :, None]).to(torch.float8_e4m3fn), (norm / LONGEST).contiguous()
 
 
 def tokens_innermost(x: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from recipes.float8_heads import LONGEST
 from recipes.kernels.cuda_kernel import CudaKernel, tensor_map
 
 COLUMNS = 192  # of a tile
@@ -228,7 +229,7 @@ def rows_at_once(tall: int, depth: int) -> int:
 
 @cache
 def _kernel(deep: bool, update: bool) -> CudaKernel:
-    defines = (("DEEP", int(deep)), ("UPDATE", int(update)))
+    defines = (("DEEP", int(deep)), ("UPDATE", int(update)), ("LONGEST", LONGEST))
     return CudaKernel("wgmma_linear.cu", "wgmma_linear", "sm_90a", _SHARED, defines)
 
 
@@ -352,9 +353,10 @@ def wgmma_qkv_gelu_linear(
 
     norm_q, norm_k [128] bfloat16: the weights of query's and key's RMSNorm; turns [tokens, 128] float16, of each pair
     of columns the angle's cosine and sine. Returns query and key [batch, tokens, 2, heads, 128], normed and turned, and
-    the values [batch, tokens, heads, 128], float8_e4m3fn; their float32 descales [3, batch, heads], bounds over 448, of
-    each the same for all heads; [batch, tokens, heads * 128 + others] float8_e4m3fn, whose first columns are left to
-    the attention, and its scale [batch, tokens, 1] float32, no row's less than the values' descale.
+    the values [batch, tokens, heads, 128], float8_e4m3fn; their float32 descales [3, batch, heads], of each the same
+    for all heads: a row's longest over `float8_heads.LONGEST`, and the values' bound over 448; [batch, tokens, heads *
+    128 + others] float8_e4m3fn, whose first columns are left to the attention, and its scale [batch, tokens, 1]
+    float32, no row's less than the values' descale.
 
     Raises:
         ValueError: a tensor isn't as said, or the kernel has no such sizes (`refusal`).

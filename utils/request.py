@@ -62,8 +62,7 @@ class Request:
             self.open_image()
 
     def to_dict(self) -> dict[str, Any]:
-        """For a result file: an image by its name, without the machine's folders, and its height and width, by which there
-        are more tokens or fewer."""
+        """For a result file: an image by its name, without the machine's folders, and its size, which makes tokens."""
         if self.image is None:
             return dict(vars(self))
         width, height = self.open_image().size

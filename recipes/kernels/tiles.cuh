@@ -10,6 +10,7 @@ struct Place {
 };
 
 // What a block of threads multiplies at once: a tile, over blocks of depth. `part`: which of those that share the tile.
+// The first waits for the others, and comes last: blocks of threads with lower numbers run, or have run.
 struct Unit {
   int tile, begin, end, part;
 };
@@ -22,7 +23,7 @@ struct Units {
 
   __device__ Unit at(int unit, int depth) const {
     if (unit < whole) return Unit{unit, 0, depth, 0};
-    const int part = (unit - whole) / left, tile = unit - part * left;
+    const int part = parts - 1 - (unit - whole) / left, tile = whole + (unit - whole) % left;
     return Unit{tile, depth * part / parts, depth * (part + 1) / parts, part};
   }
 };

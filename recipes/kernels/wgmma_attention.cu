@@ -156,16 +156,16 @@ struct Softmax {
     return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
   }
 
-  // So that a row's largest probability of these scores is 2 ^ SHIFT.
+  // So that a row's largest probability of these scores is 2 ^ SHIFT, as far as a float16 can tell.
   __device__ __forceinline__ float fitting(const u32 (&s)[32], int r) {
     return floats(float16(SHIFT - largest(s, r) * factor, 0)).x;
   }
 
   __device__ __forceinline__ void begin(const u32 (&first)[32], float scale) {
     // Of scores next to nothing the factor may be as coarse as it is then; times minus infinity it isn't to be zero.
-    // Where the largest would be more than 2^11 by it, it is to be smaller: float16's offsets would be too coarse, and a
-    // softmax is a maximum among such scores with the smaller one too.
-    factor = floats(float16(fminf(fmaxf(scale, 0x1p-24f), 0x1p-5f), 0)).x;
+    // Of scores up to 7000 powers of two apart a softmax is a maximum, and offsets are still exact to 4 of them: by a
+    // larger factor they might round to where no probability is a float16.
+    factor = floats(float16(fminf(fmaxf(scale, 0x1p-24f), 0x1p-3f), 0)).x;
 #pragma unroll
     for (int r = 0; r < 2; r++) {
       sum[r] = 0;
@@ -173,7 +173,7 @@ struct Softmax {
     }
   }
 
-  // A block's scores to its probabilities; whether a correction of this warp's isn't 1.
+  // A block's scores to its probabilities; whether the warp has corrections.
   __device__ __forceinline__ bool step(u32 (&p)[32], const u32 (&s)[32]) {
     correction[0] = correction[1] = 1;
     float of_block[2];

@@ -34,8 +34,8 @@ constexpr int ROWS = 128, COLUMNS = 192, DEPTH = 128, STAGES = 5, ALL = 384, SUM
 constexpr int X_TILE = ROWS * DEPTH, W_TILE = COLUMNS * DEPTH, UNIT = 32;  // rows of W that come at once
 constexpr int SPANS = COLUMNS / 64, PIECES = 2 * SPANS;  // 16 of 64 columns are a thread's, in two rows
 constexpr int HEAD = 128;
+// LONGEST, of a row of query or key: `float8_heads.LONGEST`.
 constexpr float LARGEST = 448, SMALLEST = 0.007f;  // of e4m3; of bounds: 448 over one is to be a float16
-constexpr float LONGEST = 224;                    // `float8_heads.LONGEST`
 
 #include "tiles.cuh"
 

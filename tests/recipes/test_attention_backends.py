@@ -119,7 +119,7 @@ def test_float8_inputs_made_beforehand(name: str, error_of: Callable) -> None:
     device = torch.device("cuda")
     runs_here(name, device)
     given, float8 = inputs(device), backend(name).float8
-    (q, dq), (k, dk) = (float8_heads.to_float8_by_norm(x) for x in given[:2])
+    (q, dq), (k, dk) = (float8_heads.to_float8_by_norm(x, float8.value_per_head) for x in given[:2])
     v, dv = float8_heads.to_float8(given[2], float8.value_per_head)
     out = float8.attend(q, k, float8_heads.lay_out(v, float8.value_layout), torch.stack([dq, dk, dv]))
     assert_close(name, out, reference(*given), error_of)

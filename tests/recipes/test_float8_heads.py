@@ -23,17 +23,19 @@ def test_to_float8(per_head: bool) -> None:
     assert ((restored - x).abs() <= x.abs() / 16 + smallest).all()
 
 
-def test_by_norm() -> None:
+@pytest.mark.parametrize("per_head", [True, False])
+def test_by_norm(per_head: bool) -> None:
     """Query and key whose products, rounded too, are float16."""
     x = torch.randn(2, 5, 3, 128) * torch.tensor([1e-3, 1.0, 1e3])[None, None, :, None]
     x[1, :, 0] = 0  # a head without a scale
     x[0, 2, 1] = torch.eye(128)[7] * 1e4  # all of a row in one value
-    scaled, descale = to_float8_by_norm(x)
+    scaled, descale = to_float8_by_norm(x, per_head)
     assert scaled.dtype == torch.float8_e4m3fn
     assert descale.shape == (2, 3)
     assert descale.dtype == torch.float32
     assert descale.is_contiguous()
-    torch.testing.assert_close(descale * LONGEST, x.norm(dim=-1).amax(dim=1).clamp(min=1e-12))
+    longest = x.norm(dim=-1).amax(dim=1).clamp(min=1e-12)
+    torch.testing.assert_close(descale * LONGEST, longest if per_head else longest.amax().expand(2, 3))
     restored = scaled.float() * descale[:, None, :, None]
     assert ((restored - x).abs() <= x.abs() / 16 + descale[:, None, :, None] * 2**-10).all()
     assert torch.finfo(torch.float16).max > (17 / 16 * LONGEST) ** 2

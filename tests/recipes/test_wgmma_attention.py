@@ -115,11 +115,14 @@ def test_any_number_of_tokens(tokens: int, keys: int, error_of: Callable) -> Non
 @gpu
 @pytest.mark.usefixtures("_here")
 @pytest.mark.parametrize("rising", [False, True])
-@pytest.mark.parametrize("loud", [0.1, 1.0, 2.0, 3.0, 8.0])
-def test_scores_that_outgrow_the_first_block(loud: float, rising: bool, error_of: Callable) -> None:
-    """The kernel begins with the last keys: here they have the smallest scores, or the largest. At 8 the scores differ
-    by more than float32's exponents, and the rows' largest has to be looked for; the softmax is nearly a maximum then,
-    which float8 decides now and then otherwise."""
+@pytest.mark.parametrize(
+    ("loud", "allowed"), [(0.1, 0.06), (1.0, 0.06), (2.0, 0.06), (3.0, 0.06), (8.0, 0.06), (30.0, 0.6), (1000.0, 0.6)]
+)
+def test_scores_that_outgrow_the_first_block(loud: float, allowed: float, rising: bool, error_of: Callable) -> None:
+    """The kernel begins with the last keys: here they have the smallest scores, or the largest, and probabilities may
+    be infinite till the rows' largest was looked for. From 8 on the softmax is nearly a maximum, which a score's own
+    rounding decides now and then otherwise, from 30 on often: means of values still, and most of them the right ones.
+    """
     q, k, v = parts(260, 1000, loud=loud)
     direction = torch.nn.functional.rms_norm(torch.randn(DIM, generator=torch.Generator().manual_seed(1)), (DIM,))
     towards = torch.linspace(-1, 1, 1000)[None, :, None, None]
@@ -132,12 +135,12 @@ def test_scores_that_outgrow_the_first_block(loud: float, rising: bool, error_of
     for in_float8 in (False, True):
         out = attend((q, k, v), in_float8=in_float8)
         assert out.isfinite().all()
-        assert error_of(out, expected) < 0.06
+        assert error_of(out, expected) < allowed
 
 
 @gpu
 @pytest.mark.usefixtures("_here")
-@pytest.mark.parametrize("loud", [60.0, 1000.0])
+@pytest.mark.parametrize("loud", [25.0, 40.0, 60.0, 1000.0])
 def test_scores_beyond_float16(loud: float, error_of: Callable) -> None:
     """Times log2(e) / sqrt(128) the largest are millions: a maximum. Each query is its own key, which is found."""
     keys = loud * torch.nn.functional.rms_norm(torch.eye(DIM)[:100], (DIM,))[None, :, None].repeat(1, 1, 2, 1)

@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("triton", reason="needs the package triton, which isn't installed")
 
-from recipes.float8_heads import lay_out, to_float8, tokens_innermost
+from recipes.float8_heads import LONGEST, lay_out, to_float8, tokens_innermost
 from recipes.kernels import adaln, attention, cast, gelu, group_norm, qkv, residual
 from recipes.kernels.rows import rows_to_float8
 
@@ -217,6 +217,7 @@ def test_qkv_norm_rotary_float8(
     reference = qkv.reference(*of_reference)
     expected = qkv.reference_descales(reference, *of_reference[2:4], per_head)
     torch.testing.assert_close(descales, expected, rtol=1e-5, atol=0)
+    assert (query_key.float().norm(dim=-1) <= 17 / 16 * LONGEST).all(), "a score is a float16"
     restored = torch.cat([query_key.float(), value.float()[:, :, None]], dim=2)
     by_part = descales.permute(1, 0, 2)[:, None, :, :, None]
     restored = restored * by_part

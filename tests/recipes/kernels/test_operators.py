@@ -59,8 +59,9 @@ class Inputs:
 
     def float8_heads(self, head_dim: int = HEAD_DIM, per_head: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """`heads` in float8, and their descales [3, batch, heads]."""
-        query, key, value = self.heads(head_dim)
-        (q, a), (k, b), (v, c) = to_float8_by_norm(query), to_float8_by_norm(key), to_float8(value, per_head)
+        *query_key, value = self.heads(head_dim)
+        (q, a), (k, b) = (to_float8_by_norm(x, per_head) for x in query_key)
+        v, c = to_float8(value, per_head)
         return q, k, v, torch.stack([a, b, c])
 
     def norm_and_rotary(self) -> tuple[Tensor, ...]:

@@ -97,7 +97,7 @@ def test_tiles_that_are_left_are_shared(program: Path, tiles: int, blocks: int, 
     assert len(units) == tiles + left * (parts - 1)
     assert len(units) - (tiles - left) <= blocks, "those that share a tile run at once"
     for tile in range(tiles):
-        own = [unit for unit in units if unit[0] == tile]
+        own = [unit for unit in reversed(units) if unit[0] == tile]  # who adds up what others leave comes after them
         assert [unit[3] for unit in own] == list(range(parts if tile >= tiles - left else 1))
         begins, ends = ([unit[i] for unit in own] for i in (1, 2))
         assert (begins[0], ends[-1]) == (0, depth)
