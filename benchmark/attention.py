@@ -3,7 +3,8 @@
 24 heads of 128, one image. Each is timed as the fused blocks call it: a backend in float8 from float8 inputs, and to
 float8 with a scale a row where it gives that. What the casts before cost stands in benchmark.kernels. The error is
 ||out - reference|| / ||reference|| against float32 attention of the same bfloat16 inputs, casts included: of standard
-normal ones, and of ones whose query and key have been through RMSNorm.
+normal ones, and of ones whose query and key have been through RMSNorm, with weights around each of `--norms`: the
+larger they are, the farther scores lie apart, and what a backend does about that may take time.
 """
 
 from __future__ import annotations
@@ -31,12 +32,12 @@ HEADS, HEAD_DIM = 24, 128
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def inputs(kind: str, tokens: int, device: torch.device) -> Inputs:
-    """Query, key and value [1, tokens, 24, 128] in bfloat16. kind: random or rms_normed."""
+def inputs(kind: str, tokens: int, device: torch.device, norm: float = 1.0) -> Inputs:
+    """Query, key and value [1, tokens, 24, 128] in bfloat16. kind: random or rms_normed, by weights around `norm`."""
     random = torch.Generator(device).manual_seed(0)
     q, k, v = (torch.randn(1, tokens, HEADS, HEAD_DIM, device=device, generator=random) for _ in range(3))
     if kind == "rms_normed":
-        weights = 1 + 0.2 * torch.randn(2, HEAD_DIM, device=device, generator=random)
+        weights = norm * (1 + 0.2 * torch.randn(2, HEAD_DIM, device=device, generator=random))
         q, k = (torch.nn.functional.rms_norm(x, (HEAD_DIM,), w, 1e-6) for x, w in zip((q, k), weights, strict=True))
     return q.bfloat16(), k.bfloat16(), v.bfloat16()
 
@@ -68,10 +69,10 @@ def timed_call(name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> 
     return lambda: (float8.attend(q8, k8, v8, descales),)
 
 
-def measure(name: str, tokens: int, device: torch.device) -> dict[str, Any]:
+def measure(name: str, tokens: int, norm: float, device: torch.device) -> dict[str, Any]:
     errors = {}
     for kind in ("random", "rms_normed"):
-        bfloat16 = inputs(kind, tokens, device)
+        bfloat16 = inputs(kind, tokens, device, norm)
         expected = reference(*bfloat16)
         errors[kind] = relative_error(backend(name).attend(*bfloat16), expected)
     call = timed_call(name, *bfloat16)
@@ -82,7 +83,7 @@ def measure(name: str, tokens: int, device: torch.device) -> dict[str, Any]:
 
 
 def line(row: dict[str, Any]) -> str:
-    text = f"{row['tokens']:>6}  {row['backend']:<10}"
+    text = f"{row['tokens']:>6}  {row['norm']:>5g}  {row['backend']:<10}"
     if "ms" in row:
         error = row["relative_error"]
         text += f"  {row['output']:<13}  {row['ms']['median']:7.3f}  {row['tflops']:9.0f}"
@@ -94,23 +95,27 @@ def main() -> None:
     parser = Parser(description=__doc__)
     parser.add_argument("--tokens", type=int, nargs="+", default=[4352, 4608, 8704])
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS))
+    parser.add_argument("--norms", type=float, nargs="+", default=[1.0], help="weights of RMSNorm; default: 1")
     series.add_options(parser)
     arguments = parser.parse_args()
 
     def benchmark() -> None:
         if min(arguments.tokens) < 1:
             raise UsageError(f"--tokens {min(arguments.tokens)}: give at least 1")
+        if not all(0 < norm < math.inf for norm in arguments.norms):
+            raise UsageError(f"--norms {' '.join(map(str, arguments.norms))}: give positive numbers")
         device = series.check(arguments)
         measurements = [
             series.Measurement(
-                {"backend": name, "tokens": tokens, "heads": HEADS, "head_dim": HEAD_DIM},
-                partial(measure, name, tokens, device),
+                {"backend": name, "tokens": tokens, "norm": norm, "heads": HEADS, "head_dim": HEAD_DIM},
+                partial(measure, name, tokens, norm, device),
                 attention.OPTIMIZATION.refusal(Recipe(dtype="bfloat16", attention=name), device),
             )
             for tokens in arguments.tokens
+            for norm in arguments.norms
             for name in arguments.backends
         ]
-        header = "tokens  backend     output              ms    TFLOP/s  error: random  rms-normed"
+        header = "tokens  norms  backend     output              ms    TFLOP/s  error: random  rms-normed"
         series.run("attention", measurements, header, line, arguments, device)
 
     run_command(benchmark, arguments.debug)

@@ -39,6 +39,14 @@ def test_a_row_says_what_comes_out(
 ) -> None:
     monkeypatch.setattr(cudnn_attention, "cudnn_attention_float8", float8_attention)
     monkeypatch.setattr(attention, "graph_ms", lambda calls: {"median": 0.5})
-    row = {"backend": name, "tokens": 20, **attention.measure(name, 20, torch.device("cpu"))}
+    row = {"backend": name, "tokens": 20, "norm": 2.0, **attention.measure(name, 20, 2.0, torch.device("cpu"))}
     assert row["output"] == output
     assert f" {output} " in attention.line(row)
+
+
+def test_norms_by_their_weights() -> None:
+    cpu = torch.device("cpu")
+    (q, k, v), (q2, k2, v2) = (attention.inputs("rms_normed", 20, cpu, norm) for norm in (1.0, 2.0))
+    for one, other in ((q, q2), (k, k2)):
+        torch.testing.assert_close(other, 2 * one)
+    assert torch.equal(v, v2)
