@@ -51,6 +51,33 @@ def test_draws_the_same_without_a_search(tiny: Callable, draw: Callable, searche
     assert not searched
 
 
+@pytest.mark.parametrize("field", ["text_encoder", "text_encoder_2"])
+def test_text_encoders_are_not_searched(tiny: Callable, field: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, plain = tiny(), tiny()
+    recipes.apply(pipe, RECIPE)
+    encoder, inner = getattr(pipe, field), type(getattr(pipe, field).get_input_embeddings())
+    given = {"prompt": ["a red circle", "a cross"], "prompt_2": ["two", "three"], "num_images_per_prompt": 2}
+    with torch.no_grad():
+        expected = plain.encode_prompt(**given, max_sequence_length=16)
+    seen: list[object] = []
+    monkeypatch.setattr(inner, "_hf_hook", property(seen.append), raising=False)
+    with torch.no_grad():
+        got = pipe.encode_prompt(**given, max_sequence_length=16)
+        assert not [module for module in seen if module is encoder.get_input_embeddings()]
+        plain.encode_prompt("a cross")
+    assert seen, "what diffusers does"
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    assert len(list(encoder.modules())) > 10, "for whoever else asks"
+
+
+def test_an_encoder_that_fails_has_its_modules_again(tiny: Callable) -> None:
+    pipe = tiny()
+    recipes.apply(pipe, RECIPE)
+    with pytest.raises(ValueError, match="text input must be of type"):
+        pipe.encode_prompt([1, 2])
+    assert len(list(pipe.text_encoder.modules())) > 10
+
+
 def test_the_device_is_where_the_weights_are(tiny: Callable) -> None:
     pipe = tiny()
     recipes.apply(pipe, RECIPE)
