@@ -119,7 +119,7 @@ def vae_attention(parent: Recipe) -> Recipe:
 
 
 def no_hook_search(parent: Recipe) -> Recipe:
-    """The pipeline no longer looks through the transformer's modules for hooks at every call."""
+    """The pipeline no longer looks through the models' modules for hooks at every call."""
     return replace(parent, hook_search_removal=True)
 
 
