@@ -57,12 +57,10 @@ class Plain:
         return adaln.adaln(image, text, shift, scale, eps)
 
     def gated_linear(self, one: Gated, text_residual: Tensor) -> Tensor:
-        return residual.gated_residual(self.linear(one.linear, one.x), one.gate, one.residual, text_residual)
+        return _gated_linear(self, one, text_residual)
 
     def gated_linears(self, streams: Sequence[Gated]) -> list[Tensor]:
-        updates = [self.linear(one.linear, one.x) for one in streams]
-        together = zip(updates, streams, strict=True)
-        return [residual.gated_residual(x, one.gate, one.residual, None) for x, one in together]
+        return [_gated_linear(self, one, None) for one in streams]
 
     def gated_linears_adaln(self, streams: Sequence[Gated], norms: Sequence[Norm]) -> list[tuple[Tensor, Tensor]]:
         updates = [self.linear(one.linear, one.x) for one in streams]
@@ -96,12 +94,10 @@ class Float8:
         return Rows(*adaln.adaln_float8(image, text, shift, scale, eps, self.row_norms))
 
     def gated_linear(self, one: Gated, text_residual: Tensor) -> Tensor:
-        return residual.gated_residual(self.linear(one.linear, one.x), one.gate, one.residual, text_residual)
+        return _gated_linear(self, one, text_residual)
 
     def gated_linears(self, streams: Sequence[Gated]) -> list[Tensor]:
-        updates = [self.linear(one.linear, one.x) for one in streams]
-        together = zip(updates, streams, strict=True)
-        return [residual.gated_residual(x, one.gate, one.residual, None) for x, one in together]
+        return [_gated_linear(self, one, None) for one in streams]
 
     def gated_linears_adaln(self, streams: Sequence[Gated], norms: Sequence[Norm]) -> list[tuple[Tensor, Rows]]:
         found = []
@@ -258,6 +254,11 @@ def _refuse(joint_attention_kwargs: dict[str, Any] | None) -> None:
 def _modulation(norm: Any, temb: Tensor, parts: int) -> tuple[Tensor, ...]:
     """`parts` of [batch, dim]: shift, scale and gate of the attention, then those of the feed-forward."""
     return norm.linear(norm.silu(temb)).chunk(parts, dim=1)
+
+
+def _gated_linear(kernels: Kernels, one: Gated, text_residual: Tensor | None) -> Tensor:
+    update = kernels.linear(one.linear, one.x)
+    return residual.gated_residual(update, one.gate, one.residual, text_residual)
 
 
 def _joint_attention(
