@@ -1,7 +1,7 @@
 """A pipeline that takes it that none of its modules has hooks, instead of looking for them at every call.
 
 To find out which device it computes on, diffusers looks through all 2,100 modules of FLUX.1 for hooks of offloading,
-before each text encoder runs through its own (T5's 464 take two milliseconds), and, when the image is there, through
+before each text encoder runs through its own (464 in T5-XXL), and, when the image is there, through
 the transformer's for those of step caching: some milliseconds of the host, in which the GPU has nothing to do. What is
 left is a look through the VAE's modules, in which it mostly has. A recipe refuses such hooks before and after it
 (recipes/guards.py), but for those that diffusers' functions set on a module (`apply_first_block_cache`): don't.

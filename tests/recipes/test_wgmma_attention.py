@@ -142,7 +142,7 @@ def test_scores_that_outgrow_the_first_block(loud: float, allowed: float, rising
 @pytest.mark.usefixtures("_here")
 @pytest.mark.parametrize("loud", [25.0, 40.0, 60.0, 1000.0])
 def test_scores_beyond_float16(loud: float, error_of: Callable) -> None:
-    """Times log2(e) / sqrt(128) the largest are millions: a maximum. Each query is its own key, which is found."""
+    """In powers of two the largest are ten thousand to millions: a maximum. Each query is its own key, and found."""
     keys = loud * torch.nn.functional.rms_norm(torch.eye(DIM)[:100], (DIM,))[None, :, None].repeat(1, 1, 2, 1)
     value = torch.randn(1, 100, 2, DIM, generator=torch.Generator().manual_seed(0))
     assert error_of(attend((keys, keys, value)), value.to(CUDA)) < 0.03
