@@ -55,10 +55,14 @@ __device__ __forceinline__ void wait_but_for() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
 }
 
-// Rows of 128 bytes, swizzled over 128 bytes, in groups of 8.
-__device__ __forceinline__ u64 descriptor(u32 tile) {
-  return (u64)((tile & 0x3FFFF) >> 4) | (u64)1 << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
-}
+// The same in all threads of a warp. Told so, the compiler keeps what follows from it where it takes none of the
+// registers' time, which the tensor cores need.
+__device__ __forceinline__ int of_warp(int value) { return __shfl_sync(~0u, value, 0); }
+
+// Of rows of 128 bytes, swizzled over 128 bytes, in groups of 8, the lower half; the upper is always DESCRIPTOR. Of a tile
+// n bytes further on it is n / 16 more.
+#define DESCRIPTOR "0x40000040"
+__device__ __forceinline__ u32 descriptor(u32 tile) { return (tile & 0x3FFFF) >> 4 | 1 << 16; }
 
 // ---- float8
 

@@ -74,11 +74,12 @@ __device__ __forceinline__ void load_values(u32 to, const TensorMap* map, u32 ba
   "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 
 // d (+)= a b^T, of 32 bytes of the operands' rows: a in registers.
-__device__ __forceinline__ void wgmma(float (&d)[64], const u32* a, u64 b) {
-  asm volatile("wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {" NUMBERS
-               "}, {%64, %65, %66, %67}, %68, 1, 1, 1;"
+__device__ __forceinline__ void wgmma(float (&d)[64], const u32* a, u32 b) {
+  asm volatile("{\n.reg .b64 b;\nmov.b64 b, {%68, " DESCRIPTOR "};\n"
+               "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {" NUMBERS
+               "}, {%64, %65, %66, %67}, b, 1, 1, 1;\n}\n"
                : ACCUMULATORS
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b));
 }
 
 #define SCORES \
@@ -88,29 +89,28 @@ __device__ __forceinline__ void wgmma(float (&d)[64], const u32* a, u64 b) {
   "+r"(d[26]), "+r"(d[27]), "+r"(d[28]), "+r"(d[29]), "+r"(d[30]), "+r"(d[31])
 
 // The same in float16, d[2 i] of the first row, d[2 i + 1] of the second, a in shared memory; from zero if not `add`.
-__device__ __forceinline__ void wgmma(u32 (&d)[32], u64 a, u64 b, bool add) {
-  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %34, 0;\n"
+__device__ __forceinline__ void wgmma(u32 (&d)[32], u32 a, u32 b, bool add) {
+  asm volatile("{\n.reg .pred add;\n.reg .b64 a, b;\nsetp.ne.b32 add, %34, 0;\n"
+               "mov.b64 a, {%32, " DESCRIPTOR "};\nmov.b64 b, {%33, " DESCRIPTOR "};\n"
                "wgmma.mma_async.sync.aligned.m64n128k32.f16.e4m3.e4m3 {"
                "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
                "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-               "}, %32, %33, add, 1, 1;\n}\n"
+               "}, a, b, add, 1, 1;\n}\n"
                : SCORES
-               : "l"(a), "l"(b), "r"((int)add));
+               : "r"(a), "r"(b), "r"((int)add));
 }
 
 // The compiler is to have these values now, and take them to be others afterwards.
 __device__ __forceinline__ void hold(float (&d)[64]) { asm volatile("" : ACCUMULATORS::"memory"); }
 __device__ __forceinline__ void hold(u32 (&d)[32]) { asm volatile("" : SCORES::"memory"); }
 
-__device__ __forceinline__ void start_scores(u32 (&s)[32], u32 query, u32 keys) {
-  const u64 a = descriptor(query), b = descriptor(keys);
+__device__ __forceinline__ void start_scores(u32 (&s)[32], u32 a, u32 b) {
 #pragma unroll
   for (int k = 0; k < 4; k++) wgmma(s, a + 2 * k, b + 2 * k, k > 0);
   commit();
 }
 
-__device__ __forceinline__ void start_values(float (&o)[64], const u32 (&p)[16], u32 values) {
-  const u64 b = descriptor(values);
+__device__ __forceinline__ void start_values(float (&o)[64], const u32 (&p)[16], u32 b) {
 #pragma unroll
   for (int k = 0; k < 4; k++) wgmma(o, p + 4 * k, b + 2 * k);
   commit();
@@ -279,12 +279,14 @@ extern "C" __global__ void __launch_bounds__(ALL, 1)
   auto release = [&](u32 barrier) {
     if (lane == 0) arrive(barrier);
   };
+  const u32 first_key = descriptor(keys_at), first_value = descriptor(values_at);
+  const u32 first_query = descriptor(queries_at + (of_warp(threadIdx.x / 128) - 1) * 64 * DIM);
   u32 s[32], p[32], packed[16];
   float o[64];
   for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
     const int program = tile / of_head;
     Softmax softmax;
-    const u32 rows = queries_at + of_query.index * ROWS * DIM + (threadIdx.x / 128 - 1) * 64 * DIM;
+    const u32 rows = first_query + of_query.index * (ROWS * DIM / 16);
 #pragma unroll
     for (int i = 0; i < 64; i++) o[i] = 0;
 
@@ -293,7 +295,7 @@ extern "C" __global__ void __launch_bounds__(ALL, 1)
     wait(full_k + 8 * at.index, at.phase);
     hold(s);
     fence();
-    start_scores(s, rows, keys_at + at.index * TILE);
+    start_scores(s, rows, first_key + at.index * (TILE / 16));
     wait_but_for<0>();
     hold(s);
     release(empty_k + 8 * at.index);
@@ -317,9 +319,10 @@ extern "C" __global__ void __launch_bounds__(ALL, 1)
       hold(s);
       hold(o);
       fence();
-      start_scores(s, rows, keys_at + at.index * TILE);
+      start_scores(s, rows, first_key + at.index * (TILE / 16));
       wait(full_v + 8 * before.index, before.phase);
-      start_values(o, packed, values_at + before.index * TILE);
+      fence();
+      start_values(o, packed, first_value + before.index * (TILE / 16));
       wait_but_for<1>();
       hold(s);
       const bool grown = softmax.step(p, s);
@@ -340,7 +343,7 @@ extern "C" __global__ void __launch_bounds__(ALL, 1)
     wait(full_v + 8 * at.index, at.phase);
     hold(o);
     fence();
-    start_values(o, packed, values_at + at.index * TILE);
+    start_values(o, packed, first_value + at.index * (TILE / 16));
     wait_but_for<0>();
     hold(o);
     release(empty_v + 8 * at.index);

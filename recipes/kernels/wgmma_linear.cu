@@ -124,11 +124,12 @@ __device__ __forceinline__ void load_unit(u32 to, const TensorMap* map, u32 barr
   "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
 
 // d (+)= a b^T, of 32 bytes of the operands' rows; from zero if not `add`.
-__device__ __forceinline__ void wgmma(float (&d)[SUMS], u64 a, u64 b, bool add) {
-  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %98, 0;\n"
-               "wgmma.mma_async.sync.aligned.m64n192k32.f32.e4m3.e4m3 {" NUMBERS "}, %96, %97, add, 1, 1;\n}\n"
+__device__ __forceinline__ void wgmma(float (&d)[SUMS], u32 a, u32 b, bool add) {
+  asm volatile("{\n.reg .pred add;\n.reg .b64 a, b;\nsetp.ne.b32 add, %98, 0;\n"
+               "mov.b64 a, {%96, " DESCRIPTOR "};\nmov.b64 b, {%97, " DESCRIPTOR "};\n"
+               "wgmma.mma_async.sync.aligned.m64n192k32.f32.e4m3.e4m3 {" NUMBERS "}, a, b, add, 1, 1;\n}\n"
                : ACCUMULATORS
-               : "l"(a), "l"(b), "r"((int)add));
+               : "r"(a), "r"(b), "r"((int)add));
 }
 
 // The compiler is to have these values now, and take them to be others afterwards.
@@ -252,7 +253,7 @@ extern "C" __global__ void __launch_bounds__(ALL, 1)
   }
 
   asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
-  const int quad = lane % 4, group = threadIdx.x / 128 - 1, warp = threadIdx.x / 32 - 4;
+  const int quad = lane % 4, group = of_warp(threadIdx.x / 128) - 1, warp = threadIdx.x / 32 - 4;
   const int row_of_tile = warp * 16 + lane / 4;
   auto release = [&](u32 barrier) {
     if (lane == 0) arrive(barrier);
@@ -332,9 +333,10 @@ extern "C" __global__ void __launch_bounds__(ALL, 1)
     if (lane == 0) asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(given(unit)) : "memory");
   };
   auto gather = [&](Unit unit) {
-    int there = 0;
-    while (there < shared.parts - 1)
+    int there;
+    do
       asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(there) : "l"(given(unit)) : "memory");
+    while (__any_sync(~0u, there < shared.parts - 1));  // of the whole warp: see `of_warp`
     for (; unit.part < shared.parts - 1; unit.part++) {
       const float4* from = partial(unit);
 #pragma unroll
@@ -482,11 +484,13 @@ extern "C" __global__ void __launch_bounds__(ALL, 1)
     if (inside) *(uint4*)to = make_uint4(e4m3(y[0], y[1]), e4m3(y[2], y[3]), e4m3(y[4], y[5]), e4m3(y[6], y[7]));
   };
 
+  const u32 first_x = descriptor(x_at + group * 64 * DEPTH), first_w = descriptor(w_at);
+
   // One block of depth. A warpgroup has two of them under way; `last` is the stage of the one before.
   int last = 0;
   auto start = [&](bool add) {
     wait(full + 8 * at.index, at.phase);
-    const u64 a = descriptor(x_at + at.index * X_TILE + group * 64 * DEPTH), b = descriptor(w_at + at.index * W_TILE);
+    const u32 a = first_x + at.index * (X_TILE / 16), b = first_w + at.index * (W_TILE / 16);
     hold(sums);
     fence();
 #pragma unroll
