@@ -13,6 +13,8 @@ from recipes.kernels.cuda_kernel import CudaKernel, tensor_map
 
 HEAD_DIM = 128
 _BLOCK, _STAGES, _THREADS = 128, 4, 384  # as in the kernel
+_WARPS = 8  # that compute
+_OF_PART = 17 * 4 * 32 * _WARPS  # values in float32, of a part of a tile
 _SHARED = (2 * _STAGES + 2) * _BLOCK * HEAD_DIM + 1024  # keys and values by stages, two blocks of queries, alignment
 
 _kernel = partial(CudaKernel, "wgmma_attention.cu", "wgmma_attention", "sm_90a", _SHARED)
@@ -25,7 +27,8 @@ class _Arguments(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("out", "descales", "scales")),
         ("stride", ctypes.c_longlong),
-        *((name, ctypes.c_int) for name in ("tokens", "keys", "heads", "batch")),
+        *((name, ctypes.c_void_p) for name in ("partial", "given")),
+        *((name, ctypes.c_int) for name in ("whole", "left", "parts", "tokens", "keys", "heads", "batch")),
         ("scale", ctypes.c_float),
     )
 
@@ -125,8 +128,25 @@ def _launch(
     sizes, strides = (padded, HEAD_DIM, batch * heads), (padded, padded * HEAD_DIM)
     by_channel = tensor_map(value.data_ptr(), sizes, strides, (_BLOCK, HEAD_DIM, 1))
     tiles = -(-tokens // _BLOCK) * heads * batch
-    blocks = min(tiles, torch.cuda.get_device_properties(query.device).multi_processor_count)
-    _KERNELS[out.dtype].launch(query.device, blocks, _THREADS, (*by_token, by_channel, arguments))
+    blocks = torch.cuda.get_device_properties(query.device).multi_processor_count
+    arguments.parts = parts = shared_by(tiles, blocks, -(-keys // _BLOCK))
+    arguments.left = tiles % blocks if parts > 1 else 0
+    arguments.whole = tiles - arguments.left
+    if parts > 1:
+        partial = torch.empty(arguments.left * parts * _OF_PART, device=query.device, dtype=torch.float32)
+        given = torch.zeros(arguments.left * _WARPS, device=query.device, dtype=torch.int32)
+        arguments.partial, arguments.given = partial.data_ptr(), given.data_ptr()
+    units = arguments.whole + arguments.left * parts
+    _KERNELS[out.dtype].launch(query.device, min(units, blocks), _THREADS, (*by_token, by_channel, arguments))
+
+
+def shared_by(tiles: int, blocks: int, depth: int) -> int:
+    """How many parts each of the tiles has that are left for fewer than all `blocks` of threads, of its `depth` blocks
+    of keys: at most five, none of less than four, and as many as take the least time, in which what the last of them
+    adds up is reckoned as 3 % of a tile for each."""
+    left = tiles % blocks
+    parts = [n for n in range(1, 6) if depth // n >= 4] if left else []
+    return min(parts, key=lambda n: math.ceil(left * n / blocks) / n + 0.03 * n, default=1)
 
 
 def rows_from_float8(

@@ -20,21 +20,29 @@
 // Source: Shah et al., arXiv 2407.08608 (FlashAttention-3); PTX ISA, asynchronous warpgroup matrix instructions.
 
 #include "hopper.cuh"
+#include "units.cuh"
 
 constexpr int DIM = 128, ROWS = 128, KEYS = 128, STAGES = 4, TILE = KEYS * DIM, ALL = 384;
 constexpr float SHIFT = 3;           // log2 of what the first block's largest probability is scaled to
 constexpr float LARGEST = 448;       // of e4m3
 constexpr float FINITE = 65504;      // the largest float16
 constexpr u32 NOTHING = 0xFC00FC00;  // two float16: minus infinity
+constexpr float NO_OFFSET = 65504;   // beside which nothing counts
+constexpr int OF_PART = 17;          // 64 sums of values; two of probabilities, two offsets
 
 struct Arguments {
   u8* out;                // [batch, tokens, heads, DIM], of which a token begins `stride` values after the last one
   const float* descales;  // [3, batch, heads]: of query, key and value
   const float* scales;    // [batch, tokens] of a result in float8; null: the values' descale
   long long stride;
+  float4* partial;  // [tiles that are shared, parts, OF_PART, threads]: what a thread has of the result
+  int* given;       // [tiles that are shared, warps]: how many parts are there; zeros
+  Units units;
   int tokens, keys, heads, batch;
   float scale;  // of the scores, times log2(e)
 };
+
+static_assert(sizeof(Arguments) == 80, "as `wgmma_attention._Arguments`");
 
 // ---- loads
 
@@ -257,21 +265,23 @@ extern "C" __global__ void __launch_bounds__(ALL, 1)
   __syncthreads();
 
   const int blocks = (args.keys + KEYS - 1) / KEYS, of_head = (args.tokens + ROWS - 1) / ROWS;
-  const int programs = args.heads * args.batch, tiles = of_head * programs;
+  const int programs = args.heads * args.batch, units = args.units.number();
   Turn<STAGES> at;
   Turn<2> of_query;
 
   if (threadIdx.x < 128) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
     if (threadIdx.x != 0) return;
-    for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-      const int program = tile / of_head, head = program % args.heads, batch = program / args.heads;
+    for (int number = blockIdx.x; number < units; number += gridDim.x) {
+      const Unit unit = args.units.at(number, blocks);
+      const int tile = unit.tile, program = tile / of_head, head = program % args.heads, batch = program / args.heads;
       const u32 barrier_q = full_q + 8 * of_query.index;
       wait(empty_q + 8 * of_query.index, of_query.phase ^ 1);
       expect(barrier_q, ROWS * DIM);
       load_tokens(queries_at + of_query.index * ROWS * DIM, &query, barrier_q, tile % of_head * ROWS, head, batch);
       of_query.next();
-      for (int token = (blocks - 1) * KEYS; token >= 0; token -= KEYS) {
+      for (int block = unit.end - 1; block >= unit.begin; block--) {
+        const int token = block * KEYS;
         const u32 barrier_k = full_k + 8 * at.index, barrier_v = full_v + 8 * at.index;
         wait(empty_k + 8 * at.index, at.phase ^ 1);
         expect(barrier_k, TILE);
@@ -295,8 +305,9 @@ extern "C" __global__ void __launch_bounds__(ALL, 1)
   const u32 first_query = descriptor(queries_at + (of_warp(threadIdx.x / 128) - 1) * 64 * DIM);
   u32 s[32], p[32], packed[16];
   float o[64];
-  for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-    const int program = tile / of_head;
+  for (int number = blockIdx.x; number < units; number += gridDim.x) {
+    const Unit unit = args.units.at(number, blocks);
+    const int tile = unit.tile, program = tile / of_head;
     Softmax softmax;
     const u32 rows = first_query + of_query.index * (ROWS * DIM / 16);
 #pragma unroll
@@ -311,7 +322,7 @@ extern "C" __global__ void __launch_bounds__(ALL, 1)
     wait_but_for<0>();
     hold(s);
     release(empty_k + 8 * at.index);
-    const int left = args.keys - (blocks - 1) * KEYS;
+    const int left = args.keys - (unit.end - 1) * KEYS;
     if (left < KEYS) {
 #pragma unroll
       for (int i = 0; i < 32; i++) {
@@ -324,7 +335,7 @@ extern "C" __global__ void __launch_bounds__(ALL, 1)
     softmax.step(p, s);
     pack(packed, p);
 
-    for (int block = 1; block < blocks; block++) {
+    for (int block = unit.begin + 1; block < unit.end; block++) {
       const Turn<STAGES> before = at;
       at.next();
       wait(full_k + 8 * at.index, at.phase);
@@ -360,6 +371,48 @@ extern "C" __global__ void __launch_bounds__(ALL, 1)
     hold(o);
     release(empty_v + 8 * at.index);
     at.next();
+
+    // Of a tile that is shared: into memory, and whoever comes last adds all parts up, in their order. Nobody waits.
+    if (number >= args.units.whole && args.units.parts > 1) {
+      const int shared = tile - args.units.whole, parts = args.units.parts;
+      float4* part = args.partial + (shared * parts * OF_PART * 256 + threadIdx.x - 128);
+      float4* own = part + unit.part * OF_PART * 256;
+#pragma unroll
+      for (int i = 0; i < 16; i++) own[256 * i] = make_float4(o[4 * i], o[4 * i + 1], o[4 * i + 2], o[4 * i + 3]);
+      own[256 * 16] = make_float4(softmax.sum[0], softmax.sum[1], softmax.offset[0], softmax.offset[1]);
+      __threadfence();
+      __syncwarp();
+      int before = 0;
+      if (lane == 0)
+        asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;"
+                     : "=r"(before)
+                     : "l"(args.given + shared * warps + threadIdx.x / 32 - 4)
+                     : "memory");
+      __syncwarp();
+      if (!__any_sync(~0u, before == parts - 1)) continue;
+      softmax.offset[0] = softmax.offset[1] = NO_OFFSET;
+      for (int i = 0; i < parts; i++, part += OF_PART * 256) {
+        const float4 of_rows = __ldcg(part + 256 * 16);
+        const float sums[2] = {of_rows.x, of_rows.y}, offsets[2] = {of_rows.z, of_rows.w};
+        float ours[2], its[2];
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+          const float lower = fminf(softmax.offset[r], offsets[r]);
+          ours[r] = power_of_two(lower - softmax.offset[r]);
+          its[r] = power_of_two(lower - offsets[r]);
+          softmax.sum[r] = softmax.sum[r] * ours[r] + sums[r] * its[r];
+          softmax.offset[r] = lower;
+        }
+#pragma unroll
+        for (int i = 0; i < 16; i++) {
+          const float4 four = __ldcg(part + 256 * i);
+          o[4 * i] = o[4 * i] * ours[0] + four.x * its[0];
+          o[4 * i + 1] = o[4 * i + 1] * ours[0] + four.y * its[0];
+          o[4 * i + 2] = o[4 * i + 2] * ours[1] + four.z * its[1];
+          o[4 * i + 3] = o[4 * i + 3] * ours[1] + four.w * its[1];
+        }
+      }
+    }
 
 #pragma unroll
     for (int r = 0; r < 2; r++) {

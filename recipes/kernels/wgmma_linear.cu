@@ -38,6 +38,7 @@ constexpr int HEAD = 128;
 constexpr float LARGEST = 448, SMALLEST = 0.007f;  // of e4m3; of bounds: 448 over one is to be a float16
 
 #include "tiles.cuh"
+#include "units.cuh"
 
 struct Stream {
   const float* scale;         // [rows]

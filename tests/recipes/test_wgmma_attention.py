@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 from collections.abc import Callable
 
@@ -98,7 +99,7 @@ def _here() -> None:
         pytest.skip(refusal)
 
 
-SIZES = [(1, 1), (77, 77), (128, 128), (129, 127), (1, 300), (300, 1), (500, 1000), (4544, 4544)]
+SIZES = [(1, 1), (77, 77), (128, 128), (129, 127), (1, 300), (300, 1), (500, 1000), (300, 2600), (4544, 4544)]
 
 
 @gpu
@@ -196,3 +197,47 @@ def test_a_kernel_that_does_not_compile() -> None:
     with pytest.raises(UserError, match=r"wgmma_attention\.cu doesn't compile: wgmma_attention\.cu\(") as error:
         cuda_kernel.machine_code(broken)
     assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("tiles", "depth", "parts"),
+    [
+        *(
+            (816, 34, 5),
+            (864, 36, 5),
+            (1632, 68, 5),
+            (3456, 36, 5),
+            (3264, 34, 4),
+            (768, 32, 1),
+            (132, 36, 1),
+            (72, 3, 1),
+        ),
+        *((72, 8, 1), (16, 8, 2), (1, 36, 5)),
+    ],
+)
+def test_tiles_that_are_left_are_shared_by_keys(tiles: int, depth: int, parts: int) -> None:
+    assert wgmma_attention.shared_by(tiles, 132, depth) == parts
+    assert ctypes.sizeof(wgmma_attention._Arguments) == 80, "as the kernel has it"
+
+
+@gpu
+@pytest.mark.usefixtures("_here")
+@pytest.mark.parametrize("many", [2, 3, 4, 5])
+def test_shared_tiles_are_as_those_that_are_not(many: int, monkeypatch: pytest.MonkeyPatch, error_of: Callable) -> None:
+    """On any GPU: a head's rising scores, 2600 keys, 24 heads of 300 rows; in rows beside others too."""
+    q, k, v = (x.to(CUDA) for x in parts(300, 2600, heads=24, loud=2.0))
+    k = k * torch.linspace(2, 0.1, 2600, device=CUDA)[None, :, None, None]
+    (q8, dq), (k8, dk), (v8, dv) = to_float8_by_norm(q), to_float8_by_norm(k), to_float8(v, per_head=False)
+    given = (q8, k8, for_wgmma(v8), torch.stack([dq, dk, dv]))
+    scale = torch.full((1, 300, 1), v.abs().amax().item() / 448, device=CUDA)
+    found = []
+    for n in (1, many, many):
+        monkeypatch.setattr(wgmma_attention, "shared_by", lambda tiles, blocks, depth, n=n: n)
+        rows = torch.zeros(1, 300, 24 * DIM, device=CUDA).to(torch.float8_e4m3fn)
+        wgmma_attention.wgmma_attention_beside(*given, rows, scale)
+        found.append((wgmma_attention.wgmma_attention(*given, False).float(), rows.float()))
+    (one, beside), (shared, shared_beside), again = found
+    assert error_of(shared, one) < 0.01
+    assert error_of(shared_beside, beside) < 0.03
+    assert torch.equal(shared, again[0])
+    assert torch.equal(shared_beside, again[1])

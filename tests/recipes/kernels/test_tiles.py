@@ -16,6 +16,7 @@ PROGRAM = """
 #define __device__
 constexpr int ROWS = 128;
 #include "tiles.cuh"
+#include "units.cuh"
 
 int main(int many, char** x) {
   if (many == 5) {
