@@ -17,6 +17,7 @@ from export.regions import Inputs
 from export.sizes import Specs
 from export.store import Entry
 from recipes.attention_backends import FLOAT8
+from recipes.gemm_epilogues import turns
 from utils.relative_error import relative_error
 
 if TYPE_CHECKING:  # it verifies what it builds
@@ -114,12 +115,16 @@ def tried(model: Model) -> list[Specs]:
 
 
 def random_inputs(specs: Specs, device: torch.device) -> Inputs:
-    """Inputs of these kinds: position ids that count, times within 0..1, all else normal; seeded."""
+    """Inputs of these kinds: position ids that count, times within 0..1, a rotary embedding that turns and doesn't
+    stretch, which a float8 attention's scale relies on, all else normal; seeded."""
     random = torch.Generator().manual_seed(0)
+    table = _rotary_table(specs, random)
     flat: dict[str, torch.Tensor] = {}
     for name, spec in specs.items():
         dtype = getattr(torch, spec.dtype)
-        if name.endswith("_ids"):
+        if name in table:
+            values = table[name]
+        elif name.endswith("_ids"):
             values = torch.arange(spec.shape[0])[:, None].expand(spec.shape).remainder(64).float()
         elif name == "timestep":
             values = torch.rand(spec.shape, generator=random)
@@ -131,6 +136,17 @@ def random_inputs(specs: Specs, device: torch.device) -> Inputs:
         owner, dot, _ = name.partition(".")
         inputs[owner] = (*inputs.get(owner, ()), tensor) if dot else tensor
     return inputs
+
+
+def _rotary_table(specs: Specs, random: torch.Generator) -> dict[str, torch.Tensor]:
+    """A rotary embedding [tokens, head_dim]: cosines and sines, each twice, or as `gemm_epilogues.turns` has them."""
+    names = [name for name in specs if name.partition(".")[0] in ("rotary", "image_rotary_emb")]
+    if not names:
+        return {}
+    tokens, head_dim = specs[names[0]].shape
+    angles = 2 * torch.pi * torch.rand(tokens, head_dim // 2, generator=random)
+    cos, sin = (x.repeat_interleave(2, dim=1) for x in (angles.cos(), angles.sin()))
+    return dict(zip(names, (cos, sin) if len(names) == 2 else (turns(cos, sin),), strict=True))
 
 
 def _error(library: Library, entry: Entry, name: str, region: PackagedRegion, inputs: Inputs) -> float:
