@@ -122,10 +122,12 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]
     needed = {"triton", "torchao", "cudnn", "cuda", "cuda.bindings", "kernels", "flash_attn_interface"}
     find_spec = importlib.util.find_spec
 
+    def found(package: str, *parent: str) -> object:
+        return object() if package in needed else find_spec(package, *parent)
+
     def tell(capability: tuple[int, int], name: str = "a GPU") -> None:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-        found = lambda package, *parent: object() if package in needed else find_spec(package, *parent)  # noqa: E731
         monkeypatch.setattr(importlib.util, "find_spec", found)
         monkeypatch.setattr(flash_attention_3, "_flash_attn_func", lambda: None)
         flash_attention_3.loading_error.cache_clear()
