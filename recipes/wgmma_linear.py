@@ -16,13 +16,12 @@ import torch
 
 from recipes.float8_heads import LONGEST
 from recipes.float8_linear import ROW
-from recipes.kernels.cuda_kernel import CudaKernel, tensor_map
+from recipes.kernels.cuda_kernel import CudaKernel, counters, tensor_map
 
 COLUMNS = 192  # of a tile
 HEAD_DIM = 128
 _ROWS, _DEPTH, _STAGES, _THREADS = 128, 128, 5, 384  # as in the kernel
 _SHARED = _STAGES * (_ROWS + COLUMNS) * _DEPTH + 1024  # rows of both operands by stages, alignment
-_WARPS = 8  # that compute
 _CACHED = 16 << 20  # bytes of input rows at once; a Hopper GPU's L2 cache has 50 MB, in two halves
 _PIECES = 6  # of what is left to do of a tile, a block of depth each
 
@@ -185,8 +184,7 @@ def _run(layers: Sequence[Layer], arguments: _Arguments, update: bool) -> None:
     if parts > 1:
         sums = arguments.left * (parts - 1) * _ROWS * COLUMNS
         partial = torch.empty(sums, device=device, dtype=torch.float16)
-        given = torch.zeros(arguments.left * _WARPS, device=device, dtype=torch.int32)
-        arguments.partial, arguments.given = partial.data_ptr(), given.data_ptr()
+        arguments.partial, arguments.given = partial.data_ptr(), counters(device).data_ptr()
     units = arguments.whole + arguments.left * parts
     kernel = _kernel(arguments.depth > _PIECES, update)
     kernel.launch(device, min(units, blocks), _THREADS, (*rows, *weights, arguments))

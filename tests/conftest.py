@@ -115,12 +115,18 @@ def waiting_is_an_error() -> Callable[[], AbstractContextManager]:
 
 @pytest.fixture
 def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
-    """pretend_gpu((8, 0), name): from here on recipes are told of such a GPU, with every package and kernel there."""
+    """pretend_gpu((8, 0), name): from here on recipes are told of such a GPU, with every package and kernel there.
+
+    Of packages that no recipe asks for (peft looks for bitsandbytes, and remembers) they are told the truth.
+    """
+    needed = {"triton", "torchao", "cudnn", "cuda", "cuda.bindings", "kernels", "flash_attn_interface"}
+    find_spec = importlib.util.find_spec
 
     def tell(capability: tuple[int, int], name: str = "a GPU") -> None:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-        monkeypatch.setattr(importlib.util, "find_spec", lambda package: object())
+        found = lambda package, *parent: object() if package in needed else find_spec(package, *parent)  # noqa: E731
+        monkeypatch.setattr(importlib.util, "find_spec", found)
         monkeypatch.setattr(flash_attention_3, "_flash_attn_func", lambda: None)
         flash_attention_3.loading_error.cache_clear()
 

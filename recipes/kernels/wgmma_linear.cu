@@ -81,7 +81,7 @@ struct Arguments {
   int heads, tokens, batch;
   float eps;
   u32* partial;    // [tiles that are shared, parts but the first, a thread's sums by fours, threads, 4]
-  int* given;      // [tiles that are shared, warps]: how many parts are there; zeros
+  int* given;      // [tiles that are shared, warps]: how many parts are there; zeros, before and after
   Tiles tiles;
   Units units;
   int depth, columns;  // blocks of 128; of W's rows
@@ -337,6 +337,7 @@ extern "C" __global__ void __launch_bounds__(ALL, 1)
     do
       asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(there) : "l"(given(unit)) : "memory");
     while (__any_sync(~0u, there < shared.parts - 1));  // of the whole warp: see `of_warp`
+    if (lane == 0) *given(unit) = 0;
     for (; unit.part < shared.parts - 1; unit.part++) {
       const uint4* from = partial(unit);
 #pragma unroll
