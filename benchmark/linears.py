@@ -151,8 +151,7 @@ def forms(case: Case, streams: Sequence[Stream]) -> dict[str, Form]:
 
         def together() -> list[Any]:
             both = (*bounded(*streams[0]), *bounded(*streams[1]))
-            _, value, _ = wgmma_linear.wgmma_qkv_linears(*both, *norms, *norms, turns, 1e-6, case.heads)
-            qkv.lay_out_values(value, "for_wgmma")
+            wgmma_linear.wgmma_qkv_linears(*both, *norms, *norms, turns, 1e-6, case.heads)
             return []
 
         return found | {"apart": in_turn, "wgmma": together}
@@ -168,8 +167,7 @@ def forms(case: Case, streams: Sequence[Stream]) -> dict[str, Form]:
 
     def with_mlp_together() -> list[Any]:
         of_heads = (*norms, turns, 1e-6, case.heads)
-        _, value, _, *rows = wgmma_linear.wgmma_qkv_gelu_linear(*bounded(linear, x), *of_heads)
-        qkv.lay_out_values(value, "for_wgmma")
+        _, _, _, *rows = wgmma_linear.wgmma_qkv_gelu_linear(*bounded(linear, x), *of_heads)
         return [Rows(*rows)]
 
     return found | {"apart": with_mlp_in_turn, "wgmma": with_mlp_together}

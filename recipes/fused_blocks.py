@@ -138,7 +138,6 @@ class Epilogues(Float8):
         heads = attn.inner_dim // attn.head_dim
         of_heads = (attn.norm_q.weight, attn.norm_k.weight, *rotary, attn.norm_q.eps, heads)
         query_key, value, descales, *rows = wgmma_linear.wgmma_qkv_gelu_linear(*bounded(linear, x), *of_heads)
-        value = qkv.lay_out_values(value, self.attention.float8.value_layout)
         self.attention.float8.beside(query_key[:, :, 0], query_key[:, :, 1], value, descales, *rows)
         return Rows(*rows)
 
@@ -149,7 +148,6 @@ class Epilogues(Float8):
         norms = (attn.norm_q.weight, attn.norm_k.weight, attn.norm_added_q.weight, attn.norm_added_k.weight)
         of_heads = (*norms, *rotary, attn.norm_q.eps, attn.inner_dim // attn.head_dim)
         query_key, value, descales = wgmma_linear.wgmma_qkv_linears(*linears, *of_heads)
-        value = qkv.lay_out_values(value, self.attention.float8.value_layout)
         values, scale = self.attention.float8.rows(query_key[:, :, 0], query_key[:, :, 1], value, descales)
         return Rows(values.flatten(2, 3), scale)
 

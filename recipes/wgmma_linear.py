@@ -74,7 +74,7 @@ class _Arguments(ctypes.Structure):
         ("of_heads", _Heads * 2),
         ("updates", _Update * 2),
         *((name, ctypes.c_void_p) for name in ("query_key", "value", "descales")),
-        *((name, ctypes.c_int) for name in ("heads", "tokens", "batch")),
+        *((name, ctypes.c_int) for name in ("heads", "tokens", "batch", "laid_out")),
         ("eps", ctypes.c_float),
         *((name, ctypes.c_void_p) for name in ("partial", "given")),
         *((name, ctypes.c_int) for name in ("first", "tall", "wide", "group")),
@@ -129,9 +129,14 @@ def _launch(
     out = [_activated(layer.x, columns, heads) for layer in layers]
     for results, stream in zip(out, arguments.streams, strict=False):
         stream.activated, stream.activated_scale = (result.data_ptr() for result in results)
-    qkv = () if attention is None else _attend(arguments, [layer.x for layer in layers], attention)
+    of_heads = () if attention is None else _attend(arguments, [layer.x for layer in layers], attention)
     _run(layers, arguments, update=False)
-    return qkv, out
+    if of_heads and not arguments.laid_out:
+        from recipes.kernels import qkv  # needs triton, which only a machine with a GPU has
+
+        query_key, value, descales = of_heads
+        of_heads = query_key, qkv.lay_out_values(value, "for_wgmma"), descales
+    return of_heads, out
 
 
 def _launch_updates(layers: Sequence[Layer], updates: Sequence[Update]) -> list[torch.Tensor]:
@@ -199,12 +204,17 @@ def shared_by(tiles: int, blocks: int, depth: int) -> int:
 
 
 def _attend(arguments: _Arguments, streams: list[torch.Tensor], attention: Attention) -> tuple[torch.Tensor, ...]:
-    """Put an attention into the kernel's arguments; `_qkv`, to be filled."""
+    """Put an attention into the kernel's arguments; `_qkv`, to be filled, but values by token where the kernel doesn't
+    lay them out, because a warp's 16 rows aren't all of one image."""
     if len({x.shape[0] for x in streams}) > 1:
         raise ValueError(f"the streams' batches differ: {[x.shape[0] for x in streams]}")
-    out = _qkv(streams, attention.heads)
+    query_key, value, descales = _qkv(streams, attention.heads)
+    arguments.laid_out = all(x.shape[1] % 16 == 0 for x in streams)
+    if not arguments.laid_out:
+        value = value.new_empty((*query_key.shape[:2], attention.heads, HEAD_DIM))
+    out = query_key, value, descales
     arguments.query_key, arguments.value, arguments.descales = (tensor.data_ptr() for tensor in out)
-    arguments.batch, arguments.tokens = out[0].shape[:2]
+    arguments.batch, arguments.tokens = query_key.shape[:2]
     arguments.heads, arguments.eps = attention.heads, attention.eps
     _check_tensors(turns=(attention.turns, (arguments.tokens, HEAD_DIM), torch.float16))
     first = arguments.tokens
@@ -346,8 +356,8 @@ def wgmma_qkv_gelu_linear(
 
     norm_q, norm_k [128] bfloat16: the weights of query's and key's RMSNorm; turns [tokens, 128] float16, of each pair
     of columns the angle's cosine and sine. Returns query and key [batch, tokens, 2, heads, 128], normed and turned, and
-    the values [batch, tokens, heads, 128], float8_e4m3fn; their float32 descales [3, batch, heads], of each the same
-    for all heads: a row's longest over `float8_heads.LONGEST`, and a bound of an attention's result over
+    the values as `float8_heads.for_wgmma` lays them out, float8_e4m3fn; their float32 descales [3, batch, heads], of
+    each the same for all heads: a row's longest over `float8_heads.LONGEST`, and a bound of an attention's result over
     `float8_linear.ROW`; [batch, tokens, heads * 128 + others] float8_e4m3fn, whose first columns are left to the
     attention, and its scale [batch, tokens, 1] float32, such that no row is longer than `ROW` with these.
 
@@ -367,7 +377,7 @@ def _qkv(streams: Sequence[torch.Tensor], heads: int) -> tuple[torch.Tensor, tor
     batch = x.shape[0]
     return (
         x.new_empty((batch, tokens, 2, heads, HEAD_DIM)),
-        x.new_empty((batch, tokens, heads, HEAD_DIM)),
+        x.new_empty((batch, heads, HEAD_DIM, -(-tokens // 16) * 16)),
         x.new_empty((3, batch, heads), dtype=torch.float32),
     )
 

@@ -25,6 +25,8 @@
 // - The columns of a tile come in such an order (TMA's box has five dimensions for it) that a thread gets 16 of a row
 //   side by side, which it stores at once. A tile of query or key is one head and 64 columns of the values, of which
 //   there are half as many: so the four threads that have a row have its whole head.
+// - Values are stored as the attention reads them, their tokens innermost. In its order of tokens, four side by side are
+//   those of two threads: each gives the other half of its channels, and stores four bytes a channel.
 //
 // FLOPs: 2 x rows x columns x depth.
 //
@@ -76,9 +78,9 @@ struct Arguments {
   Heads of_heads[2];
   Update updates[2];
   u8* query_key;    // [batch, tokens, 2, heads, HEAD] float8, of both streams
-  u8* value;        // [batch, tokens, heads, HEAD] float8
+  u8* value;        // [batch, heads, HEAD, tokens] float8, as `float8_heads.for_wgmma`; or [batch, tokens, heads, HEAD]
   float* descales;  // [3, batch, heads]: of query, key and value
-  int heads, tokens, batch;
+  int heads, tokens, batch, laid_out;  // whether the values are: each stream's tokens are a multiple of 16 then
   float eps;
   u32* partial;    // [tiles that are shared, parts but the first, a thread's sums by fours, threads, 4]
   int* given;      // [tiles that are shared, warps]: how many parts are there; zeros, before and after
@@ -438,6 +440,41 @@ extern "C" __global__ void __launch_bounds__(ALL, 1)
     turns[0] = table[0];
     turns[1] = table[1];
   };
+  // The values of a warp's 16 tokens, in an attention's order: of a channel, four tokens side by side are those of two
+  // threads that have neighbouring rows. Each takes half of their 16 channels.
+  auto lay_out = [&](u32 over, bool inside) {
+    const u32* x = results + 16 * (HEAD / 64);
+    const bool odd = lane & 4;
+    u32 even_rows[2][2], odd_rows[2][2];  // by rows and four channels
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      u32 w[4];
+#pragma unroll
+      for (int i = 0; i < 4; i++) w[i] = e4m3(mul(x[4 * i + r], over), mul(x[4 * i + 2 + r], over));
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        const u32 own = odd ? w[2 + i] : w[i], others = __shfl_xor_sync(~0u, odd ? w[i] : w[2 + i], 4);
+        even_rows[r][i] = odd ? others : own;
+        odd_rows[r][i] = odd ? own : others;
+      }
+    }
+    if (!inside) return;
+    const int image = token / args.tokens, of_image = token - image * args.tokens - 8 - lane / 4;
+    const int channel = of.across % 2 * 64 + quad * 16 + odd * 8;  // the first of 8
+    const int line = (image * args.heads + of.across / 2) * HEAD + channel % 32 / 2 * 8 + channel / 32 * 2;
+    u8* to = args.value + (long long)line * args.tokens + of_image + lane / 8 * 4;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      const u32 a = __byte_perm(even_rows[0][i], odd_rows[0][i], 0x5140);
+      const u32 b = __byte_perm(even_rows[0][i], odd_rows[0][i], 0x7362);
+      const u32 c = __byte_perm(even_rows[1][i], odd_rows[1][i], 0x5140);
+      const u32 d = __byte_perm(even_rows[1][i], odd_rows[1][i], 0x7362);
+      const u32 words[4] = {__byte_perm(a, c, 0x5410), __byte_perm(a, c, 0x7632), __byte_perm(b, d, 0x5410),
+                            __byte_perm(b, d, 0x7632)};
+#pragma unroll
+      for (int j = 0; j < 4; j++) *(u32*)(to + ((4 * i + j) / 2 * 8 + j % 2) * args.tokens) = words[j];
+    }
+  };
   auto complete = [&](int piece) {
     const int span = piece / 2, r = piece % 2, from = span * 64 + quad * 16;
     const u32* x = results + 16 * span + r;
@@ -479,6 +516,10 @@ extern "C" __global__ void __launch_bounds__(ALL, 1)
       to = args.query_key + ((long long)token * of_heads + of.across) * HEAD + from;
     } else {
       const u32 over = float16(ROW / floor, ROW / floor);
+      if (args.laid_out) {
+        if (r == 1) lay_out(over, inside);  // both rows
+        return;
+      }
 #pragma unroll
       for (int i = 0; i < 8; i++) y[i] = mul(x[2 * i], over);
       to = args.value + (long long)token * args.heads * HEAD + of.across * 64 + quad * 16;

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import recipes
 from recipes import Recipe, RecipeError, attention, gemm_epilogues, wgmma_linear
-from recipes.float8_heads import LONGEST
+from recipes.float8_heads import LONGEST, for_wgmma
 from recipes.float8_linear import ROW, Float8Linear, longest_result, weight_to_float8
 from recipes.kernels import cuda_kernel
 
@@ -235,6 +235,19 @@ def check_heads(
     assert error_of(value.float() * descales[2, 0, 0], parts[:, :, 2]) < 0.03
 
 
+def by_token(value: Tensor, tokens: int) -> Tensor:
+    """Values as `for_wgmma` lays them out, by [batch, tokens, heads, 128] again."""
+    channels = value.view(torch.uint8).unflatten(2, (16, 4, 2)).transpose(2, 3).flatten(2, 4)
+    of_tokens = channels.unflatten(-1, (-1, 4, 2, 2)).transpose(-3, -2).flatten(-4)
+    assert not of_tokens[..., tokens:].any(), "zero beyond the tokens"
+    return of_tokens[..., :tokens].permute(0, 3, 1, 2).contiguous().view(value.dtype)
+
+
+def test_by_token() -> None:
+    value = torch.randn(2, 37, 3, 128, generator=torch.Generator().manual_seed(0)).to(torch.float8_e4m3fn)
+    assert torch.equal(by_token(for_wgmma(value), 37).view(torch.uint8), value.view(torch.uint8))
+
+
 def norm_weights(seed: int) -> Tensor:
     """Of query's and key's norms [2, 128]."""
     return torch.randn(2, 128, generator=torch.Generator().manual_seed(seed)).to(CUDA, torch.bfloat16)
@@ -245,7 +258,14 @@ def norm_weights(seed: int) -> Tensor:
 @pytest.mark.parametrize(
     ("batch", "tokens", "heads", "others", "depth"),
     [
-        *((1, 200, 2, 1024, 256), (2, 77, 3, 64, 256), (1, 5, 1, 448, 256), (1, 1, 1, 1024, 256)),
+        *(
+            (1, 200, 2, 1024, 256),
+            (2, 208, 3, 448, 256),
+            (3, 16, 1, 64, 256),
+            (2, 77, 3, 64, 256),
+            (1, 5, 1, 448, 256),
+            (1, 1, 1, 1024, 256),
+        ),
         *((1, 4608, 24, 12288, 3072), (2, 4608, 1, 448, 1792), (1, 20000, 1, 64, 256)),
     ],
 )
@@ -259,9 +279,8 @@ def test_query_key_value_and_mlp(
     query_key, value, descales, rows, scale = wgmma_linear.wgmma_qkv_gelu_linear(
         *layer.arguments(), *weights, turns, 1e-6, heads
     )
-    check_heads(
-        exact[..., :plain].unflatten(-1, (3, heads, 128)), query_key, value, descales, [weights], turns, error_of
-    )
+    parts = exact[..., :plain].unflatten(-1, (3, heads, 128))
+    check_heads(parts, query_key, by_token(value, tokens), descales, [weights], turns, error_of)
     assert (scale >= descales[2, 0, 0]).all(), "the attention's result fits in"
     assert rows.shape == (batch, tokens, heads * 128 + others)
     assert error_of(rows[..., heads * 128 :].float() * scale, gelu(exact[..., plain:])) < 0.03
@@ -271,7 +290,14 @@ def test_query_key_value_and_mlp(
 @pytest.mark.usefixtures("_here")
 @pytest.mark.parametrize(
     ("batch", "image", "text", "heads", "depth"),
-    [(1, 200, 77, 2, 256), (2, 130, 5, 3, 256), (1, 4096, 512, 24, 3072), (2, 4096, 512, 2, 2688)],
+    [
+        (1, 200, 77, 2, 256),
+        (2, 144, 32, 3, 256),
+        (1, 144, 5, 1, 256),
+        (2, 130, 5, 3, 256),
+        (1, 4096, 512, 24, 3072),
+        (2, 4096, 512, 2, 2688),
+    ],
 )
 def test_query_key_value_of_two_streams(
     batch: int, image: int, text: int, heads: int, depth: int, error_of: Callable
@@ -283,6 +309,7 @@ def test_query_key_value_of_two_streams(
         *layers[0].arguments(), *layers[1].arguments(), *weights[0], *weights[1], turns, 1e-6, heads
     )
     assert query_key.shape == (batch, text + image, 2, heads, 128)
+    value = by_token(value, text + image)
     for layer, own, where in zip(layers, weights, (slice(text, None), slice(text)), strict=True):
         parts = layer.exact(CUDA).unflatten(-1, (3, heads, 128))
         both = [one for one in weights if one is not own] + [own]
@@ -351,7 +378,7 @@ def test_values_next_to_nothing(error_of: Callable) -> None:
     assert layer.linear.bounds is not None
     assert (ROW * layer.scale.max() * layer.linear.bounds[2] + layer.linear.bounds[3]).item() < 0.007
     exact = layer.exact(CUDA)[..., 256:384].unflatten(-1, (1, 128))
-    assert error_of(value.float() * descales[2, 0, 0], exact) < 0.03
+    assert error_of(by_token(value, 200).float() * descales[2, 0, 0], exact) < 0.03
 
 
 @gpu
