@@ -151,7 +151,7 @@ def forms(case: Case, streams: Sequence[Stream]) -> dict[str, Form]:
 
         def together() -> list[Any]:
             both = (*bounded(*streams[0]), *bounded(*streams[1]))
-            wgmma_linear.wgmma_qkv_linears(*both, *norms, *norms, turns, 1e-6, case.heads)
+            wgmma_linear.wgmma_qkv_linears(*both, *norms, *norms, turns, 1e-6, case.heads, True)
             return []
 
         return found | {"apart": in_turn, "wgmma": together}
@@ -166,7 +166,7 @@ def forms(case: Case, streams: Sequence[Stream]) -> dict[str, Form]:
         return [Rows(*gelu.concat_gelu_float8(attended, projected[..., case.plain :], x.scale))]
 
     def with_mlp_together() -> list[Any]:
-        of_heads = (*norms, turns, 1e-6, case.heads)
+        of_heads = (*norms, turns, 1e-6, case.heads, True)
         _, _, _, *rows = wgmma_linear.wgmma_qkv_gelu_linear(*bounded(linear, x), *of_heads)
         return [Rows(*rows)]
 

@@ -136,8 +136,10 @@ class Epilogues(Float8):
         assert self.attention.float8 is not None
         assert self.attention.float8.beside is not None
         heads = attn.inner_dim // attn.head_dim
-        of_heads = (attn.norm_q.weight, attn.norm_k.weight, *rotary, attn.norm_q.eps, heads)
+        laid_out = wgmma_linear.lays_out(x.values.shape[1])
+        of_heads = (attn.norm_q.weight, attn.norm_k.weight, *rotary, attn.norm_q.eps, heads, laid_out)
         query_key, value, descales, *rows = wgmma_linear.wgmma_qkv_gelu_linear(*bounded(linear, x), *of_heads)
+        value = value if laid_out else qkv.lay_out_values(value, self.attention.float8.value_layout)
         self.attention.float8.beside(query_key[:, :, 0], query_key[:, :, 1], value, descales, *rows)
         return Rows(*rows)
 
@@ -146,8 +148,10 @@ class Epilogues(Float8):
         assert self.attention.float8.rows is not None
         linears = (*bounded(attn.to_qkv, image), *bounded(attn.to_added_qkv, text))
         norms = (attn.norm_q.weight, attn.norm_k.weight, attn.norm_added_q.weight, attn.norm_added_k.weight)
-        of_heads = (*norms, *rotary, attn.norm_q.eps, attn.inner_dim // attn.head_dim)
+        laid_out = wgmma_linear.lays_out(image.values.shape[1], text.values.shape[1])
+        of_heads = (*norms, *rotary, attn.norm_q.eps, attn.inner_dim // attn.head_dim, laid_out)
         query_key, value, descales = wgmma_linear.wgmma_qkv_linears(*linears, *of_heads)
+        value = value if laid_out else qkv.lay_out_values(value, self.attention.float8.value_layout)
         values, scale = self.attention.float8.rows(query_key[:, :, 0], query_key[:, :, 1], value, descales)
         return Rows(values.flatten(2, 3), scale)
 

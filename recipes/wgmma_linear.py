@@ -13,6 +13,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from recipes.float8_heads import LONGEST
 from recipes.float8_linear import ROW
@@ -87,13 +88,14 @@ class Attention(NamedTuple):
 
     norms: of each stream the weights of query's and key's RMSNorm [128] bfloat16; turns [tokens of all streams, 128]
     float16, those of the last stream first: for each pair of columns, which are turned by one angle, its cosine and
-    sine.
+    sine. laid_out: the values come as `float8_heads.for_wgmma` lays them out, and not by token.
     """
 
     norms: Sequence[tuple[torch.Tensor, torch.Tensor]]
     turns: torch.Tensor
     eps: float
     heads: int
+    laid_out: bool
 
 
 class Update(NamedTuple):
@@ -129,14 +131,9 @@ def _launch(
     out = [_activated(layer.x, columns, heads) for layer in layers]
     for results, stream in zip(out, arguments.streams, strict=False):
         stream.activated, stream.activated_scale = (result.data_ptr() for result in results)
-    of_heads = () if attention is None else _attend(arguments, [layer.x for layer in layers], attention)
+    qkv = () if attention is None else _attend(arguments, [layer.x for layer in layers], attention)
     _run(layers, arguments, update=False)
-    if of_heads and not arguments.laid_out:
-        from recipes.kernels import qkv  # needs triton, which only a machine with a GPU has
-
-        query_key, value, descales = of_heads
-        of_heads = query_key, qkv.lay_out_values(value, "for_wgmma"), descales
-    return of_heads, out
+    return qkv, out
 
 
 def _launch_updates(layers: Sequence[Layer], updates: Sequence[Update]) -> list[torch.Tensor]:
@@ -204,17 +201,15 @@ def shared_by(tiles: int, blocks: int, depth: int) -> int:
 
 
 def _attend(arguments: _Arguments, streams: list[torch.Tensor], attention: Attention) -> tuple[torch.Tensor, ...]:
-    """Put an attention into the kernel's arguments; `_qkv`, to be filled, but values by token where the kernel doesn't
-    lay them out, because a warp's 16 rows aren't all of one image."""
+    """Put an attention into the kernel's arguments; `_qkv`, to be filled."""
     if len({x.shape[0] for x in streams}) > 1:
         raise ValueError(f"the streams' batches differ: {[x.shape[0] for x in streams]}")
-    query_key, value, descales = _qkv(streams, attention.heads)
-    arguments.laid_out = all(x.shape[1] % 16 == 0 for x in streams)
-    if not arguments.laid_out:
-        value = value.new_empty((*query_key.shape[:2], attention.heads, HEAD_DIM))
-    out = query_key, value, descales
+    if attention.laid_out and not lays_out(*(x.shape[1] for x in streams)):
+        raise ValueError(f"values of {[x.shape[1] for x in streams]} tokens aren't laid out: see lays_out")
+    out = _qkv(streams, attention.heads, attention.laid_out)
     arguments.query_key, arguments.value, arguments.descales = (tensor.data_ptr() for tensor in out)
-    arguments.batch, arguments.tokens = query_key.shape[:2]
+    arguments.batch, arguments.tokens = out[0].shape[:2]
+    arguments.laid_out = attention.laid_out
     arguments.heads, arguments.eps = attention.heads, attention.eps
     _check_tensors(turns=(attention.turns, (arguments.tokens, HEAD_DIM), torch.float16))
     first = arguments.tokens
@@ -226,6 +221,12 @@ def _attend(arguments: _Arguments, streams: list[torch.Tensor], attention: Atten
         own.norm_q, own.norm_k = norm_q.data_ptr(), norm_k.data_ptr()
         own.turns = attention.turns[first:].data_ptr()
     return out
+
+
+def lays_out(*tokens: int) -> bool:
+    """Whether the kernel lays out the values of streams of so many tokens: a warp's 16 rows have to be one image's. Of
+    sizes that aren't known, as within a range of them, it doesn't."""
+    return all(statically_known_true(n % 16 == 0) for n in tokens)
 
 
 def rows_at_once(tall: int, depth: int) -> int:
@@ -351,15 +352,17 @@ def wgmma_qkv_gelu_linear(
     turns: torch.Tensor,
     eps: float,
     heads: int,
+    laid_out: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """x W^T + b, as in `Layer`: query, key and value of `heads` of 128 features each, and GELU of the others.
 
     norm_q, norm_k [128] bfloat16: the weights of query's and key's RMSNorm; turns [tokens, 128] float16, of each pair
-    of columns the angle's cosine and sine. Returns query and key [batch, tokens, 2, heads, 128], normed and turned, and
-    the values as `float8_heads.for_wgmma` lays them out, float8_e4m3fn; their float32 descales [3, batch, heads], of
-    each the same for all heads: a row's longest over `float8_heads.LONGEST`, and a bound of an attention's result over
-    `float8_linear.ROW`; [batch, tokens, heads * 128 + others] float8_e4m3fn, whose first columns are left to the
-    attention, and its scale [batch, tokens, 1] float32, such that no row is longer than `ROW` with these.
+    of columns the angle's cosine and sine; laid_out: as in `Attention`, where `lays_out` the tokens. Returns query and
+    key [batch, tokens, 2, heads, 128], normed and turned, and the values [batch, tokens, heads, 128], or laid out,
+    float8_e4m3fn; their float32 descales [3, batch, heads], of each the same for all heads: a row's longest over
+    `float8_heads.LONGEST`, and a bound of an attention's result over `float8_linear.ROW`; [batch, tokens, heads * 128 +
+    others] float8_e4m3fn, whose first columns are left to the attention, and its scale [batch, tokens, 1] float32, such
+    that no row is longer than `ROW` with these.
 
     Raises:
         ValueError: a tensor isn't as said, or the kernel has no such sizes (`refusal`).
@@ -367,25 +370,27 @@ def wgmma_qkv_gelu_linear(
     if len(weight) == 3 * heads * HEAD_DIM:
         raise ValueError(f"{len(weight)} out features are those of {heads} heads: none are left for GELU")
     layer = Layer(x, scale, weight, weight_scale, bias, bounds)
-    (query_key, value, descales), (rows,) = _launch([layer], Attention([(norm_q, norm_k)], turns, eps, heads))
+    (query_key, value, descales), (rows,) = _launch([layer], Attention([(norm_q, norm_k)], turns, eps, heads, laid_out))
     return query_key, value, descales, *rows
 
 
-def _qkv(streams: Sequence[torch.Tensor], heads: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _qkv(
+    streams: Sequence[torch.Tensor], heads: int, laid_out: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Query and key, the values and the descales for streams [batch, tokens, in features], to be filled."""
     x, tokens = streams[0], sum(stream.shape[1] for stream in streams)
     batch = x.shape[0]
     return (
         x.new_empty((batch, tokens, 2, heads, HEAD_DIM)),
-        x.new_empty((batch, heads, HEAD_DIM, -(-tokens // 16) * 16)),
+        x.new_empty((batch, heads, HEAD_DIM, tokens) if laid_out else (batch, tokens, heads, HEAD_DIM)),
         x.new_empty((3, batch, heads), dtype=torch.float32),
     )
 
 
 @wgmma_qkv_gelu_linear.register_fake
 def _(*arguments: Any) -> tuple[torch.Tensor, ...]:
-    x, weight, heads = arguments[0], arguments[2], arguments[-1]
-    return *_qkv([x], heads), *_activated(x, len(weight), heads)
+    x, weight, (heads, laid_out) = arguments[0], arguments[2], arguments[-2:]
+    return *_qkv([x], heads, laid_out), *_activated(x, len(weight), heads)
 
 
 @torch.library.custom_op("flux_fast::wgmma_qkv_linears", mutates_args=())
@@ -409,6 +414,7 @@ def wgmma_qkv_linears(
     turns: torch.Tensor,
     eps: float,
     heads: int,
+    laid_out: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """x W^T + b of two streams, as in `Layer`: query, key and value of `heads` of 128 features each, the other stream's
     tokens before x's.
@@ -424,13 +430,13 @@ def wgmma_qkv_linears(
     if len(weight) != 3 * heads * HEAD_DIM:
         raise ValueError(f"{len(weight)} out features aren't those of {heads} heads: {3 * heads * HEAD_DIM}")
     norms = [(norm_q, norm_k), (other_norm_q, other_norm_k)]
-    (query_key, value, descales), _ = _launch([first, second], Attention(norms, turns, eps, heads))
+    (query_key, value, descales), _ = _launch([first, second], Attention(norms, turns, eps, heads, laid_out))
     return query_key, value, descales
 
 
 @wgmma_qkv_linears.register_fake
 def _(*arguments: Any) -> tuple[torch.Tensor, ...]:
-    return _qkv([arguments[0], arguments[6]], arguments[-1])
+    return _qkv([arguments[0], arguments[6]], *arguments[-2:])
 
 
 def _updated(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ import torch
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux import FluxPosEmbed
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import recipes
 from recipes import Recipe, RecipeError, attention, gemm_epilogues, wgmma_linear
@@ -253,6 +254,15 @@ def by_token(value: Tensor, tokens: int) -> Tensor:
     return of_tokens[..., :tokens].permute(0, 3, 1, 2).contiguous().view(value.dtype)
 
 
+def test_what_it_lays_out() -> None:
+    assert wgmma_linear.lays_out(4096, 512)
+    assert not wgmma_linear.lays_out(4096, 500)
+    shapes = ShapeEnv()
+    tokens = shapes.create_unbacked_symint()
+    assert not wgmma_linear.lays_out(tokens)
+    assert not shapes.guards
+
+
 def test_by_token() -> None:
     value = torch.randn(2, 37, 3, 128, generator=torch.Generator().manual_seed(0)).to(torch.float8_e4m3fn)
     assert torch.equal(by_token(for_wgmma(value), 37).view(torch.uint8), value.view(torch.uint8))
@@ -287,10 +297,11 @@ def test_query_key_value_and_mlp(
     exact = layer.exact(CUDA)
     weights, turns = norm_weights(3), rotary(tokens)
     query_key, value, descales, rows, scale = wgmma_linear.wgmma_qkv_gelu_linear(
-        *layer.arguments(), *weights, turns, 1e-6, heads
+        *layer.arguments(), *weights, turns, 1e-6, heads, laid_out := wgmma_linear.lays_out(tokens)
     )
+    value = by_token(value, tokens) if laid_out else value
     parts = exact[..., :plain].unflatten(-1, (3, heads, 128))
-    check_heads(parts, query_key, by_token(value, tokens), descales, [weights], turns, error_of)
+    check_heads(parts, query_key, value, descales, [weights], turns, error_of)
     assert (scale >= descales[2, 0, 0]).all(), "the attention's result fits in"
     norm, bounds = ROW * layer.scale, layer.linear.bounds
     both = torch.hypot(norm * bounds[0] + bounds[1], norm.max() * bounds[2] + bounds[3])
@@ -319,10 +330,11 @@ def test_query_key_value_of_two_streams(
     layers = [Layer(n, plain, depth, heads, batch=batch, seed=seed) for seed, n in enumerate((image, text))]
     weights, turns = [norm_weights(3), norm_weights(4)], rotary(text + image)
     query_key, value, descales = wgmma_linear.wgmma_qkv_linears(
-        *layers[0].arguments(), *layers[1].arguments(), *weights[0], *weights[1], turns, 1e-6, heads
+        *(*layers[0].arguments(), *layers[1].arguments(), *weights[0], *weights[1], turns, 1e-6, heads),
+        laid_out := wgmma_linear.lays_out(image, text),
     )
     assert query_key.shape == (batch, text + image, 2, heads, 128)
-    value = by_token(value, text + image)
+    value = by_token(value, text + image) if laid_out else value
     # Some heads may take one stream's values, others the other's.
     bounds = [one.linear.bounds for one in layers]
     each = [ROW * one.scale.max() * b[2] + b[3] for one, b in zip(layers, bounds, strict=True)]
@@ -426,18 +438,18 @@ def test_values_next_to_nothing(error_of: Callable) -> None:
     layer.linear.bias[256:384] *= 2e-4
     layer.linear.bound(1, 128)
     norms = torch.ones(2, 128, device=CUDA, dtype=torch.bfloat16)
-    _, value, descales, *_ = wgmma_linear.wgmma_qkv_gelu_linear(*layer.arguments(), *norms, rotary(200), 1e-6, 1)
+    _, value, descales, *_ = wgmma_linear.wgmma_qkv_gelu_linear(*layer.arguments(), *norms, rotary(200), 1e-6, 1, False)
     assert layer.linear.bounds is not None
     assert (ROW * layer.scale.max() * layer.linear.bounds[2] + layer.linear.bounds[3]).item() < 0.007
     exact = layer.exact(CUDA)[..., 256:384].unflatten(-1, (1, 128))
-    assert error_of(by_token(value, 200).float() * descales[2, 0, 0], exact) < 0.03
+    assert error_of(value.float() * descales[2, 0, 0], exact) < 0.03
 
 
 @gpu
 @pytest.mark.usefixtures("_here")
 def test_same_bits_every_time() -> None:
     norms = torch.ones(2, 128, device=CUDA, dtype=torch.bfloat16)
-    arguments = (*Layer(4608, 21504, 3072, 24).arguments(), *norms, rotary(4608), 1e-6, 24)
+    arguments = (*Layer(4608, 21504, 3072, 24).arguments(), *norms, rotary(4608), 1e-6, 24, True)
     first = wgmma_linear.wgmma_qkv_gelu_linear(*arguments)
     for _ in range(5):
         again = wgmma_linear.wgmma_qkv_gelu_linear(*arguments)
@@ -467,24 +479,26 @@ def test_refuses_what_it_would_read_wrongly() -> None:
     rows, scale, *layer = Layer(5, 448, 256, 1).arguments(cpu)
     norms = torch.ones(2, 128, dtype=torch.bfloat16)
     turns = torch.ones(5, 128, dtype=torch.float16)
-    of_heads = (*norms, turns, 1e-6, 1)
+    of_heads = (*norms, turns, 1e-6, 1, False)
     with pytest.raises(ValueError, match=r"scale is to be \[1, 5, 1\] torch.float32, contiguous, not \[1, 4, 1\]"):
         wgmma_linear.wgmma_qkv_gelu_linear(rows, scale[:, :4], *layer, *of_heads)
     with pytest.raises(ValueError, match=r"x is to be \[1, 5, 256\] torch.float8_e4m3fn, contiguous, not"):
         wgmma_linear.wgmma_qkv_gelu_linear(rows.float(), scale, *layer, *of_heads)
     with pytest.raises(ValueError, match=r"448 out features aren't .*, or fewer than 2 heads of 128 have"):
-        wgmma_linear.wgmma_qkv_gelu_linear(rows, scale, *layer, *norms, turns, 1e-6, 2)
+        wgmma_linear.wgmma_qkv_gelu_linear(rows, scale, *layer, *norms, turns, 1e-6, 2, False)
     with pytest.raises(ValueError, match=r"turns is to be \[5, 128\] torch.float16, contiguous, not \[4, 128\]"):
-        wgmma_linear.wgmma_qkv_gelu_linear(rows, scale, *layer, *norms, turns[:4], 1e-6, 1)
+        wgmma_linear.wgmma_qkv_gelu_linear(rows, scale, *layer, *norms, turns[:4], 1e-6, 1, False)
     whole = Layer(5, 384, 256, 1).arguments(cpu)
     with pytest.raises(ValueError, match="384 out features are those of 1 heads: none are left for GELU"):
         wgmma_linear.wgmma_qkv_gelu_linear(*whole, *of_heads)
     two = Layer(5, 384, 256, 1, batch=2).arguments(cpu)
     of_both = (*norms, *norms, torch.ones(10, 128, dtype=torch.float16), 1e-6)
     with pytest.raises(ValueError, match=r"the streams' batches differ: \[1, 2\]"):
-        wgmma_linear.wgmma_qkv_linears(*whole, *two, *of_both, 1)
+        wgmma_linear.wgmma_qkv_linears(*whole, *two, *of_both, 1, False)
+    with pytest.raises(ValueError, match=r"values of \[5\] tokens aren't laid out: see lays_out"):
+        wgmma_linear.wgmma_qkv_gelu_linear(rows, scale, *layer, *of_heads[:-1], True)
     with pytest.raises(ValueError, match="384 out features aren't those of 2 heads: 768"):
-        wgmma_linear.wgmma_qkv_linears(*whole, *whole, *of_both, 2)
+        wgmma_linear.wgmma_qkv_linears(*whole, *whole, *of_both, 2, False)
     weight, weight_scale, bias, bounds = layer
     gated = rows, scale, weight, weight_scale, bias
     gate, stream = (torch.zeros(1, *shape, dtype=torch.bfloat16) for shape in ((448,), (5, 448)))

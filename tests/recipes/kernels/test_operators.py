@@ -174,7 +174,7 @@ CASES = {
         wgmma_linear.wgmma_qkv_linears,
         lambda x: (
             *(*linear_arguments(x, IMAGE, 768), *linear_arguments(x, TEXT, 768)),
-            *(*x.normal(4, 128), x.turns(TEXT + IMAGE), EPS, 2),
+            *(*x.normal(4, 128), x.turns(TEXT + IMAGE), EPS, 2, False),
         ),
         "wgmma_fp8",
     ),
@@ -193,7 +193,7 @@ CASES = {
     ),
     "wgmma_qkv_gelu_linear": Case(
         wgmma_linear.wgmma_qkv_gelu_linear,
-        lambda x: (*linear_arguments(x, IMAGE, 896), *x.normal(2, 128), x.turns(IMAGE), EPS, 2),
+        lambda x: (*linear_arguments(x, IMAGE, 896), *x.normal(2, 128), x.turns(IMAGE), EPS, 2, False),
         "wgmma_fp8",
         leaves_free=True,
     ),
