@@ -83,9 +83,7 @@ def cases(device: torch.device) -> list[Case]:
 
     return [
         Case("adaln", adaln.adaln, bfloat16(adaln.reference), lambda: (*joint(), *modulation(2), EPS)),
-        Case(
-            "adaln_float8", adaln.adaln_float8, adaln.reference_float8, lambda: (*joint(), *modulation(2), EPS, False)
-        ),
+        Case("adaln_float8", adaln.adaln_float8, adaln.reference_float8, lambda: (*joint(), *modulation(2), EPS)),
         Case("rows_float8", cast.rows_float8, rows.rows_to_float8, lambda: (normal(1, IMAGE, DIM),)),
         Case(
             "gelu_float8",
@@ -121,7 +119,7 @@ def cases(device: torch.device) -> list[Case]:
             "gated_residual_adaln_float8",
             residual.gated_residual_adaln_float8,
             residual.reference_adaln_float8,
-            lambda: (normal(1, IMAGE, DIM), *modulation(1), normal(1, IMAGE, DIM), *modulation(2), EPS, False),
+            lambda: (normal(1, IMAGE, DIM), *modulation(1), normal(1, IMAGE, DIM), *modulation(2), EPS),
         ),
         Case(
             "bias, group_norm, SiLU",

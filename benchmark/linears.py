@@ -26,7 +26,7 @@ with quiet():
     from benchmark import series
     from benchmark.device_timing import captured, sustained
     from recipes import gemm_epilogues, wgmma_linear
-    from recipes.float8_linear import Float8Linear
+    from recipes.float8_linear import Float8Linear, weight_to_float8
     from recipes.recipe import Recipe
     from recipes.wgmma_linear import HEAD_DIM
     from utils.errors import Parser, run_command
@@ -75,20 +75,20 @@ def cases() -> list[Case]:
 def stream(case: Case, number: int, device: torch.device, zeros: bool) -> Stream:
     """A layer of standard normal inputs and as large results, and its input."""
     from recipes.fused_blocks import Rows  # needs triton, which only a machine with a GPU has
-    from recipes.kernels.rows import rows_and_norms, rows_to_float8
+    from recipes.kernels.rows import rows_by_norm
 
     random = torch.Generator(device).manual_seed(number)
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, device=device, generator=random) * (not zeros)
 
-    weight, scale = rows_to_float8(normal(case.out_features, case.in_features) / case.in_features**0.5)
+    weight, scale = weight_to_float8(normal(case.out_features, case.in_features) / case.in_features**0.5)
     quantized = SimpleNamespace(qdata=weight, scale=scale, dtype=torch.bfloat16)
     bias = torch.nn.Parameter(normal(case.out_features).bfloat16() / 8, requires_grad=False)
     linear: Any = SimpleNamespace(weight=quantized, bias=bias)
     layer = Float8Linear(linear)
-    layer.bound(case.plain)
-    return layer, Rows(*rows_and_norms(normal(1, case.tokens[number], case.in_features), True))
+    layer.bound(case.heads, HEAD_DIM)
+    return layer, Rows(*rows_by_norm(normal(1, case.tokens[number], case.in_features)))
 
 
 def _gated(case: Case, streams: Sequence[Stream]) -> Callable[[Any], list[Any]]:
@@ -151,8 +151,7 @@ def forms(case: Case, streams: Sequence[Stream]) -> dict[str, Form]:
 
         def together() -> list[Any]:
             both = (*bounded(*streams[0]), *bounded(*streams[1]))
-            _, value, _ = wgmma_linear.wgmma_qkv_linears(*both, *norms, *norms, turns, 1e-6, case.heads)
-            qkv.lay_out_values(value, "for_wgmma")
+            wgmma_linear.wgmma_qkv_linears(*both, *norms, *norms, turns, 1e-6, case.heads, True)
             return []
 
         return found | {"apart": in_turn, "wgmma": together}
@@ -167,9 +166,8 @@ def forms(case: Case, streams: Sequence[Stream]) -> dict[str, Form]:
         return [Rows(*gelu.concat_gelu_float8(attended, projected[..., case.plain :], x.scale))]
 
     def with_mlp_together() -> list[Any]:
-        of_heads = (*norms, turns, 1e-6, case.heads)
-        _, value, _, *rows = wgmma_linear.wgmma_qkv_gelu_linear(*bounded(linear, x), *of_heads)
-        qkv.lay_out_values(value, "for_wgmma")
+        of_heads = (*norms, turns, 1e-6, case.heads, True)
+        _, _, _, *rows = wgmma_linear.wgmma_qkv_gelu_linear(*bounded(linear, x), *of_heads)
         return [Rows(*rows)]
 
     return found | {"apart": with_mlp_in_turn, "wgmma": with_mlp_together}

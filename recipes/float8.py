@@ -15,6 +15,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from recipes.float8_linear import weight_to_float8
 from recipes.optimization import Needs, Optimization
 from recipes.recipe import Recipe, RecipeError
 from utils.device_memory import give_back_memory
@@ -64,6 +65,8 @@ def not_timed(device: torch.device) -> str | None:
 def quantize(weight: torch.Tensor, quantization: str) -> Any:
     """weight [out features, in features] as a torchao Float8Tensor: `qdata` float8_e4m3fn of its shape, `scale` float32
     [out features, 1] (float8_per_row) or [1, 1] (float8_per_tensor). A Linear with it casts its input likewise.
+
+    Rows with scales of their own are scaled by `float8_linear.weight_to_float8`, not to the largest float8.
     """
     from torchao.float8.inference import Float8MMConfig
     from torchao.quantization import Float8Tensor, PerRow, PerTensor
@@ -73,13 +76,15 @@ def quantize(weight: torch.Tensor, quantization: str) -> Any:
     granularity = PerRow() if quantization == "float8_per_row" else PerTensor()
     # TORCH: plain torch._scaled_mm, which has a CPU path and which torch.export and Inductor know.
     kernel = KernelPreference.TORCH
-    return Float8Tensor.from_hp(
-        weight,
-        granularity=granularity,
-        mm_config=Float8MMConfig(use_fast_accum=True),
-        kernel_preference=kernel,
-        act_quant_kwargs=QuantizeTensorToFloat8Kwargs(granularity=granularity, kernel_preference=kernel),
-    )
+    options: dict[str, Any] = {
+        "mm_config": Float8MMConfig(use_fast_accum=True),
+        "kernel_preference": kernel,
+        "act_quant_kwargs": QuantizeTensorToFloat8Kwargs(granularity=granularity, kernel_preference=kernel),
+    }
+    if quantization == "float8_per_tensor":
+        return Float8Tensor.from_hp(weight, granularity=granularity, **options)
+    values, scale = weight_to_float8(weight)
+    return Float8Tensor(values, scale, block_size=[1, weight.shape[1]], dtype=weight.dtype, **options)
 
 
 def quantize_linears(linears: Iterable[nn.Linear], quantization: str) -> None:

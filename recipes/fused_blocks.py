@@ -30,12 +30,10 @@ Kernels = Any  # Plain, Float8 or Epilogues: what one's adaln and gelu_linears g
 
 
 class Rows(NamedTuple):
-    """Quantized activations: values [batch, tokens, features] float8_e4m3fn, scale [batch, tokens, 1] float32; after
-    AdaLN also what a row's norm doesn't exceed, the same, if that is wanted."""
+    """Quantized activations: values [batch, tokens, features] float8_e4m3fn, scale [batch, tokens, 1] float32."""
 
     values: Tensor
     scale: Tensor
-    norm: Tensor | None = None
 
 
 class Gated(NamedTuple):
@@ -88,10 +86,9 @@ class Float8:
     """The kernels between `Float8Linear`s: what goes into one is cast where it is made."""
 
     attention: Backend
-    row_norms: bool = False  # whether AdaLN's rows come with theirs
 
     def adaln(self, image: Tensor, text: Tensor | None, shift: Tensor, scale: Tensor, eps: float) -> Rows:
-        return Rows(*adaln.adaln_float8(image, text, shift, scale, eps, self.row_norms))
+        return Rows(*adaln.adaln_float8(image, text, shift, scale, eps))
 
     def gated_linear(self, one: Gated, text_residual: Tensor) -> Tensor:
         return _gated_linear(self, one, text_residual)
@@ -103,7 +100,7 @@ class Float8:
         found = []
         updates = [self.linear(one.linear, one.x) for one in streams]
         for x, one, norm in zip(updates, streams, norms, strict=True):
-            arguments = (x, one.gate, one.residual, *norm, self.row_norms)
+            arguments = (x, one.gate, one.residual, *norm)
             hidden, *rows = residual.gated_residual_adaln_float8(*arguments)
             found.append((hidden, Rows(*rows)))
         return found
@@ -134,16 +131,15 @@ class Epilogues(Float8):
     """As Float8, but GELU, RMSNorm, rotary embedding and gated residual are done in the kernel of the Linear before
     them, of both streams in one launch."""
 
-    row_norms: bool = True
-
     def attention_and_mlp(self, attn: FluxAttention, linear: nn.Module, x: Rows, rotary: Rotary) -> Rows:
         """The attention fills the first columns of the MLP's rows."""
         assert self.attention.float8 is not None
         assert self.attention.float8.beside is not None
         heads = attn.inner_dim // attn.head_dim
-        of_heads = (attn.norm_q.weight, attn.norm_k.weight, *rotary, attn.norm_q.eps, heads)
+        laid_out = wgmma_linear.lays_out(x.values.shape[1])
+        of_heads = (attn.norm_q.weight, attn.norm_k.weight, *rotary, attn.norm_q.eps, heads, laid_out)
         query_key, value, descales, *rows = wgmma_linear.wgmma_qkv_gelu_linear(*bounded(linear, x), *of_heads)
-        value = qkv.lay_out_values(value, self.attention.float8.value_layout)
+        value = value if laid_out else qkv.lay_out_values(value, self.attention.float8.value_layout)
         self.attention.float8.beside(query_key[:, :, 0], query_key[:, :, 1], value, descales, *rows)
         return Rows(*rows)
 
@@ -152,9 +148,10 @@ class Epilogues(Float8):
         assert self.attention.float8.rows is not None
         linears = (*bounded(attn.to_qkv, image), *bounded(attn.to_added_qkv, text))
         norms = (attn.norm_q.weight, attn.norm_k.weight, attn.norm_added_q.weight, attn.norm_added_k.weight)
-        of_heads = (*norms, *rotary, attn.norm_q.eps, attn.inner_dim // attn.head_dim)
+        laid_out = wgmma_linear.lays_out(image.values.shape[1], text.values.shape[1])
+        of_heads = (*norms, *rotary, attn.norm_q.eps, attn.inner_dim // attn.head_dim, laid_out)
         query_key, value, descales = wgmma_linear.wgmma_qkv_linears(*linears, *of_heads)
-        value = qkv.lay_out_values(value, self.attention.float8.value_layout)
+        value = value if laid_out else qkv.lay_out_values(value, self.attention.float8.value_layout)
         values, scale = self.attention.float8.rows(query_key[:, :, 0], query_key[:, :, 1], value, descales)
         return Rows(values.flatten(2, 3), scale)
 

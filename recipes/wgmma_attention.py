@@ -9,11 +9,11 @@ from functools import partial
 import torch
 
 from recipes.float8_heads import for_wgmma, to_float8, to_float8_by_norm
-from recipes.kernels.cuda_kernel import CudaKernel, tensor_map
+from recipes.kernels.cuda_kernel import COUNTERS, CudaKernel, counters, tensor_map
 
 HEAD_DIM = 128
 _BLOCK, _STAGES, _THREADS = 128, 4, 384  # as in the kernel
-_WARPS = 8  # that compute
+_WARPS = COUNTERS  # that compute: each counts the parts of its rows that are there
 _OF_PART = 17 * 4 * 32 * _WARPS  # values in float32, of a part of a tile
 _SHARED = (2 * _STAGES + 2) * _BLOCK * HEAD_DIM + 1024  # keys and values by stages, two blocks of queries, alignment
 
@@ -134,8 +134,7 @@ def _launch(
     arguments.whole = tiles - arguments.left
     if parts > 1:
         partial = torch.empty(arguments.left * parts * _OF_PART, device=query.device, dtype=torch.float32)
-        given = torch.zeros(arguments.left * _WARPS, device=query.device, dtype=torch.int32)
-        arguments.partial, arguments.given = partial.data_ptr(), given.data_ptr()
+        arguments.partial, arguments.given = partial.data_ptr(), counters(query.device).data_ptr()
     units = arguments.whole + arguments.left * parts
     _KERNELS[out.dtype].launch(query.device, min(units, blocks), _THREADS, (*by_token, by_channel, arguments))
 

@@ -13,15 +13,16 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from recipes.float8_heads import LONGEST
-from recipes.kernels.cuda_kernel import CudaKernel, tensor_map
+from recipes.float8_linear import ROW
+from recipes.kernels.cuda_kernel import CudaKernel, counters, tensor_map
 
 COLUMNS = 192  # of a tile
 HEAD_DIM = 128
 _ROWS, _DEPTH, _STAGES, _THREADS = 128, 128, 5, 384  # as in the kernel
 _SHARED = _STAGES * (_ROWS + COLUMNS) * _DEPTH + 1024  # rows of both operands by stages, alignment
-_WARPS = 8  # that compute
 _CACHED = 16 << 20  # bytes of input rows at once; a Hopper GPU's L2 cache has 50 MB, in two halves
 _PIECES = 6  # of what is left to do of a tile, a block of depth each
 
@@ -29,15 +30,14 @@ _PIECES = 6  # of what is left to do of a tile, a block of depth each
 class Layer(NamedTuple):
     """One stream's input and its layer.
 
-    x [batch, tokens, in features] float8_e4m3fn, scale [batch, tokens, 1] float32, norm [batch, tokens, 1] float32, no
-    less than a row's norm; weight [out features, in features] float8_e4m3fn, weight_scale [out features, 1] float32,
-    bias [out features] bfloat16, bounds [4] float32, `Float8Linear`'s. All contiguous. Norm and bounds are what results
-    in float8 are scaled by: None where they stay in bfloat16.
+    x [batch, tokens, in features] float8_e4m3fn, no row of it longer than `float8_linear.ROW`, scale [batch, tokens, 1]
+    float32; weight [out features, in features] float8_e4m3fn, no row of it longer than `float8_linear.WEIGHT_ROW`, but
+    for rounding, weight_scale [out features, 1] float32, bias [out features] bfloat16, bounds [4] float32,
+    `Float8Linear`'s, what results in float8 are scaled by: None where they stay in bfloat16. All contiguous.
     """
 
     x: torch.Tensor
     scale: torch.Tensor
-    norm: torch.Tensor | None
     weight: torch.Tensor
     weight_scale: torch.Tensor
     bias: torch.Tensor
@@ -48,7 +48,7 @@ class _Stream(ctypes.Structure):
     _fields_ = (
         *(
             (name, ctypes.c_void_p)
-            for name in ("scale", "norm", "weight_scale", "bias", "bounds", "activated", "activated_scale")
+            for name in ("scale", "weight_scale", "bias", "bounds", "activated", "activated_scale")
         ),
         ("rows", ctypes.c_longlong),
     )
@@ -75,7 +75,7 @@ class _Arguments(ctypes.Structure):
         ("of_heads", _Heads * 2),
         ("updates", _Update * 2),
         *((name, ctypes.c_void_p) for name in ("query_key", "value", "descales")),
-        *((name, ctypes.c_int) for name in ("heads", "tokens", "batch")),
+        *((name, ctypes.c_int) for name in ("heads", "tokens", "batch", "laid_out")),
         ("eps", ctypes.c_float),
         *((name, ctypes.c_void_p) for name in ("partial", "given")),
         *((name, ctypes.c_int) for name in ("first", "tall", "wide", "group")),
@@ -88,13 +88,14 @@ class Attention(NamedTuple):
 
     norms: of each stream the weights of query's and key's RMSNorm [128] bfloat16; turns [tokens of all streams, 128]
     float16, those of the last stream first: for each pair of columns, which are turned by one angle, its cosine and
-    sine.
+    sine. laid_out: the values come as `float8_heads.for_wgmma` lays them out, and not by token.
     """
 
     norms: Sequence[tuple[torch.Tensor, torch.Tensor]]
     turns: torch.Tensor
     eps: float
     heads: int
+    laid_out: bool
 
 
 class Update(NamedTuple):
@@ -162,7 +163,7 @@ def _arguments(layers: Sequence[Layer], heads: int) -> _Arguments:
     arguments = _Arguments(wide=-(-columns // COLUMNS), depth=depth // _DEPTH, columns=columns)
     for layer, stream in zip(layers, arguments.streams, strict=False):
         _check(layer, columns, depth)
-        for name in ("scale", "norm", "weight_scale", "bias", "bounds"):
+        for name in ("scale", "weight_scale", "bias", "bounds"):
             tensor = getattr(layer, name)
             setattr(stream, name, None if tensor is None else tensor.data_ptr())
         stream.rows = layer.x.shape[0] * layer.x.shape[1]
@@ -184,9 +185,8 @@ def _run(layers: Sequence[Layer], arguments: _Arguments, update: bool) -> None:
     arguments.whole = tiles - arguments.left
     if parts > 1:
         sums = arguments.left * (parts - 1) * _ROWS * COLUMNS
-        partial = torch.empty(sums, device=device, dtype=torch.float32)
-        given = torch.zeros(arguments.left * _WARPS, device=device, dtype=torch.int32)
-        arguments.partial, arguments.given = partial.data_ptr(), given.data_ptr()
+        partial = torch.empty(sums, device=device, dtype=torch.float16)
+        arguments.partial, arguments.given = partial.data_ptr(), counters(device).data_ptr()
     units = arguments.whole + arguments.left * parts
     kernel = _kernel(arguments.depth > _PIECES, update)
     kernel.launch(device, min(units, blocks), _THREADS, (*rows, *weights, arguments))
@@ -204,9 +204,12 @@ def _attend(arguments: _Arguments, streams: list[torch.Tensor], attention: Atten
     """Put an attention into the kernel's arguments; `_qkv`, to be filled."""
     if len({x.shape[0] for x in streams}) > 1:
         raise ValueError(f"the streams' batches differ: {[x.shape[0] for x in streams]}")
-    out = _qkv(streams, attention.heads)
+    if attention.laid_out and not lays_out(*(x.shape[1] for x in streams)):
+        raise ValueError(f"values of {[x.shape[1] for x in streams]} tokens aren't laid out: see lays_out")
+    out = _qkv(streams, attention.heads, attention.laid_out)
     arguments.query_key, arguments.value, arguments.descales = (tensor.data_ptr() for tensor in out)
     arguments.batch, arguments.tokens = out[0].shape[:2]
+    arguments.laid_out = attention.laid_out
     arguments.heads, arguments.eps = attention.heads, attention.eps
     _check_tensors(turns=(attention.turns, (arguments.tokens, HEAD_DIM), torch.float16))
     first = arguments.tokens
@@ -220,6 +223,12 @@ def _attend(arguments: _Arguments, streams: list[torch.Tensor], attention: Atten
     return out
 
 
+def lays_out(*tokens: int) -> bool:
+    """Whether the kernel lays out the values of streams of so many tokens: a warp's 16 rows have to be one image's. Of
+    sizes that aren't known, as within a range of them, it doesn't."""
+    return all(statically_known_true(n % 16 == 0) for n in tokens)
+
+
 def rows_at_once(tall: int, depth: int) -> int:
     """Of `tall` tiles of rows of `depth` bytes how many are multiplied by all columns before the next: such that they
     stay in the L2 cache, and in groups as large as each other."""
@@ -229,7 +238,7 @@ def rows_at_once(tall: int, depth: int) -> int:
 
 @cache
 def _kernel(deep: bool, update: bool) -> CudaKernel:
-    defines = (("DEEP", int(deep)), ("UPDATE", int(update)), ("LONGEST", LONGEST))
+    defines = (("DEEP", int(deep)), ("UPDATE", int(update)), ("LONGEST", LONGEST), ("ROW", ROW))
     return CudaKernel("wgmma_linear.cu", "wgmma_linear", "sm_90a", _SHARED, defines)
 
 
@@ -255,8 +264,6 @@ def _check(layer: Layer, columns: int, depth: int) -> None:
         weight_scale=(layer.weight_scale, (columns, 1), torch.float32),
         bias=(layer.bias, (columns,), torch.bfloat16),
     )
-    if layer.norm is not None:
-        _check_tensors(norm=(layer.norm, rows, torch.float32))
     if layer.bounds is not None:
         _check_tensors(bounds=(layer.bounds, (4,), torch.float32))
 
@@ -285,7 +292,7 @@ def _check_tensors(**wanted: tuple[torch.Tensor, tuple[int, ...], torch.dtype]) 
         if tensor.shape != shape or tensor.dtype != dtype or not tensor.is_contiguous():
             wanted_text = f"{list(shape)} {dtype}, contiguous"
             raise ValueError(f"{name} is to be {wanted_text}, not {list(tensor.shape)} {tensor.dtype}")
-        if name not in ("scale", "norm") and tensor.data_ptr() % 16:
+        if name != "scale" and tensor.data_ptr() % 16:
             raise ValueError(f"{name} is read 16 bytes at once and has to begin at a multiple of that")
 
 
@@ -301,14 +308,12 @@ def _activated(x: torch.Tensor, columns: int, heads: int) -> tuple[torch.Tensor,
 def wgmma_gelu_linears(
     x: torch.Tensor,
     scale: torch.Tensor,
-    norm: torch.Tensor,
     weight: torch.Tensor,
     weight_scale: torch.Tensor,
     bias: torch.Tensor,
     bounds: torch.Tensor,
     other_x: torch.Tensor,
     other_scale: torch.Tensor,
-    other_norm: torch.Tensor,
     other_weight: torch.Tensor,
     other_weight_scale: torch.Tensor,
     other_bias: torch.Tensor,
@@ -317,20 +322,20 @@ def wgmma_gelu_linears(
     """GELU(x W^T + b), tanh form, of two streams, as in `Layer`.
 
     Returns of each [batch, tokens, out features] float8_e4m3fn and its scale [batch, tokens, 1] float32: a bound of the
-    row over 448.
+    row's norm over `float8_linear.ROW`.
 
     Raises:
         ValueError: a tensor isn't as `Layer` says, or the kernel has no such sizes (`refusal`).
     """
-    first = Layer(x, scale, norm, weight, weight_scale, bias, bounds)
-    second = Layer(other_x, other_scale, other_norm, other_weight, other_weight_scale, other_bias, other_bounds)
+    first = Layer(x, scale, weight, weight_scale, bias, bounds)
+    second = Layer(other_x, other_scale, other_weight, other_weight_scale, other_bias, other_bounds)
     _, (one, other) = _launch([first, second], None)
     return *one, *other
 
 
 @wgmma_gelu_linears.register_fake
 def _(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    one, other = (_activated(x, len(tensors[3]), 0) for x in (tensors[0], tensors[7]))
+    one, other = (_activated(x, len(tensors[2]), 0) for x in (tensors[0], tensors[6]))
     return *one, *other
 
 
@@ -338,7 +343,6 @@ def _(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
 def wgmma_qkv_gelu_linear(
     x: torch.Tensor,
     scale: torch.Tensor,
-    norm: torch.Tensor,
     weight: torch.Tensor,
     weight_scale: torch.Tensor,
     bias: torch.Tensor,
@@ -348,55 +352,57 @@ def wgmma_qkv_gelu_linear(
     turns: torch.Tensor,
     eps: float,
     heads: int,
+    laid_out: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """x W^T + b, as in `Layer`: query, key and value of `heads` of 128 features each, and GELU of the others.
 
     norm_q, norm_k [128] bfloat16: the weights of query's and key's RMSNorm; turns [tokens, 128] float16, of each pair
-    of columns the angle's cosine and sine. Returns query and key [batch, tokens, 2, heads, 128], normed and turned, and
-    the values [batch, tokens, heads, 128], float8_e4m3fn; their float32 descales [3, batch, heads], of each the same
-    for all heads: a row's longest over `float8_heads.LONGEST`, and the values' bound over 448; [batch, tokens, heads *
-    128 + others] float8_e4m3fn, whose first columns are left to the attention, and its scale [batch, tokens, 1]
-    float32, no row's less than the values' descale.
+    of columns the angle's cosine and sine; laid_out: as in `Attention`, where `lays_out` the tokens. Returns query and
+    key [batch, tokens, 2, heads, 128], normed and turned, and the values [batch, tokens, heads, 128], or laid out,
+    float8_e4m3fn; their float32 descales [3, batch, heads], of each the same for all heads: a row's longest over
+    `float8_heads.LONGEST`, and a bound of an attention's result over `float8_linear.ROW`; [batch, tokens, heads * 128 +
+    others] float8_e4m3fn, whose first columns are left to the attention, and its scale [batch, tokens, 1] float32, such
+    that no row is longer than `ROW` with these.
 
     Raises:
         ValueError: a tensor isn't as said, or the kernel has no such sizes (`refusal`).
     """
     if len(weight) == 3 * heads * HEAD_DIM:
         raise ValueError(f"{len(weight)} out features are those of {heads} heads: none are left for GELU")
-    layer = Layer(x, scale, norm, weight, weight_scale, bias, bounds)
-    (query_key, value, descales), (rows,) = _launch([layer], Attention([(norm_q, norm_k)], turns, eps, heads))
+    layer = Layer(x, scale, weight, weight_scale, bias, bounds)
+    (query_key, value, descales), (rows,) = _launch([layer], Attention([(norm_q, norm_k)], turns, eps, heads, laid_out))
     return query_key, value, descales, *rows
 
 
-def _qkv(streams: Sequence[torch.Tensor], heads: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _qkv(
+    streams: Sequence[torch.Tensor], heads: int, laid_out: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Query and key, the values and the descales for streams [batch, tokens, in features], to be filled."""
     x, tokens = streams[0], sum(stream.shape[1] for stream in streams)
     batch = x.shape[0]
     return (
         x.new_empty((batch, tokens, 2, heads, HEAD_DIM)),
-        x.new_empty((batch, tokens, heads, HEAD_DIM)),
+        x.new_empty((batch, heads, HEAD_DIM, tokens) if laid_out else (batch, tokens, heads, HEAD_DIM)),
         x.new_empty((3, batch, heads), dtype=torch.float32),
     )
 
 
 @wgmma_qkv_gelu_linear.register_fake
 def _(*arguments: Any) -> tuple[torch.Tensor, ...]:
-    x, weight, heads = arguments[0], arguments[3], arguments[-1]
-    return *_qkv([x], heads), *_activated(x, len(weight), heads)
+    x, weight, (heads, laid_out) = arguments[0], arguments[2], arguments[-2:]
+    return *_qkv([x], heads, laid_out), *_activated(x, len(weight), heads)
 
 
 @torch.library.custom_op("flux_fast::wgmma_qkv_linears", mutates_args=())
 def wgmma_qkv_linears(
     x: torch.Tensor,
     scale: torch.Tensor,
-    norm: torch.Tensor,
     weight: torch.Tensor,
     weight_scale: torch.Tensor,
     bias: torch.Tensor,
     bounds: torch.Tensor,
     other_x: torch.Tensor,
     other_scale: torch.Tensor,
-    other_norm: torch.Tensor,
     other_weight: torch.Tensor,
     other_weight_scale: torch.Tensor,
     other_bias: torch.Tensor,
@@ -408,6 +414,7 @@ def wgmma_qkv_linears(
     turns: torch.Tensor,
     eps: float,
     heads: int,
+    laid_out: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """x W^T + b of two streams, as in `Layer`: query, key and value of `heads` of 128 features each, the other stream's
     tokens before x's.
@@ -418,18 +425,18 @@ def wgmma_qkv_linears(
     Raises:
         ValueError: a tensor isn't as said, or the kernel has no such sizes (`refusal`).
     """
-    first = Layer(x, scale, norm, weight, weight_scale, bias, bounds)
-    second = Layer(other_x, other_scale, other_norm, other_weight, other_weight_scale, other_bias, other_bounds)
+    first = Layer(x, scale, weight, weight_scale, bias, bounds)
+    second = Layer(other_x, other_scale, other_weight, other_weight_scale, other_bias, other_bounds)
     if len(weight) != 3 * heads * HEAD_DIM:
         raise ValueError(f"{len(weight)} out features aren't those of {heads} heads: {3 * heads * HEAD_DIM}")
     norms = [(norm_q, norm_k), (other_norm_q, other_norm_k)]
-    (query_key, value, descales), _ = _launch([first, second], Attention(norms, turns, eps, heads))
+    (query_key, value, descales), _ = _launch([first, second], Attention(norms, turns, eps, heads, laid_out))
     return query_key, value, descales
 
 
 @wgmma_qkv_linears.register_fake
 def _(*arguments: Any) -> tuple[torch.Tensor, ...]:
-    return _qkv([arguments[0], arguments[7]], arguments[-1])
+    return _qkv([arguments[0], arguments[6]], *arguments[-2:])
 
 
 def _updated(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -455,7 +462,7 @@ def wgmma_gated_linear(
     Raises:
         ValueError: a tensor isn't as said, or the kernel has no such sizes (`refusal`).
     """
-    layer = Layer(x, scale, None, weight, weight_scale, bias, None)
+    layer = Layer(x, scale, weight, weight_scale, bias, None)
     (out,) = _launch_updates([layer], [Update(gate, residual, text_residual)])
     return out
 
@@ -487,8 +494,8 @@ def wgmma_gated_linears(
     Raises:
         ValueError: a tensor isn't as said, or the kernel has no such sizes (`refusal`).
     """
-    first = Layer(x, scale, None, weight, weight_scale, bias, None)
-    second = Layer(other_x, other_scale, None, other_weight, other_weight_scale, other_bias, None)
+    first = Layer(x, scale, weight, weight_scale, bias, None)
+    second = Layer(other_x, other_scale, other_weight, other_weight_scale, other_bias, None)
     updates = [Update(gate, residual, None), Update(other_gate, other_residual, None)]
     one, other = _launch_updates([first, second], updates)
     return one, other

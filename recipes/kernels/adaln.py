@@ -20,11 +20,10 @@ from recipes.kernels.rows import (
     load_row,
     modulated,
     normalized,
-    row_amax,
     row_norm,
     row_parts,
     row_scale,
-    rows_and_norms,
+    rows_by_norm,
     store_row,
     store_row_e4m3,
 )
@@ -45,9 +44,8 @@ def reference_float8(
     shift: torch.Tensor,
     scale: torch.Tensor,
     eps: float,
-    row_norms: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return rows_and_norms(reference(image, text, shift, scale, eps), row_norms)
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return rows_by_norm(reference(image, text, shift, scale, eps))
 
 
 @triton_op("flux_fast::adaln", mutates_args=())
@@ -60,7 +58,7 @@ def adaln(
     dimension of each contiguous. Returns [batch, tokens, dim], contiguous, of image's dtype; computed in float32.
     """
     out = _empty(image, text, image.dtype)
-    _launch(image, text, shift, scale, eps, out, None, None)
+    _launch(image, text, shift, scale, eps, out, None)
     return out
 
 
@@ -71,14 +69,13 @@ def adaln_float8(
     shift: torch.Tensor,
     scale: torch.Tensor,
     eps: float,
-    row_norms: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`adaln`, as float8_e4m3fn [batch, tokens, dim]; its scale [batch, tokens, 1] float32; and, if `row_norms`, what a
-    row's norm doesn't exceed, the same (else [batch, tokens, 0])."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`adaln`, as float8_e4m3fn [batch, tokens, dim], of which no row is longer than `float8_linear.ROW`, and its scale
+    [batch, tokens, 1] float32."""
     out = _empty(image, text, torch.float8_e4m3fn)
-    out_scale, norm = (out.new_empty((*out.shape[:2], n), dtype=torch.float32) for n in (1, int(row_norms)))
-    _launch(image, text, shift, scale, eps, out, out_scale, norm if row_norms else None)
-    return out, out_scale, norm
+    out_scale = out.new_empty((*out.shape[:2], 1), dtype=torch.float32)
+    _launch(image, text, shift, scale, eps, out, out_scale)
+    return out, out_scale
 
 
 def _empty(image: torch.Tensor, text: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
@@ -95,18 +92,16 @@ def _launch(
     eps: float,
     out: torch.Tensor,
     out_scale: torch.Tensor | None,
-    norm: torch.Tensor | None,
 ) -> None:
     check_rows(image=image, text=text, shift=shift, scale=scale)
     batch, tokens, dim = out.shape
     parts, block, warps = row_parts(dim)
     first = image if text is None else text
     wrap_triton(_adaln_kernel)[(tokens, batch)](
-        first, image, shift, scale, out, image if out_scale is None else out_scale, image if norm is None else norm,
+        first, image, shift, scale, out, image if out_scale is None else out_scale,
         0 if text is None else text.shape[1], tokens,
         first.stride(0), first.stride(1), image.stride(0), image.stride(1), shift.stride(0), scale.stride(0),
-        EPS=eps, DIM=dim, BLOCK=block, PARTS=parts, FLOAT8=out_scale is not None,
-        ROW_NORM=norm is not None, num_warps=warps,
+        EPS=eps, DIM=dim, BLOCK=block, PARTS=parts, FLOAT8=out_scale is not None, num_warps=warps,
     )  # fmt: skip
 
 
@@ -118,7 +113,6 @@ def _adaln_kernel(
     scale,
     out,
     out_scale,
-    out_norm,
     text_tokens,
     tokens,
     text_batch,
@@ -132,7 +126,6 @@ def _adaln_kernel(
     BLOCK: tl.constexpr,  # noqa: N803
     PARTS: tl.constexpr,  # noqa: N803
     FLOAT8: tl.constexpr,  # noqa: N803
-    ROW_NORM: tl.constexpr,  # noqa: N803
 ):
     token, batch = tl.program_id(0), tl.program_id(1)
     row = joint_row(text, image, batch, token, text_tokens, text_batch, text_row, image_batch, image_row)
@@ -142,10 +135,8 @@ def _adaln_kernel(
     y = modulated(normalized(x, PARTS, DIM, EPS), factor, offset, PARTS)
     index = batch.to(tl.int64) * tokens + token
     if FLOAT8:
-        own_scale = row_scale(row_amax(y, PARTS))
+        own_scale = row_scale(row_norm(y, PARTS))
         tl.store(out_scale + index, own_scale)
-        if ROW_NORM:
-            tl.store(out_norm + index, row_norm(y, PARTS))
         store_row_e4m3(out + index * DIM, y, own_scale, BLOCK, PARTS)
     else:
         store_row(out + index * DIM, y, BLOCK, PARTS)

@@ -28,6 +28,8 @@ _MAPS = 4096  # kept; one a tensor's address and kind
 _MAP_BYTES = 128
 _FOLDER = Path(__file__).parent
 _NOT_KEPT = (OSError, KeyError, UsageError)  # of a folder that can't be written to, or a user without a name
+COUNTERS = 8
+_counters: dict[tuple[int, int], torch.Tensor] = {}  # by device and stream; none is let go, for a graph may hold it
 _code: dict[str, bytes] = {}  # machine code by CudaKernel.key
 _recorders: list[set[CudaKernel]] = []
 
@@ -76,6 +78,24 @@ class CudaKernel:
             size = blocks, 1, 1, threads, 1, 1
             launch = partial(cuda_bindings.call, driver, "cuLaunchKernel", what=self.name)
             launch(function, *size, self.shared_bytes, stream, ctypes.addressof(pointers), 0)
+
+
+def counters(device: torch.device) -> torch.Tensor:
+    """Zeros, int32, `COUNTERS` for each multiprocessor, with which a kernel launched on the current stream may count,
+    and which it has to leave as zeros: a kernel to make them so each time would take 2 us.
+
+    A stream has its own, as its kernels run one after the other; a CUDA graph those of the stream that it was captured
+    on, of which none of a pipeline's runs beside another (utils/cuda_graph.py).
+    """
+    with torch.cuda.device(device):
+        key = torch.cuda.current_device(), torch.cuda.current_stream().cuda_stream
+        if (found := _counters.get(key)) is not None:
+            return found
+        number = COUNTERS * torch.cuda.get_device_properties(device).multi_processor_count
+        new = torch.zeros(number, device=device, dtype=torch.int32)
+        if not torch.cuda.is_current_stream_capturing():  # else they are zeros at each replay, and not before
+            _counters[key] = new
+        return new
 
 
 @functools.cache

@@ -20,11 +20,10 @@ from recipes.kernels.rows import (
     load_row,
     modulated,
     normalized,
-    row_amax,
     row_norm,
     row_parts,
     row_scale,
-    rows_and_norms,
+    rows_by_norm,
     store_row,
     store_row_e4m3,
 )
@@ -58,10 +57,9 @@ def reference_adaln_float8(
     shift: torch.Tensor,
     scale: torch.Tensor,
     eps: float,
-    row_norms: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     hidden, normed = reference_adaln(x, gate, residual, shift, scale, eps)
-    return hidden, *rows_and_norms(normed, row_norms)
+    return hidden, *rows_by_norm(normed)
 
 
 @triton_op("flux_fast::gated_residual", mutates_args=())
@@ -75,7 +73,7 @@ def gated_residual(
     computed in float32.
     """
     out = residual.new_empty(x.shape)
-    _launch(x, gate, residual, text_residual, out, None, None, 0.0, None, None, None)
+    _launch(x, gate, residual, text_residual, out, None, None, 0.0, None, None)
     return out
 
 
@@ -95,7 +93,7 @@ def gated_residual_adaln(
     """
     hidden = residual.new_empty(x.shape)
     normed = residual.new_empty(x.shape)
-    _launch(x, gate, residual, None, hidden, shift, scale, eps, normed, None, None)
+    _launch(x, gate, residual, None, hidden, shift, scale, eps, normed, None)
     return hidden, normed
 
 
@@ -107,14 +105,13 @@ def gated_residual_adaln_float8(
     shift: torch.Tensor,
     scale: torch.Tensor,
     eps: float,
-    row_norms: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`gated_residual_adaln`, its norm as `adaln_float8` gives it: float8_e4m3fn, scale and row norm."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`gated_residual_adaln`, its norm as `adaln_float8` gives it: float8_e4m3fn, and scale."""
     hidden = residual.new_empty(x.shape)
     normed = residual.new_empty(x.shape, dtype=torch.float8_e4m3fn)
-    normed_scale, norm = (residual.new_empty((*x.shape[:2], n), dtype=torch.float32) for n in (1, int(row_norms)))
-    _launch(x, gate, residual, None, hidden, shift, scale, eps, normed, normed_scale, norm if row_norms else None)
-    return hidden, normed, normed_scale, norm
+    normed_scale = residual.new_empty((*x.shape[:2], 1), dtype=torch.float32)
+    _launch(x, gate, residual, None, hidden, shift, scale, eps, normed, normed_scale)
+    return hidden, normed, normed_scale
 
 
 def _launch(
@@ -128,7 +125,6 @@ def _launch(
     eps: float,
     normed: torch.Tensor | None,
     normed_scale: torch.Tensor | None,
-    norm: torch.Tensor | None,
 ) -> None:
     check_rows(x=x, gate=gate, residual=residual, text_residual=text_residual, shift=shift, scale=scale)
     batch, tokens, dim = x.shape
@@ -138,12 +134,12 @@ def _launch(
     scale = gate if scale is None else scale
     wrap_triton(_gated_residual_kernel)[(tokens, batch)](
         x, gate, text, residual, shift, scale, hidden,
-        x if normed is None else normed, x if normed_scale is None else normed_scale, x if norm is None else norm,
+        x if normed is None else normed, x if normed_scale is None else normed_scale,
         0 if text_residual is None else text_residual.shape[1], tokens,
         x.stride(0), x.stride(1), gate.stride(0), text.stride(0), text.stride(1),
         residual.stride(0), residual.stride(1), shift.stride(0), scale.stride(0),
         EPS=eps, DIM=dim, BLOCK=block, PARTS=parts, ADALN=normed is not None, FLOAT8=normed_scale is not None,
-        ROW_NORM=norm is not None, num_warps=warps,
+        num_warps=warps,
     )  # fmt: skip
 
 
@@ -158,7 +154,6 @@ def _gated_residual_kernel(
     hidden,
     normed,
     normed_scale,
-    norm,
     text_tokens,
     tokens,
     x_batch,
@@ -176,7 +171,6 @@ def _gated_residual_kernel(
     PARTS: tl.constexpr,  # noqa: N803
     ADALN: tl.constexpr,  # noqa: N803
     FLOAT8: tl.constexpr,  # noqa: N803
-    ROW_NORM: tl.constexpr,  # noqa: N803
 ):
     token, batch = tl.program_id(0), tl.program_id(1)
     row = joint_row(text, image, batch, token, text_tokens, text_batch, text_row, image_batch, image_row)
@@ -193,10 +187,8 @@ def _gated_residual_kernel(
         offset = load_row(shift + batch * shift_row, BLOCK, PARTS)
         y = modulated(normalized(rounded, PARTS, DIM, EPS), factor, offset, PARTS)
         if FLOAT8:
-            own_scale = row_scale(row_amax(y, PARTS))
+            own_scale = row_scale(row_norm(y, PARTS))
             tl.store(normed_scale + index, own_scale)
-            if ROW_NORM:
-                tl.store(norm + index, row_norm(y, PARTS))
             store_row_e4m3(normed + index * DIM, y, own_scale, BLOCK, PARTS)
         else:
             store_row(normed + index * DIM, y, BLOCK, PARTS)

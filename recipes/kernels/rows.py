@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from recipes.float8_heads import E4M3_MAX, SMALLEST_AMAX
+from recipes.float8_linear import ROW
 
 # What rounding a row to float8 with its own scale may add to its norm: 2^-4 of each value, little to the smallest.
 ROUNDED = 1.065
@@ -31,9 +32,10 @@ def rows_to_float8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (x.float() / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scale
 
 
-def rows_and_norms(x: torch.Tensor, row_norms: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`rows_to_float8`; and, if `row_norms`, no less than the rounded rows' norms, [..., 1], else [..., 0]."""
-    return *rows_to_float8(x), x.float().norm(dim=-1, keepdim=True)[..., : int(row_norms)] * ROUNDED
+def rows_by_norm(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The reference: as `rows_to_float8`, such that no row is longer than `float8_linear.ROW`, rounded too."""
+    scale = (x.float().norm(dim=-1, keepdim=True) * ROUNDED).clamp(min=SMALLEST_AMAX) / ROW
+    return (x.float() / scale).to(torch.float8_e4m3fn), scale
 
 
 def check_rows(**tensors: torch.Tensor | None) -> None:
@@ -94,7 +96,7 @@ def row_amax(parts, PARTS: tl.constexpr):  # noqa: N803
 
 @triton.jit
 def row_norm(parts, PARTS: tl.constexpr):  # noqa: N803
-    """As `rows_and_norms`, the same constant."""
+    """As `rows_by_norm`, the same constant."""
     squares = ()
     for i in tl.static_range(PARTS):
         squares = squares + (parts[i] * parts[i],)
@@ -103,7 +105,7 @@ def row_norm(parts, PARTS: tl.constexpr):  # noqa: N803
 
 @triton.jit
 def row_scale(amax):
-    """The same constants as `rows_to_float8`: a kernel's own have to stand in it."""
+    """The same constants as `rows_to_float8`, or of a norm `rows_by_norm`: a kernel's own have to stand in it."""
     return tl.maximum(amax, 1e-12) / 448.0
 
 

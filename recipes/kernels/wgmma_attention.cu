@@ -36,7 +36,7 @@ struct Arguments {
   const float* scales;    // [batch, tokens] of a result in float8; null: the values' descale
   long long stride;
   float4* partial;  // [tiles that are shared, parts, OF_PART, threads]: what a thread has of the result
-  int* given;       // [tiles that are shared, warps]: how many parts are there; zeros
+  int* given;       // [tiles that are shared, warps]: how many parts are there; zeros, before and after
   Units units;
   int tokens, keys, heads, batch;
   float scale;  // of the scores, times log2(e)
@@ -384,9 +384,9 @@ extern "C" __global__ void __launch_bounds__(ALL, 1)
       __syncwarp();
       int before = 0;
       if (lane == 0)
-        asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;"
+        asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"  // from parts - 1 on it is zero again
                      : "=r"(before)
-                     : "l"(args.given + shared * warps + threadIdx.x / 32 - 4)
+                     : "l"(args.given + shared * warps + threadIdx.x / 32 - 4), "r"(parts - 1)
                      : "memory");
       __syncwarp();
       if (!__any_sync(~0u, before == parts - 1)) continue;

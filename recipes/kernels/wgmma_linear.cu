@@ -8,19 +8,25 @@
 // warpgroup does, in pieces between its instructions for them, what is left to do of the tile before, whose results it
 // holds beside the sums. A block of threads goes from tile to tile, as many blocks as there are multiprocessors.
 //
+// - Sums are float16, two in a register: of each product of 32 values of depth the tensor cores read and write half as
+//   much, which takes power as what they multiply does. Rounding them adds little to what rounding to float8 costs, and
+//   none overflows, nor does any on the way there: a row of x is no longer than ROW and one of W than WEIGHT_ROW in float8
+//   (`float8_linear`), so that by Cauchy and Schwarz no sum exceeds their product.
 // - What is left to do costs more by its instructions than by its arithmetic: each is fetched once a tile, and takes
 //   power from the tensor cores. So results are kept as pairs of float16, which one instruction works on (what is
 //   beyond 65504 is cut to that); and there is one loop over tiles, not two with the sums in different registers, so
 //   that its code fits into the caches.
-// - A row's scale has to be known before the row is: it is a bound. No value of x W + b exceeds |x| |w| + |b|, for the
-//   largest |w| and |b| of all columns; so none is cut off. Such a scale is some 13 times too large for numbers that
-//   are normally distributed, which in float8, a floating-point format, costs next to no precision. Beside an attention
-//   every row's is also at least the values' bound in the row of the largest norm, which is the values' scale too.
-//   Where norms of rows or columns lie far apart, the smallest numbers get lost: a result of 1/20 of the values'
-//   deviation is 0.031 wrong if the bound is 1000 deviations, 0.05 if it is 2000 (55 are usual), GELU's still 0.027.
+// - A row's scale has to be known before the row is: it is a bound of its norm, |x| |W| + |b|, so that none of it is cut
+//   off and the next Linear's sums hold. Of the attention's values it is that of the longest row, by heads: a mean of
+//   values is no longer. Beside an attention a row's scale is both together. Such scales are some 40 to 90 times too
+//   large for numbers that are normally distributed, which in float8, a floating-point format, costs next to no
+//   precision. Where W stretches some x far more than others, the smallest numbers get lost: a result of 1/20 of the
+//   values' deviation is 0.031 wrong if the bound is 1000 deviations, 0.05 if it is 2000 (400 are usual), GELU's 0.027.
 // - The columns of a tile come in such an order (TMA's box has five dimensions for it) that a thread gets 16 of a row
 //   side by side, which it stores at once. A tile of query or key is one head and 64 columns of the values, of which
 //   there are half as many: so the four threads that have a row have its whole head.
+// - Values are stored as the attention reads them, their tokens innermost. In its order of tokens, four side by side are
+//   those of two threads: each gives the other half of its channels, and stores four bytes a channel.
 //
 // FLOPs: 2 x rows x columns x depth.
 //
@@ -30,22 +36,23 @@
 #include "hopper.cuh"
 
 // In a GEMM's terms: tiles of M and N, blocks of K.
-constexpr int ROWS = 128, COLUMNS = 192, DEPTH = 128, STAGES = 5, ALL = 384, SUMS = COLUMNS / 2;
+constexpr int ROWS = 128, COLUMNS = 192, DEPTH = 128, STAGES = 5, ALL = 384;
+constexpr int SUMS = COLUMNS / 4;  // registers a thread
 constexpr int X_TILE = ROWS * DEPTH, W_TILE = COLUMNS * DEPTH, UNIT = 32;  // rows of W that come at once
 constexpr int SPANS = COLUMNS / 64, PIECES = 2 * SPANS;  // 16 of 64 columns are a thread's, in two rows
 constexpr int HEAD = 128;
-// LONGEST, of a row of query or key: `float8_heads.LONGEST`.
-constexpr float LARGEST = 448, SMALLEST = 0.007f;  // of e4m3; of bounds: 448 over one is to be a float16
+// LONGEST, of a row of query or key: `float8_heads.LONGEST`; ROW, of x: `float8_linear.ROW`.
+constexpr float SMALLEST = 0.007f;  // of bounds: ROW over one is to be a float16
+static_assert(ROW <= 448, "none of a row of results is larger than a float8");
 
 #include "tiles.cuh"
 #include "units.cuh"
 
 struct Stream {
-  const float* scale;         // [rows]
-  const float* norm;          // [rows]: no less than a row's norm
+  const float* scale;         // [rows]; ROW times it is no less than a row's norm
   const float* weight_scale;  // [columns]
   const u16* bias;            // [columns] bfloat16
-  const float* bounds;        // largest norm of a row of W and largest bias: of GELU's columns; of the values'
+  const float* bounds;        // of the norm of W x and of b: of GELU's columns; of the values', by heads
   u8* activated;              // [rows, heads * HEAD + GELU's columns] float8
   float* activated_scale;     // [rows]
   long long rows;
@@ -71,12 +78,12 @@ struct Arguments {
   Heads of_heads[2];
   Update updates[2];
   u8* query_key;    // [batch, tokens, 2, heads, HEAD] float8, of both streams
-  u8* value;        // [batch, tokens, heads, HEAD] float8
+  u8* value;        // [batch, heads, HEAD, tokens] float8, as `float8_heads.for_wgmma`; or [batch, tokens, heads, HEAD]
   float* descales;  // [3, batch, heads]: of query, key and value
-  int heads, tokens, batch;
+  int heads, tokens, batch, laid_out;  // whether the values are: each stream's tokens are a multiple of 16 then
   float eps;
-  float* partial;  // [tiles that are shared, parts but the first, a thread's sums by fours, threads, 4]
-  int* given;      // [tiles that are shared, warps]: how many parts are there; zeros
+  u32* partial;    // [tiles that are shared, parts but the first, a thread's sums by fours, threads, 4]
+  int* given;      // [tiles that are shared, warps]: how many parts are there; zeros, before and after
   Tiles tiles;
   Units units;
   int depth, columns;  // blocks of 128; of W's rows
@@ -101,40 +108,31 @@ __device__ __forceinline__ void load_unit(u32 to, const TensorMap* map, u32 barr
       : "memory");
 }
 
-// ---- products: 64 x 192 in float32 a warpgroup, laid out as in wgmma_attention.cu.
+// ---- products: 64 x 192 in float16 a warpgroup, laid out as the scores in wgmma_attention.cu.
 
 #define ACCUMULATORS \
-  "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), \
-  "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), \
-  "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), \
-  "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]), \
-  "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), \
-  "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]), \
-  "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]), \
-  "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63]), \
-  "+f"(d[64]), "+f"(d[65]), "+f"(d[66]), "+f"(d[67]), "+f"(d[68]), "+f"(d[69]), "+f"(d[70]), "+f"(d[71]), \
-  "+f"(d[72]), "+f"(d[73]), "+f"(d[74]), "+f"(d[75]), "+f"(d[76]), "+f"(d[77]), "+f"(d[78]), "+f"(d[79]), \
-  "+f"(d[80]), "+f"(d[81]), "+f"(d[82]), "+f"(d[83]), "+f"(d[84]), "+f"(d[85]), "+f"(d[86]), "+f"(d[87]), \
-  "+f"(d[88]), "+f"(d[89]), "+f"(d[90]), "+f"(d[91]), "+f"(d[92]), "+f"(d[93]), "+f"(d[94]), "+f"(d[95])
+  "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3]), "+r"(d[4]), "+r"(d[5]), "+r"(d[6]), "+r"(d[7]), "+r"(d[8]), \
+  "+r"(d[9]), "+r"(d[10]), "+r"(d[11]), "+r"(d[12]), "+r"(d[13]), "+r"(d[14]), "+r"(d[15]), "+r"(d[16]), \
+  "+r"(d[17]), "+r"(d[18]), "+r"(d[19]), "+r"(d[20]), "+r"(d[21]), "+r"(d[22]), "+r"(d[23]), "+r"(d[24]), \
+  "+r"(d[25]), "+r"(d[26]), "+r"(d[27]), "+r"(d[28]), "+r"(d[29]), "+r"(d[30]), "+r"(d[31]), "+r"(d[32]), \
+  "+r"(d[33]), "+r"(d[34]), "+r"(d[35]), "+r"(d[36]), "+r"(d[37]), "+r"(d[38]), "+r"(d[39]), "+r"(d[40]), \
+  "+r"(d[41]), "+r"(d[42]), "+r"(d[43]), "+r"(d[44]), "+r"(d[45]), "+r"(d[46]), "+r"(d[47])
 #define NUMBERS \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
-  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
-  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, " \
-  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
-  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
 
 // d (+)= a b^T, of 32 bytes of the operands' rows; from zero if not `add`.
-__device__ __forceinline__ void wgmma(float (&d)[SUMS], u32 a, u32 b, bool add) {
-  asm volatile("{\n.reg .pred add;\n.reg .b64 a, b;\nsetp.ne.b32 add, %98, 0;\n"
-               "mov.b64 a, {%96, " DESCRIPTOR "};\nmov.b64 b, {%97, " DESCRIPTOR "};\n"
-               "wgmma.mma_async.sync.aligned.m64n192k32.f32.e4m3.e4m3 {" NUMBERS "}, a, b, add, 1, 1;\n}\n"
+__device__ __forceinline__ void wgmma(u32 (&d)[SUMS], u32 a, u32 b, bool add) {
+  asm volatile("{\n.reg .pred add;\n.reg .b64 a, b;\nsetp.ne.b32 add, %50, 0;\n"
+               "mov.b64 a, {%48, " DESCRIPTOR "};\nmov.b64 b, {%49, " DESCRIPTOR "};\n"
+               "wgmma.mma_async.sync.aligned.m64n192k32.f16.e4m3.e4m3 {" NUMBERS "}, a, b, add, 1, 1;\n}\n"
                : ACCUMULATORS
                : "r"(a), "r"(b), "r"((int)add));
 }
 
 // The compiler is to have these values now, and take them to be others afterwards.
-__device__ __forceinline__ void hold(float (&d)[SUMS]) { asm volatile("" : ACCUMULATORS::"memory"); }
+__device__ __forceinline__ void hold(u32 (&d)[SUMS]) { asm volatile("" : ACCUMULATORS::"memory"); }
 
 // ---- after the products
 
@@ -171,7 +169,8 @@ extern "C" __global__ void __launch_bounds__(ALL, 1)
   extern __shared__ u8 memory[];
   __shared__ u64 barriers[2 * STAGES + 4];
   // Of the tile that is multiplied and the next, by columns and by rows. Bounds: GELU's, the values' not yet looked at.
-  __shared__ alignas(16) float weight_scales[2][COLUMNS], biases[2][COLUMNS], scales[2][ROWS], bounds[2][ROWS];
+  __shared__ alignas(16) u16 weight_scales[2][COLUMNS];  // float16
+  __shared__ alignas(16) float biases[2][COLUMNS], scales[2][ROWS], bounds[2][ROWS];
   __shared__ float norms[2][8], weights[8];  // by warps: largest norms of rows; largest weight of a head's norm
   __shared__ alignas(16) u32 head_norms[2][2][HEAD / 2];  // by streams, of query and key, in units of their scale
   const u32 x_at = (shared_address(memory) + 1023) & ~1023u, w_at = x_at + STAGES * X_TILE;
@@ -217,7 +216,7 @@ extern "C" __global__ void __launch_bounds__(ALL, 1)
         for (int i = lane; i < COLUMNS; i += 32) {
           const int column = i < HEAD ? from + i : then + i - HEAD;
           if (column >= args.columns) continue;
-          weight_scales[of_tile.index][i] = stream.weight_scale[column];
+          weight_scales[of_tile.index][i] = (u16)float16(stream.weight_scale[column], 0);
           biases[of_tile.index][i] = __uint_as_float((u32)stream.bias[column] << 16);
         }
 #pragma unroll 2
@@ -225,7 +224,8 @@ extern "C" __global__ void __launch_bounds__(ALL, 1)
           const int row = place.row + i;
           const bool inside = row < stream.rows;
           scales[of_tile.index][i] = inside ? stream.scale[row] : 0;
-          if (!UPDATE) bounds[of_tile.index][i] = inside ? stream.norm[row] * stream.bounds[0] + stream.bounds[1] : 1;
+          if (!UPDATE)
+            bounds[of_tile.index][i] = inside ? ROW * stream.scale[row] * stream.bounds[0] + stream.bounds[1] : 1;
         }
         __syncwarp();
         if (lane == 0) arrive(known + 8 * of_tile.index);
@@ -260,7 +260,7 @@ extern "C" __global__ void __launch_bounds__(ALL, 1)
     if (lane == 0) arrive(barrier);
   };
 
-  float floor = 0;  // what none of the attention's values exceeds
+  float floor = 0;  // what no row of an attention's result is longer than
   auto know_scales = [&] {
     const int thread = threadIdx.x - 128, part = thread / HEAD, all = args.batch * args.heads;
     const int streams = args.tiles.first < args.tiles.tall ? 2 : 1;
@@ -271,7 +271,7 @@ extern "C" __global__ void __launch_bounds__(ALL, 1)
       float longest = 0;
       const Stream& stream = args.streams[i];
 #pragma unroll 8
-      for (int row = thread; row < stream.rows; row += 256) longest = fmaxf(longest, stream.norm[row]);
+      for (int row = thread; row < stream.rows; row += 256) longest = fmaxf(longest, ROW * stream.scale[row]);
 #pragma unroll
       for (int j = 16; j; j >>= 1) longest = fmaxf(longest, __shfl_xor_sync(~0u, longest, j));
       if (lane == 0) norms[i][warp] = longest;
@@ -287,7 +287,8 @@ extern "C" __global__ void __launch_bounds__(ALL, 1)
       if (i >= streams) continue;
       float longest = 0;
       for (int j = 0; j < 8; j++) longest = fmaxf(longest, norms[i][j]);
-      floor = fmaxf(floor, longest * args.streams[i].bounds[2] + args.streams[i].bounds[3]);
+      const float of_values = longest * args.streams[i].bounds[2] + args.streams[i].bounds[3];
+      floor = sqrtf(floor * floor + of_values * of_values);  // some heads may take one stream's, others the other's
     }
     floor = fmaxf(floor, SMALLEST);
     // No normed head is longer than sqrt(HEAD) times the largest weight, turned or not.
@@ -305,13 +306,13 @@ extern "C" __global__ void __launch_bounds__(ALL, 1)
       for (int i = thread; i < all; i += 256) {
         args.descales[i] = of_parts[0];
         args.descales[all + i] = of_parts[1];
-        args.descales[2 * all + i] = floor / LARGEST;
+        args.descales[2 * all + i] = floor / ROW;
       }
     asm volatile("bar.sync 1, 256;" ::: "memory");
   };
 
-  float sums[SUMS];       // of the tile that is multiplied
-  u32 results[SUMS / 2];  // x W + b of the one before it, by spans and pairs of columns, one row and then the other
+  u32 sums[SUMS];     // of the tile that is multiplied
+  u32 results[SUMS];  // x W + b of the one before it, by spans and pairs of columns, one row and then the other
   Place of;               // that one's, of a thread's two rows the first
   u32 factor[2];          // by rows, twice in float16: half of 1 over GELU's scale, or 1 over a head's root mean square
 
@@ -320,15 +321,15 @@ extern "C" __global__ void __launch_bounds__(ALL, 1)
   // Of a tile that is shared: its sums to memory, for the block of threads that has the first part, which adds them up.
   auto partial = [&](const Unit& unit) {
     const int of_shared = unit.tile - shared.whole;
-    return (float4*)args.partial + (of_shared * (shared.parts - 1) + unit.part) * (SUMS / 4 * 256) + threadIdx.x - 128;
+    return (uint4*)args.partial + (of_shared * (shared.parts - 1) + unit.part) * (SUMS / 4 * 256) + threadIdx.x - 128;
   };
   auto given = [&](const Unit& unit) { return args.given + (unit.tile - shared.whole) * warps + warp; };
   auto give = [&](Unit unit) {
     unit.part--;
-    float4* to = partial(unit);
+    uint4* to = partial(unit);
 #pragma unroll
     for (int i = 0; i < SUMS / 4; i++)
-      to[256 * i] = make_float4(sums[4 * i], sums[4 * i + 1], sums[4 * i + 2], sums[4 * i + 3]);
+      to[256 * i] = make_uint4(sums[4 * i], sums[4 * i + 1], sums[4 * i + 2], sums[4 * i + 3]);
     __threadfence();
     __syncwarp();
     if (lane == 0) asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(given(unit)) : "memory");
@@ -338,15 +339,16 @@ extern "C" __global__ void __launch_bounds__(ALL, 1)
     do
       asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(there) : "l"(given(unit)) : "memory");
     while (__any_sync(~0u, there < shared.parts - 1));  // of the whole warp: see `of_warp`
+    if (lane == 0) *given(unit) = 0;
     for (; unit.part < shared.parts - 1; unit.part++) {
-      const float4* from = partial(unit);
+      const uint4* from = partial(unit);
 #pragma unroll
       for (int i = 0; i < SUMS / 4; i++) {
-        const float4 four = __ldcg(from + 256 * i);
-        sums[4 * i] += four.x;
-        sums[4 * i + 1] += four.y;
-        sums[4 * i + 2] += four.z;
-        sums[4 * i + 3] += four.w;
+        const uint4 four = __ldcg(from + 256 * i);
+        sums[4 * i] = add(sums[4 * i], four.x);
+        sums[4 * i + 1] = add(sums[4 * i + 1], four.y);
+        sums[4 * i + 2] = add(sums[4 * i + 2], four.z);
+        sums[4 * i + 3] = add(sums[4 * i + 3], four.w);
       }
     }
   };
@@ -361,13 +363,13 @@ extern "C" __global__ void __launch_bounds__(ALL, 1)
 #pragma unroll
       for (int i = 0; i < 4 * SPANS; i++) {
         const int from = i / 4 * 64 + quad * 16 + i % 4 * 4;
-        const float4 w = *(const float4*)(weight_scales[of_tile.index] + from);
+        const uint2 w = *(const uint2*)(weight_scales[of_tile.index] + from);
         const float4 b = *(const float4*)(biases[of_tile.index] + from);
 #pragma unroll
         for (int r = 0; r < 2; r++) {
-          const float* of_four = sums + 8 * i + 2 * r;
-          const float y[4] = {of_four[0] * scale[r] * w.x + b.x, of_four[1] * scale[r] * w.y + b.y,
-                              of_four[4] * scale[r] * w.z + b.z, of_four[5] * scale[r] * w.w + b.w};
+          const float2 two = floats(mul(sums[4 * i + r], w.x)), next = floats(mul(sums[4 * i + 2 + r], w.y));
+          const float y[4] = {two.x * scale[r] + b.x, two.y * scale[r] + b.y, next.x * scale[r] + b.z,
+                              next.y * scale[r] + b.w};
           results[4 * i + r] = UPDATE ? bfloat16(y[0], y[1]) : float16(y[0], y[1]);
           results[4 * i + 2 + r] = UPDATE ? bfloat16(y[2], y[3]) : float16(y[2], y[3]);
           if (of_head && i < 8) squares[r] += y[0] * y[0] + y[1] * y[1] + y[2] * y[2] + y[3] * y[3];
@@ -399,8 +401,9 @@ extern "C" __global__ void __launch_bounds__(ALL, 1)
       const Stream& stream = args.streams[of.second];
 #pragma unroll
       for (int r = 0; r < 2; r++) {
-        const float bound = fmaxf(bounds[of_tile.index][row_of_tile + 8 * r], floor);
-        const float of_result = fmaxf(bound, SMALLEST) / LARGEST;
+        const float of_gelu = bounds[of_tile.index][row_of_tile + 8 * r];
+        const float bound = sqrtf(of_gelu * of_gelu + floor * floor);  // of the whole row's norm
+        const float of_result = fmaxf(bound, SMALLEST) / ROW;
         const int row = of.row + 8 * r;
         if (of.across == of_heads && quad == 0 && row < stream.rows) stream.activated_scale[row] = of_result;
         of_rows[r] = 0.5f / of_result;
@@ -436,6 +439,41 @@ extern "C" __global__ void __launch_bounds__(ALL, 1)
     const uint4* table = (const uint4*)(own.turns + of_image * HEAD + span * 64 + quad * 16);
     turns[0] = table[0];
     turns[1] = table[1];
+  };
+  // The values of a warp's 16 tokens, in an attention's order: of a channel, four tokens side by side are those of two
+  // threads that have neighbouring rows. Each takes half of their 16 channels.
+  auto lay_out = [&](u32 over, bool inside) {
+    const u32* x = results + 16 * (HEAD / 64);
+    const bool odd = lane & 4;
+    u32 even_rows[2][2], odd_rows[2][2];  // by rows and four channels
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      u32 w[4];
+#pragma unroll
+      for (int i = 0; i < 4; i++) w[i] = e4m3(mul(x[4 * i + r], over), mul(x[4 * i + 2 + r], over));
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        const u32 own = odd ? w[2 + i] : w[i], others = __shfl_xor_sync(~0u, odd ? w[i] : w[2 + i], 4);
+        even_rows[r][i] = odd ? others : own;
+        odd_rows[r][i] = odd ? own : others;
+      }
+    }
+    if (!inside) return;
+    const int image = token / args.tokens, of_image = token - image * args.tokens - 8 - lane / 4;
+    const int channel = of.across % 2 * 64 + quad * 16 + odd * 8;  // the first of 8
+    const int line = (image * args.heads + of.across / 2) * HEAD + channel % 32 / 2 * 8 + channel / 32 * 2;
+    u8* to = args.value + (long long)line * args.tokens + of_image + lane / 8 * 4;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      const u32 a = __byte_perm(even_rows[0][i], odd_rows[0][i], 0x5140);
+      const u32 b = __byte_perm(even_rows[0][i], odd_rows[0][i], 0x7362);
+      const u32 c = __byte_perm(even_rows[1][i], odd_rows[1][i], 0x5140);
+      const u32 d = __byte_perm(even_rows[1][i], odd_rows[1][i], 0x7362);
+      const u32 words[4] = {__byte_perm(a, c, 0x5410), __byte_perm(a, c, 0x7632), __byte_perm(b, d, 0x5410),
+                            __byte_perm(b, d, 0x7632)};
+#pragma unroll
+      for (int j = 0; j < 4; j++) *(u32*)(to + ((4 * i + j) / 2 * 8 + j % 2) * args.tokens) = words[j];
+    }
   };
   auto complete = [&](int piece) {
     const int span = piece / 2, r = piece % 2, from = span * 64 + quad * 16;
@@ -477,7 +515,11 @@ extern "C" __global__ void __launch_bounds__(ALL, 1)
       }
       to = args.query_key + ((long long)token * of_heads + of.across) * HEAD + from;
     } else {
-      const u32 over = float16(LARGEST / floor, LARGEST / floor);
+      const u32 over = float16(ROW / floor, ROW / floor);
+      if (args.laid_out) {
+        if (r == 1) lay_out(over, inside);  // both rows
+        return;
+      }
 #pragma unroll
       for (int i = 0; i < 8; i++) y[i] = mul(x[2 * i], over);
       to = args.value + (long long)token * args.heads * HEAD + of.across * 64 + quad * 16;

@@ -192,6 +192,20 @@ def test_same_bits_every_time() -> None:
 
 @gpu
 @pytest.mark.usefixtures("_here")
+def test_counters_are_a_streams_own() -> None:
+    own = cuda_kernel.counters(CUDA)
+    assert cuda_kernel.counters(CUDA) is own
+    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=side):
+        of_graph = cuda_kernel.counters(CUDA)
+    with torch.cuda.stream(side):
+        others = cuda_kernel.counters(CUDA)
+    assert len({x.data_ptr() for x in (own, of_graph, others)}) == 3, "one that a graph makes is nobody else's"
+    assert not others.any()
+
+
+@gpu
+@pytest.mark.usefixtures("_here")
 def test_a_kernel_that_does_not_compile() -> None:
     broken = CudaKernel("wgmma_attention.cu", "wgmma_attention", "sm_90a", 0, (("STAGES", 7),))
     with pytest.raises(UserError, match=r"wgmma_attention\.cu doesn't compile: wgmma_attention\.cu\(") as error:
@@ -236,6 +250,7 @@ def test_shared_tiles_are_as_those_that_are_not(many: int, monkeypatch: pytest.M
         rows = torch.zeros(1, 300, 24 * DIM, device=CUDA).to(torch.float8_e4m3fn)
         wgmma_attention.wgmma_attention_beside(*given, rows, scale)
         found.append((wgmma_attention.wgmma_attention(*given, False).float(), rows.float()))
+        assert not cuda_kernel.counters(CUDA).any(), "left as they were"
     (one, beside), (shared, shared_beside), again = found
     assert error_of(shared, one) < 0.01
     assert error_of(shared_beside, beside) < 0.03

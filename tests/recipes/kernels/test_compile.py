@@ -30,7 +30,7 @@ class AllKernels(nn.Module):
 
     def forward(self, image: Tensor, text: Tensor, modulation: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
         shift, scale, gate = modulation.chunk(3, dim=1)
-        values, *rows = adaln.adaln_float8(image, text, shift, scale, 1e-6, True)
+        values, *rows = adaln.adaln_float8(image, text, shift, scale, 1e-6)
         normed = adaln.adaln(image, text, shift, scale, 1e-6)
         wide = torch.cat([normed, -normed, 2 * normed], dim=2).unflatten(2, (3, HEADS, HEAD_DIM))
         wide_text, wide_image = wide.split([TEXT, IMAGE], dim=1)
@@ -44,7 +44,7 @@ class AllKernels(nn.Module):
         quantized = (
             *gelu.concat_gelu_float8(attended, normed),
             *gelu.gelu_float8(both),
-            *residual.gated_residual_adaln_float8(attended, gate, normed, shift, scale, 1e-6, True),
+            *residual.gated_residual_adaln_float8(attended, gate, normed, shift, scale, 1e-6),
             *cast.rows_float8(attended[:, TEXT:]),
         )
         return (values, *rows, plain, attended, both, out, *quantized)
@@ -91,7 +91,7 @@ def test_fake_results_have_the_real_ones_layout(module: nn.Module, inputs: tuple
     image, text, modulation, *_ = inputs
     shift, scale, _ = modulation.chunk(3, dim=1)
     for op, arguments in (
-        (adaln.adaln_float8, (image, text, shift, scale, 1e-6, True)),
+        (adaln.adaln_float8, (image, text, shift, scale, 1e-6)),
         (gelu.concat_gelu_float8, (image, image)),
         (cast.rows_float8, (image,)),
     ):

@@ -26,8 +26,9 @@ from recipes import (
     wgmma_linear,
 )
 from recipes.float8_heads import for_wgmma, to_float8, to_float8_by_norm, tokens_innermost
+from recipes.float8_linear import weight_to_float8
 from recipes.kernels import adaln, attention, cast, gelu, group_norm, qkv, residual
-from recipes.kernels.rows import rows_to_float8
+from recipes.kernels.rows import rows_by_norm
 
 BATCH, TEXT, IMAGE, HEADS, HEAD_DIM = 2, 3, 5, 2, 32
 DIM = HEADS * HEAD_DIM
@@ -94,15 +95,14 @@ def beside_arguments(x: Inputs) -> tuple:
 
 def linear_arguments(x: Inputs, tokens: int, columns: int) -> tuple:
     """As `wgmma_linear`'s operators take a stream and its layer of 256 in features."""
-    rows, scale = rows_to_float8(x.normal(BATCH, tokens, 256))
-    weight, weight_scale = rows_to_float8(x.normal(columns, 256))
-    norm, bounds = x.normal(BATCH, tokens, 1, dtype=torch.float32).abs() + 20, x.normal(4, dtype=torch.float32).abs()
-    return rows, scale, norm, weight, weight_scale, x.normal(columns), bounds
+    rows, scale = rows_by_norm(x.normal(BATCH, tokens, 256))
+    weight, weight_scale = weight_to_float8(x.normal(columns, 256))
+    return rows, scale, weight, weight_scale, x.normal(columns), x.normal(4, dtype=torch.float32).abs()
 
 
 def gated_arguments(x: Inputs, tokens: int) -> tuple:
     """The same of 256 out features, a gate, and the stream before."""
-    rows, scale, _, weight, weight_scale, bias, _ = linear_arguments(x, tokens, 256)
+    rows, scale, weight, weight_scale, bias, _ = linear_arguments(x, tokens, 256)
     return rows, scale, weight, weight_scale, bias, x.normal(BATCH, 3 * 256)[:, 256:512], x.normal(BATCH, tokens, 256)
 
 
@@ -127,7 +127,7 @@ class Case:
 
 CASES = {
     "adaln": Case(adaln.adaln, lambda x: (*x.streams(DIM), *x.rows(2), EPS)),
-    "adaln_float8": Case(adaln.adaln_float8, lambda x: (*x.streams(DIM), *x.rows(2), EPS, True)),
+    "adaln_float8": Case(adaln.adaln_float8, lambda x: (*x.streams(DIM), *x.rows(2), EPS)),
     "attention_float8": Case(attention.attention_float8, attention_arguments, "triton_fp8"),
     "concat_gelu": Case(gelu.concat_gelu, lambda x: x.streams(DIM)[:1] + x.streams(2 * DIM)[:1]),
     "concat_gelu_float8": Case(gelu.concat_gelu_float8, lambda x: x.streams(DIM)[:1] + x.streams(2 * DIM)[:1]),
@@ -141,7 +141,7 @@ CASES = {
     ),
     "gated_residual_adaln_float8": Case(
         residual.gated_residual_adaln_float8,
-        lambda x: (x.streams(DIM)[0], *x.rows(1), x.streams(DIM)[0], *x.rows(2), EPS, True),
+        lambda x: (x.streams(DIM)[0], *x.rows(1), x.streams(DIM)[0], *x.rows(2), EPS),
     ),
     "group_norm": Case(
         group_norm.group_norm,
@@ -174,7 +174,7 @@ CASES = {
         wgmma_linear.wgmma_qkv_linears,
         lambda x: (
             *(*linear_arguments(x, IMAGE, 768), *linear_arguments(x, TEXT, 768)),
-            *(*x.normal(4, 128), x.turns(TEXT + IMAGE), EPS, 2),
+            *(*x.normal(4, 128), x.turns(TEXT + IMAGE), EPS, 2, False),
         ),
         "wgmma_fp8",
     ),
@@ -193,7 +193,7 @@ CASES = {
     ),
     "wgmma_qkv_gelu_linear": Case(
         wgmma_linear.wgmma_qkv_gelu_linear,
-        lambda x: (*linear_arguments(x, IMAGE, 896), *x.normal(2, 128), x.turns(IMAGE), EPS, 2),
+        lambda x: (*linear_arguments(x, IMAGE, 896), *x.normal(2, 128), x.turns(IMAGE), EPS, 2, False),
         "wgmma_fp8",
         leaves_free=True,
     ),
