@@ -14,7 +14,7 @@ from diffusers import DiffusionPipeline, FluxTransformer2DModel
 from torch import nn
 
 from recipes import wgmma_linear
-from recipes.float8_linear import Float8Linear
+from recipes.float8_linear import WEIGHT_ROW, Float8Linear
 from recipes.kernels import cuda_kernel
 from recipes.optimization import Needs, Optimization
 from recipes.recipe import Recipe
@@ -58,6 +58,9 @@ def arrange(transformer: FluxTransformer2DModel) -> None:
         bounded += [(linear, block.attn.heads) for linear in (block.attn.to_qkv, block.attn.to_added_qkv)]
     for block in transformer.single_transformer_blocks:
         bounded.append((block.proj_qkv_mlp, block.attn.heads))
+    for module in transformer.modules():
+        if isinstance(module, Float8Linear):
+            assert (module.weight.float().norm(dim=1) < 1.07 * WEIGHT_ROW).all(), "sums of its products are float16"
     for linear, heads in bounded:
         assert isinstance(linear, Float8Linear)
         linear.bound(heads, wgmma_linear.HEAD_DIM)
