@@ -1,7 +1,8 @@
 """AdaLN in one pass: LayerNorm without weights, then scale and shift from the modulation; in float8 with a scale a row.
 
 Per row it reads dim values once and writes dim: 4 bytes a value from bfloat16 to bfloat16, 3 to float8. Unfused, the
-float8 form reads the row three times (statistics, amax, cast). Text and image tokens may lie in two tensors and come
+float8 form reads the row three times (statistics, amax, cast). A program has several rows, one after the other, for
+scale and shift are twice as much to read as a row. Text and image tokens may lie in two tensors and come
 out as one, which saves the single blocks' concatenation.
 
 Source: Peebles and Xie, arXiv 2212.09748 (AdaLN); AdaLayerNormZero and AdaLayerNormZeroSingle of diffusers.
@@ -27,6 +28,8 @@ from recipes.kernels.rows import (
     store_row,
     store_row_e4m3,
 )
+
+_ROWS = 4  # a program
 
 
 def reference(
@@ -97,11 +100,12 @@ def _launch(
     batch, tokens, dim = out.shape
     parts, block, warps = row_parts(dim)
     first = image if text is None else text
-    wrap_triton(_adaln_kernel)[(tokens, batch)](
+    wrap_triton(_adaln_kernel)[(triton.cdiv(tokens, _ROWS), batch)](
         first, image, shift, scale, out, image if out_scale is None else out_scale,
         0 if text is None else text.shape[1], tokens,
         first.stride(0), first.stride(1), image.stride(0), image.stride(1), shift.stride(0), scale.stride(0),
-        EPS=eps, DIM=dim, BLOCK=block, PARTS=parts, FLOAT8=out_scale is not None, num_warps=warps,
+        EPS=eps, DIM=dim, BLOCK=block, PARTS=parts, ROWS=_ROWS, FLOAT8=out_scale is not None,
+        num_warps=warps,
     )  # fmt: skip
 
 
@@ -125,18 +129,21 @@ def _adaln_kernel(
     DIM: tl.constexpr,  # noqa: N803
     BLOCK: tl.constexpr,  # noqa: N803
     PARTS: tl.constexpr,  # noqa: N803
+    ROWS: tl.constexpr,  # noqa: N803
     FLOAT8: tl.constexpr,  # noqa: N803
 ):
-    token, batch = tl.program_id(0), tl.program_id(1)
-    row = joint_row(text, image, batch, token, text_tokens, text_batch, text_row, image_batch, image_row)
-    x = load_row(row, BLOCK, PARTS)
+    batch = tl.program_id(1)
     factor = load_row(scale + batch * scale_row, BLOCK, PARTS)
     offset = load_row(shift + batch * shift_row, BLOCK, PARTS)
-    y = modulated(normalized(x, PARTS, DIM, EPS), factor, offset, PARTS)
-    index = batch.to(tl.int64) * tokens + token
-    if FLOAT8:
-        own_scale = row_scale(row_norm(y, PARTS))
-        tl.store(out_scale + index, own_scale)
-        store_row_e4m3(out + index * DIM, y, own_scale, BLOCK, PARTS)
-    else:
-        store_row(out + index * DIM, y, BLOCK, PARTS)
+    for i in tl.static_range(ROWS):
+        token = tl.minimum(tl.program_id(0) * ROWS + i, tokens - 1)  # the last row more than once, if need be
+        row = joint_row(text, image, batch, token, text_tokens, text_batch, text_row, image_batch, image_row)
+        x = load_row(row, BLOCK, PARTS)
+        y = modulated(normalized(x, PARTS, DIM, EPS), factor, offset, PARTS)
+        index = batch.to(tl.int64) * tokens + token
+        if FLOAT8:
+            own_scale = row_scale(row_norm(y, PARTS))
+            tl.store(out_scale + index, own_scale)
+            store_row_e4m3(out + index * DIM, y, own_scale, BLOCK, PARTS)
+        else:
+            store_row(out + index * DIM, y, BLOCK, PARTS)
