@@ -33,7 +33,7 @@ class Queued(TorchFunctionMode):
     def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if function is torch.Tensor.to and _would_wait(*args, **kwargs):
-            args, kwargs = (args[0].pin_memory(), *args[1:]), {**kwargs, "non_blocking": True}
+            return _queued(*args, **kwargs)
         return function(*args, **kwargs)
 
 
@@ -41,9 +41,15 @@ def _would_wait(
     tensor: torch.Tensor, device: Any = None, dtype: Any = None, *others: Any, non_blocking: Any = None, **more: Any
 ) -> bool:
     """Whether the host would wait in `tensor.to` of these arguments."""
-    if tensor.device.type != "cpu" or others or non_blocking is not None:
+    if tensor.device.type != "cpu" or others or more or non_blocking is not None:
         return False
     return isinstance(device, (str, torch.device)) and torch.device(device).type == "cuda" and not tensor.is_pinned()
+
+
+def _queued(tensor: torch.Tensor, device: Any, dtype: Any = None) -> torch.Tensor:
+    """`tensor.to` of these arguments. On the way, PyTorch would cast it to other memory, which isn't pinned."""
+    cast = tensor if dtype is None else tensor.to(dtype)
+    return cast.pin_memory().to(device, non_blocking=True)
 
 
 class EarlyPipeline(DiffusionPipeline):

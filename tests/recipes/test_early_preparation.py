@@ -198,6 +198,7 @@ class Copies(TorchFunctionMode):
         kwargs = kwargs or {}
         if function is torch.Tensor.pin_memory:
             self.noted["pinned"] += 1
+            self.noted["pinned as bfloat16"] += args[0].dtype == torch.bfloat16
             return args[0]
         if function is torch.Tensor.to and "cuda" in str((args[1:], kwargs)):
             self.noted["queued" if kwargs.get("non_blocking") else "as it was"] += 1
@@ -215,16 +216,18 @@ def test_only_copies_to_a_gpu_go_another_way() -> None:
             ((), {"device": gpu, "dtype": torch.bfloat16}),
         ):
             tensor.to(*args, **named)
-        assert copies.noted == {"pinned": 4, "queued": 4}
+        noted = {"pinned": 4, "pinned as bfloat16": 2, "queued": 4}
+        assert copies.noted == noted
         tensor.to(gpu, None, False)  # as nn.Module.to
         tensor.to(gpu, non_blocking=False)
-        assert copies.noted == {"pinned": 4, "queued": 4, "as it was": 2}
+        tensor.to(gpu, copy=True)
+        assert copies.noted == noted | {"as it was": 3}
         assert tensor.to("cpu") is tensor
         assert tensor.to(torch.float64).dtype == torch.float64
         assert tensor.to(torch.zeros(1, dtype=torch.int32)).dtype == torch.int32
         assert tensor.to(device=torch.device("cpu"), dtype=torch.bfloat16).dtype == torch.bfloat16
         assert torch.zeros(3, device="meta").to(device="meta").device.type == "meta"
-    assert copies.noted == {"pinned": 4, "queued": 4, "as it was": 2}
+    assert copies.noted == noted | {"as it was": 3}
 
 
 ON_GPU = {
