@@ -35,7 +35,7 @@ _MISSING = object()
 # How a pipeline runs, and not what its graphs compute: any value of these fields takes the same package.
 _NOT_IN_THE_GRAPH = (
     *("scheduler_sync_removal", "execution", "compiled_text_encoders", "float8_text_encoder", "cuda_graph"),
-    *("loop_graph", "cache", "device_postprocessing", "hook_search_removal"),
+    *("loop_graph", "cache", "device_postprocessing", "hook_search_removal", "early_preparation"),
 )
 # Nor do these what the other component's graphs compute.
 _OF_ONE_COMPONENT = {
@@ -51,7 +51,7 @@ _NOT_SHAPING = (
     *("recipes/optimization.py", "recipes/recipe.py", "recipes/execution.py", "recipes/scheduler_sync.py"),
     *("recipes/step_cache.py", "recipes/text_encoders.py", "recipes/float8_text_encoder.py", "recipes/cuda_graph.py"),
     *("recipes/loop_graph.py", "recipes/weights.py", "recipes/device_postprocessing.py", "recipes/guards.py"),
-    "recipes/hook_search.py",
+    *("recipes/hook_search.py", "recipes/early_preparation.py"),
 )
 _SHAPING_OF_EXPORT = (
     *("export/regions.py", "export/sizes.py", "export/build.py", "export/host_code.py", "export/conv_layouts.py"),

@@ -123,6 +123,11 @@ def no_hook_search(parent: Recipe) -> Recipe:
     return replace(parent, hook_search_removal=True)
 
 
+def early_preparation(parent: Recipe) -> Recipe:
+    """The host prepares the loop while the GPU encodes the prompt, instead of waiting for it at each copy."""
+    return replace(parent, early_preparation=True)
+
+
 def wgmma_attention(parent: Recipe) -> Recipe:
     """Attention in float8 by our own kernel for Hopper's tensor cores instead of cuDNN's."""
     return replace(parent, attention="wgmma_fp8")
@@ -166,6 +171,7 @@ LADDER: tuple[Callable[[Recipe], Recipe], ...] = (
     float8_attention,
     vae_attention,
     no_hook_search,
+    early_preparation,
     wgmma_attention,
     gemm_epilogues,
     loop_graph,

@@ -75,6 +75,7 @@ class Recipe:
     fused_group_norm: bool = False
     vae_attention: Literal["native", "gemm"] = "native"
     hook_search_removal: bool = False
+    early_preparation: bool = False
     device_postprocessing: bool = False
     inductor_flags: InductorFlags = InductorFlags()
     cache: FirstBlockCache | None = None

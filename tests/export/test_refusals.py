@@ -161,6 +161,7 @@ def test_package_of_another_architecture(refuse: Callable, damaged: Path) -> Non
 def test_package_of_another_recipe(refuse: Callable, damaged: Path, library: Library, after: PackagedRegion) -> None:
     of_decoder = {"channels_last": True, "fused_group_norm": True, "vae_attention": "gemm"}
     of_graphs = {"cuda_graph": True, "scheduler_sync_removal": True, "loop_graph": True, "hook_search_removal": True}
+    of_graphs |= {"early_preparation": True}
     forge(damaged, lambda manifest: manifest["identity"]["recipe"].update(of_graphs))
     fresh = replace(library, store=PackageStore(damaged.parent, build=False))
     assert fresh.find(after.region, inputs_of_after()) is not None, "these fields shape no graph"

@@ -106,7 +106,7 @@ def many_recipes() -> list[Recipe]:
     }
     one_by_one = (
         "hoisted_embeddings", "compiled_text_encoders", "float8_text_encoder", "device_postprocessing", "cuda_graph",
-        "hook_search_removal",
+        "hook_search_removal", "early_preparation",
     )  # fmt: skip
     assert {*values, *one_by_one, "loop_graph", "gemm_epilogues"} == {field.name for field in fields(Recipe)}
     recipes = []

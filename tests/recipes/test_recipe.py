@@ -91,6 +91,7 @@ def test_hash_differs_for_every_field() -> None:
         Recipe(channels_last=True, fused_group_norm=True),
         Recipe(vae_attention="gemm"),
         Recipe(hook_search_removal=True),
+        Recipe(early_preparation=True),
         Recipe(attention="cudnn"),
         Recipe(attention="fa3"),
         Recipe(attention="fa3_fp8"),
