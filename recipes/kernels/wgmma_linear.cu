@@ -8,9 +8,11 @@
 // warpgroup does, in pieces between its instructions for them, what is left to do of the tile before, whose results it
 // holds beside the sums. A block of threads goes from tile to tile, as many blocks as there are multiprocessors.
 //
-// - Sums are float16, two in a register: of each product of 32 values of depth the tensor cores read and write half as
-//   much, which takes power as what they multiply does. Rounding them adds little to what rounding to float8 costs, and
-//   none overflows, nor does any on the way there: a row of x is no longer than ROW and one of W than WEIGHT_ROW in float8
+// - Sums are float16, two in a register, of PROMOTED blocks of depth; then they are added to those of the tile, float16
+//   as well. Of each product of 32 values of depth the tensor cores read and write half as much as in float32, which takes
+//   power as what they multiply does. They align products to what is largest, the sum before it included, and cut off
+//   what then lies too far down: the longer a sum in them, the more, in float32 too (PyTorch's fast accumulation).
+//   None overflows, nor does any on the way there: a row of x is no longer than ROW and one of W than WEIGHT_ROW in float8
 //   (`float8_linear`), so that by Cauchy and Schwarz no sum exceeds their product.
 // - What is left to do costs more by its instructions than by its arithmetic: each is fetched once a tile, and takes
 //   power from the tensor cores. So results are kept as pairs of float16, which one instruction works on (what is
@@ -38,6 +40,7 @@
 // In a GEMM's terms: tiles of M and N, blocks of K.
 constexpr int ROWS = 128, COLUMNS = 192, DEPTH = 128, STAGES = 5, ALL = 384;
 constexpr int SUMS = COLUMNS / 4;  // registers a thread
+constexpr int PROMOTED = 2;
 constexpr int X_TILE = ROWS * DEPTH, W_TILE = COLUMNS * DEPTH, UNIT = 32;  // rows of W that come at once
 constexpr int SPANS = COLUMNS / 64, PIECES = 2 * SPANS;  // 16 of 64 columns are a thread's, in two rows
 constexpr int HEAD = 128;
@@ -311,6 +314,7 @@ extern "C" __global__ void __launch_bounds__(ALL, 1)
     asm volatile("bar.sync 1, 256;" ::: "memory");
   };
 
+  u32 parts[SUMS];    // the tensor cores' sums, of PROMOTED blocks of depth
   u32 sums[SUMS];     // of the tile that is multiplied
   u32 results[SUMS];  // x W + b of the one before it, by spans and pairs of columns, one row and then the other
   Place of;               // that one's, of a thread's two rows the first
@@ -529,35 +533,54 @@ extern "C" __global__ void __launch_bounds__(ALL, 1)
 
   const u32 first_x = descriptor(x_at + group * 64 * DEPTH), first_w = descriptor(w_at);
 
-  // One block of depth. A warpgroup has two of them under way; `last` is the stage of the one before.
-  int last = 0;
+  // One block of depth. A warpgroup has two of them under way; `last` is the stage of the one before, `blocks` are in
+  // `parts`.
+  int last = 0, blocks = 0;
   auto start = [&](bool add) {
     wait(full + 8 * at.index, at.phase);
     const u32 a = first_x + at.index * (X_TILE / 16), b = first_w + at.index * (W_TILE / 16);
-    hold(sums);
+    hold(parts);
     fence();
 #pragma unroll
-    for (int k = 0; k < 4; k++) wgmma(sums, a + 2 * k, b + 2 * k, add || k > 0);
+    for (int k = 0; k < 4; k++) wgmma(parts, a + 2 * k, b + 2 * k, add || k > 0);
     commit();
   };
-  auto finish = [&] {  // the one before the last
-    wait_but_for<1>();
-    hold(sums);
-    release(empty + 8 * last);
+  auto advance = [&] {
     last = at.index;
     at.next();
+    blocks++;
+  };
+  auto begin = [&] {  // with nothing under way
+    start(false);
+    blocks = 0;
+    advance();
+  };
+  auto finish = [&] {  // all that is under way
+    wait_but_for<0>();
+    hold(parts);
+    release(empty + 8 * last);
+#pragma unroll
+    for (int i = 0; i < SUMS; i++) sums[i] = add(sums[i], parts[i]);
   };
   auto step = [&] {
-    start(true);
-    finish();
+    if (blocks == PROMOTED) {
+      finish();
+      begin();
+    } else {
+      start(true);
+      wait_but_for<1>();
+      hold(parts);
+      release(empty + 8 * last);
+      advance();
+    }
   };
 
   bool pending = false;
   for (int number = blockIdx.x; number < units; number += gridDim.x) {
     const Unit unit = shared.at(number, args.depth);
-    start(false);
-    last = at.index;
-    at.next();
+#pragma unroll
+    for (int i = 0; i < SUMS; i++) sums[i] = 0;
+    begin();
     int i = unit.begin + 1;
     if (!pending) {
       if (of_heads) know_scales();  // the first tile's products are under way
@@ -571,9 +594,7 @@ extern "C" __global__ void __launch_bounds__(ALL, 1)
       if (DEEP) i += PIECES;
     }
     for (; i < unit.end; i++) step();
-    wait_but_for<0>();
-    hold(sums);
-    release(empty + 8 * last);
+    finish();
     pending = unit.part == 0;
     if (!pending) {
       give(unit);
