@@ -25,7 +25,7 @@ with quiet():
 
     from benchmark import series
     from benchmark.device_timing import Captured, captured, sustained
-    from recipes import attention, float8, fused_kernels, fused_qkv, gemm_epilogues
+    from recipes import attention, float8, fused_kernels, fused_qkv, gemm_epilogues, int8_adaln
     from recipes.apply import refusal
     from recipes.ladder import parse
     from recipes.recipe import Recipe
@@ -36,6 +36,7 @@ with quiet():
 TEXT, SIDE, DIM = 512, 64, 3072
 DOUBLE_BLOCKS, SINGLE_BLOCKS = 19, 38
 _CALLS = 5  # in a graph
+_VARIED = ("quantization", "attention", "fused_kernels", "gemm_epilogues", "int8_adaln")
 HEADER = "quantization     attention   kernels    double ms  single ms  all blocks ms  errors         compile s  MHz"
 Graphs = dict[str, Captured]
 
@@ -53,7 +54,8 @@ def compared() -> list[Recipe]:
         Recipe(dtype="bfloat16", fused_qkv=True, quantization="float8_per_row", attention=attend, fused_kernels=fused)
         for attend, fused in variants
     ]
-    return [*bfloat16, *float8_per_row, replace(float8_per_row[-1], gemm_epilogues=True)]
+    epilogues = replace(float8_per_row[-1], gemm_epilogues=True)
+    return [*bfloat16, *float8_per_row, epilogues, replace(epilogues, int8_adaln=True)]
 
 
 class _Vae(nn.Module):
@@ -68,7 +70,7 @@ def transformer(recipe: Recipe, device: torch.device) -> FluxTransformer2DModel:
     with creating(torch.bfloat16, device, seed=0):
         model = FluxTransformer2DModel(num_layers=1, num_single_layers=1, guidance_embeds=True)
     pipe: Any = SimpleNamespace(transformer=model.eval().requires_grad_(False), vae=_Vae(), device=device)
-    for optimization in (attention, fused_qkv, float8, fused_kernels, gemm_epilogues):
+    for optimization in (attention, fused_qkv, float8, fused_kernels, gemm_epilogues, int8_adaln):
         if optimization.OPTIMIZATION.requested(recipe):
             optimization.OPTIMIZATION.apply(pipe, recipe)
     return model
@@ -143,6 +145,7 @@ class Turns:
 
 def line(row: dict[str, Any]) -> str:
     kernels = "epilogues" if row["gemm_epilogues"] else "fused" if row["fused_kernels"] else "unfused"
+    kernels = "int8" if row["int8_adaln"] else kernels
     text = f"{row['quantization']:<15}  {row['attention']:<10}  {kernels:<9}"
     if "double" in row:
         double, single = row["double"], row["single"]
@@ -158,7 +161,7 @@ def measurements(recipes: Sequence[Recipe], device: torch.device) -> list[series
     turns = Turns([recipe for recipe in recipes if skipped[recipe] is None], device)
     return [
         series.Measurement(
-            {name: getattr(recipe, name) for name in ("quantization", "attention", "fused_kernels", "gemm_epilogues")},
+            {name: getattr(recipe, name) for name in _VARIED},
             partial(turns.figures, recipe),
             skipped[recipe],
         )

@@ -84,6 +84,7 @@ def cases(device: torch.device) -> list[Case]:
     return [
         Case("adaln", adaln.adaln, bfloat16(adaln.reference), lambda: (*joint(), *modulation(2), EPS)),
         Case("adaln_float8", adaln.adaln_float8, adaln.reference_float8, lambda: (*joint(), *modulation(2), EPS)),
+        Case("adaln_int8", adaln.adaln_int8, adaln.reference_int8, lambda: (*joint(), *modulation(2), EPS)),
         Case("rows_float8", cast.rows_float8, rows.rows_to_float8, lambda: (normal(1, IMAGE, DIM),)),
         Case(
             "gelu_float8",

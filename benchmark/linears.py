@@ -1,12 +1,12 @@
-"""Time our float8 Linears against PyTorch's and what follows these: `python -m benchmark.linears --output FILE`.
+"""Time our Linears in float8 and int8 against PyTorch's and what follows: `python -m benchmark.linears --output FILE`.
 
 Those of FLUX.1's Linears that have something to follow, at 1024x1024, one image, 4096 image and 512 text tokens, with a
 scale a row. `scaled_mm`: torch._scaled_mm alone, a launch a stream; `apart`: the same and then our Triton kernels, for
 GELU and its cast, for query, key and value, for the gated residual; `wgmma`: kernels/wgmma_linear.cu, both streams and
-what follows in one launch, the values laid out after it. They take turns, each for so long that a GPU at its power
-limit has come to the clock that it keeps with it. --zeros: of zeros, which take so little power that the clock stays
-high: what is left is how well a kernel fills the tensor cores. The error is against float32, of GELU's results or the
-Linear's.
+what follows in one launch; `int8`: the same of rows and weights in int8, where an AdaLN gives the rows. They take
+turns, each for so long that a GPU at its power limit has come to the clock that it keeps with it. --zeros: of zeros,
+which take so little power that the clock stays high: what is left is how well a kernel fills the tensor cores. The
+error is against float32, of GELU's results or the Linear's, of the same rounded inputs.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ with quiet():
     from benchmark import series
     from benchmark.device_timing import captured, sustained
     from recipes import gemm_epilogues, wgmma_linear
-    from recipes.float8_linear import Float8Linear, weight_to_float8
+    from recipes.quantized_linear import QuantizedLinear, weight_to_float8, weight_to_int8
     from recipes.recipe import Recipe
     from recipes.wgmma_linear import HEAD_DIM
     from utils.errors import Parser, run_command
@@ -34,7 +34,7 @@ with quiet():
 
 IMAGE, TEXT, DIM = 4096, 512, 3072
 _CALLS = 5  # in a graph
-Stream = tuple[Float8Linear, Any]  # a layer and its input, fused_blocks' Rows
+Stream = tuple[QuantizedLinear, Any]  # a layer and its input, fused_blocks' Rows
 Form = Callable[[], list[Any]]
 HEADER = "linear    form            ms  TFLOP/s   error   MHz"
 
@@ -72,23 +72,25 @@ def cases() -> list[Case]:
     ]
 
 
-def stream(case: Case, number: int, device: torch.device, zeros: bool) -> Stream:
+def stream(case: Case, number: int, device: torch.device, zeros: bool, int8: bool = False) -> Stream:
     """A layer of standard normal inputs and as large results, and its input."""
     from recipes.fused_blocks import Rows  # needs triton, which only a machine with a GPU has
-    from recipes.kernels.rows import rows_by_norm
+    from recipes.kernels.rows import rows_by_norm, rows_to_int8
 
     random = torch.Generator(device).manual_seed(number)
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, device=device, generator=random) * (not zeros)
 
-    weight, scale = weight_to_float8(normal(case.out_features, case.in_features) / case.in_features**0.5)
+    cast = weight_to_int8 if int8 else weight_to_float8
+    weight, scale = cast(normal(case.out_features, case.in_features) / case.in_features**0.5)
     quantized = SimpleNamespace(qdata=weight, scale=scale, dtype=torch.bfloat16)
     bias = torch.nn.Parameter(normal(case.out_features).bfloat16() / 8, requires_grad=False)
     linear: Any = SimpleNamespace(weight=quantized, bias=bias)
-    layer = Float8Linear(linear)
+    layer = QuantizedLinear(linear)
     layer.bound(case.heads, HEAD_DIM)
-    return layer, Rows(*rows_by_norm(normal(1, case.tokens[number], case.in_features)))
+    x = normal(1, case.tokens[number], case.in_features)
+    return layer, Rows(*(rows_to_int8(x) if int8 else rows_by_norm(x)))
 
 
 def _gated(case: Case, streams: Sequence[Stream]) -> Callable[[Any], list[Any]]:
@@ -173,7 +175,7 @@ def forms(case: Case, streams: Sequence[Stream]) -> dict[str, Form]:
     return found | {"apart": with_mlp_in_turn, "wgmma": with_mlp_together}
 
 
-def exact(linear: Float8Linear, x: Any) -> torch.Tensor:
+def exact(linear: QuantizedLinear, x: Any) -> torch.Tensor:
     """x W^T + b in float32."""
     weight, bias = linear.weight.float() * linear.weight_scale, linear.bias.float()
     return torch.nn.functional.linear(x.values.float() * x.scale, weight, bias)
@@ -191,14 +193,19 @@ def error(case: Case, out: list[Any], streams: Sequence[Stream], activated: bool
 
 @torch.no_grad()
 def measure(case: Case, zeros: bool, device: torch.device) -> dict[str, Any]:
-    streams = [stream(case, number, device, zeros) for number in range(len(case.tokens))]
-    runs = forms(case, streams)
+    in_float8, in_int8 = (
+        [stream(case, n, device, zeros, int8) for n in range(len(case.tokens))] for int8 in (False, True)
+    )
+    runs = forms(case, in_float8)
+    if not case.gated:
+        runs["int8"] = forms(case, in_int8)["wgmma"]
     outputs = {name: run() for name, run in runs.items()}
     times = sustained({name: captured([run] * _CALLS) for name, run in runs.items()}, _CALLS, device)
     found = {}
     for name, out in outputs.items():
         figures = {**times[name], "tflops": case.flops / times[name]["ms"]["median"] / 1e9}
         if not zeros and out:
+            streams = in_int8 if name == "int8" else in_float8
             figures["relative_error"] = error(case, out, streams, name != "scaled_mm")
         found[name] = figures
     return {"forms": found}

@@ -40,8 +40,8 @@ _NOT_IN_THE_GRAPH = (
 # Nor do these what the other component's graphs compute.
 _OF_ONE_COMPONENT = {
     "transformer": (
-        *("compile_scope", "attention", "quantization", "fused_kernels", "gemm_epilogues", "modulation"),
-        "hoisted_embeddings",
+        *("compile_scope", "attention", "quantization", "fused_kernels", "gemm_epilogues"),
+        *("int8_adaln", "modulation", "hoisted_embeddings"),
     ),
     "vae": ("channels_last", "fused_group_norm", "vae_attention"),
 }

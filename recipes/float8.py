@@ -15,8 +15,9 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from recipes.float8_linear import weight_to_float8
+from recipes.int8_adaln import takes_int8
 from recipes.optimization import Needs, Optimization
+from recipes.quantized_linear import weight_to_float8, weight_to_int8
 from recipes.recipe import Recipe, RecipeError
 from utils.device_memory import give_back_memory
 
@@ -64,10 +65,13 @@ def not_timed(device: torch.device) -> str | None:
 
 def quantize(weight: torch.Tensor, quantization: str) -> Any:
     """weight [out features, in features] as a torchao Float8Tensor: `qdata` float8_e4m3fn of its shape, `scale` float32
-    [out features, 1] (float8_per_row) or [1, 1] (float8_per_tensor). A Linear with it casts its input likewise.
+    [out features, 1] (float8_per_row) or [1, 1] (float8_per_tensor). A Linear with it casts its input likewise. Or, of
+    int8_per_row, as an Int8Tensor, a scale a row.
 
-    Rows with scales of their own are scaled by `float8_linear.weight_to_float8`, not to the largest float8.
+    Rows with scales of their own are scaled by `quantized_linear.weight_to_float8`, not to the largest float8.
     """
+    if quantization == "int8_per_row":
+        return _to_int8(weight)
     from torchao.float8.inference import Float8MMConfig
     from torchao.quantization import Float8Tensor, PerRow, PerTensor
     from torchao.quantization.quantize_.common import KernelPreference
@@ -87,8 +91,17 @@ def quantize(weight: torch.Tensor, quantization: str) -> Any:
     return Float8Tensor(values, scale, block_size=[1, weight.shape[1]], dtype=weight.dtype, **options)
 
 
+def _to_int8(weight: torch.Tensor) -> Any:
+    from torchao.quantization import Int8Tensor, PerRow
+    from torchao.quantization.quantize_.workflows import QuantizeTensorToInt8Kwargs
+
+    values, scale = weight_to_int8(weight)
+    activations = QuantizeTensorToInt8Kwargs(granularity=PerRow())
+    return Int8Tensor(values, scale, [1, weight.shape[1]], weight.dtype, act_quant_kwargs=activations)
+
+
 def quantize_linears(linears: Iterable[nn.Linear], quantization: str) -> None:
-    """Weights to float8 in place; activations follow at each call."""
+    """Weights to `quantization` in place; activations follow at each call."""
     for linear in linears:
         linear.weight = nn.Parameter(quantize(linear.weight.detach(), quantization), requires_grad=False)
         give_back_memory(linear.weight.device)
@@ -98,8 +111,11 @@ def _apply(pipe: DiffusionPipeline, recipe: Recipe) -> str:
     linears = quantized_linears(pipe.transformer)
     if recipe.quantization == "float8_per_tensor":
         _check_shapes(linears)
-    quantize_linears(linears.values(), recipe.quantization)
-    return f"{recipe.quantization}, {len(linears)} Linears"
+    in_int8 = {name: linear for name, linear in linears.items() if takes_int8(recipe, name)}
+    in_float8 = {name: linear for name, linear in linears.items() if name not in in_int8}
+    quantize_linears(in_float8.values(), recipe.quantization)
+    quantize_linears(in_int8.values(), "int8_per_row")
+    return f"{recipe.quantization}, {len(in_float8)} Linears"
 
 
 OPTIMIZATION = Optimization(

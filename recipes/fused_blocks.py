@@ -30,10 +30,14 @@ Kernels = Any  # Plain, Float8 or Epilogues: what one's adaln and gelu_linears g
 
 
 class Rows(NamedTuple):
-    """Quantized activations: values [batch, tokens, features] float8_e4m3fn, scale [batch, tokens, 1] float32."""
+    """Quantized activations: values [batch, tokens, features] float8_e4m3fn, scale [batch, tokens, 1] float32.
+
+    Or values in int8, and norm [batch, tokens, 1] float32, no less than that of the row, values times scale.
+    """
 
     values: Tensor
     scale: Tensor
+    norm: Tensor | None = None
 
 
 class Gated(NamedTuple):
@@ -83,7 +87,7 @@ class Plain:
 
 @dataclass(frozen=True)
 class Float8:
-    """The kernels between `Float8Linear`s: what goes into one is cast where it is made."""
+    """The kernels between `QuantizedLinear`s: what goes into one is cast where it is made."""
 
     attention: Backend
 
@@ -129,7 +133,13 @@ class Float8:
 @dataclass(frozen=True)
 class Epilogues(Float8):
     """As Float8, but GELU, RMSNorm, rotary embedding and gated residual are done in the kernel of the Linear before
-    them, of both streams in one launch."""
+    them, of both streams in one launch. int8: AdaLN's rows are in int8."""
+
+    int8: bool = False
+
+    def adaln(self, image: Tensor, text: Tensor | None, shift: Tensor, scale: Tensor, eps: float) -> Rows:
+        cast = adaln.adaln_int8 if self.int8 else adaln.adaln_float8
+        return Rows(*cast(image, text, shift, scale, eps))
 
     def attention_and_mlp(self, attn: FluxAttention, linear: nn.Module, x: Rows, rotary: Rotary) -> Rows:
         """The attention fills the first columns of the MLP's rows."""
@@ -180,7 +190,7 @@ def _gated(one: Gated) -> tuple[Any, ...]:
 
 
 def bounded(linear: Any, x: Rows) -> tuple[Any, ...]:
-    """A stream and its Float8Linear as `wgmma_linear`'s operators take them."""
+    """A stream and its QuantizedLinear as `wgmma_linear`'s operators take them."""
     return *x, linear.weight, linear.weight_scale, linear.bias, linear.bounds
 
 

@@ -17,8 +17,8 @@ from torch import nn
 
 from recipes import float8
 from recipes.attention_backends import backend
-from recipes.float8_linear import Float8Linear
 from recipes.optimization import Needs, Optimization
+from recipes.quantized_linear import QuantizedLinear
 from recipes.recipe import Recipe
 from utils.device_memory import give_back_memory
 
@@ -73,7 +73,7 @@ def _take_rows(transformer: FluxTransformer2DModel) -> None:
         owner, _, leaf = name.rpartition(".")
         linear = transformer.get_submodule(name)
         assert isinstance(linear, nn.Linear)
-        setattr(transformer.get_submodule(owner), leaf, Float8Linear(linear))
+        setattr(transformer.get_submodule(owner), leaf, QuantizedLinear(linear))
 
 
 OPTIMIZATION = Optimization(

@@ -14,9 +14,9 @@ from diffusers import DiffusionPipeline, FluxTransformer2DModel
 from torch import nn
 
 from recipes import wgmma_linear
-from recipes.float8_linear import WEIGHT_ROW, Float8Linear
 from recipes.kernels import cuda_kernel
 from recipes.optimization import Needs, Optimization
+from recipes.quantized_linear import WEIGHT_ROW, QuantizedLinear
 from recipes.recipe import Recipe
 
 
@@ -59,10 +59,10 @@ def arrange(transformer: FluxTransformer2DModel) -> None:
     for block in transformer.single_transformer_blocks:
         bounded.append((block.proj_qkv_mlp, block.attn.heads))
     for module in transformer.modules():
-        if isinstance(module, Float8Linear):
+        if isinstance(module, QuantizedLinear) and module.weight.dtype == torch.float8_e4m3fn:
             assert (module.weight.float().norm(dim=1) < 1.07 * WEIGHT_ROW).all(), "sums of its products are float16"
     for linear, heads in bounded:
-        assert isinstance(linear, Float8Linear)
+        assert isinstance(linear, QuantizedLinear)
         linear.bound(heads, wgmma_linear.HEAD_DIM)
 
 

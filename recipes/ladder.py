@@ -138,6 +138,11 @@ def gemm_epilogues(parent: Recipe) -> Recipe:
     return replace(parent, gemm_epilogues=True)
 
 
+def int8_adaln(parent: Recipe) -> Recipe:
+    """int8 instead of float8 for the Linears that take an AdaLN's rows: query, key and value, and the MLP's first."""
+    return replace(parent, int8_adaln=True)
+
+
 def loop_graph(parent: Recipe) -> Recipe:
     """All denoising steps are one CUDA graph; step ms is the loop's time by steps. Later rungs are without it."""
     return replace(parent, loop_graph=True)
@@ -174,6 +179,7 @@ LADDER: tuple[Callable[[Recipe], Recipe], ...] = (
     early_preparation,
     wgmma_attention,
     gemm_epilogues,
+    int8_adaln,
     loop_graph,
     aoti,
 )

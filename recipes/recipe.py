@@ -72,6 +72,7 @@ class Recipe:
     quantization: Literal["none", "float8_per_row", "float8_per_tensor"] = "none"
     fused_kernels: bool = False
     gemm_epilogues: bool = False
+    int8_adaln: bool = False
     fused_group_norm: bool = False
     vae_attention: Literal["native", "gemm"] = "native"
     hook_search_removal: bool = False
@@ -97,6 +98,8 @@ class Recipe:
             self._check_fused_kernels()
         if self.gemm_epilogues:
             self._check_gemm_epilogues()
+        if self.int8_adaln and not self.gemm_epilogues:
+            raise RecipeError("int8_adaln needs gemm_epilogues=true")
         if self.fused_group_norm and not self.channels_last:
             raise RecipeError("fused_group_norm needs channels_last=true")
         if self.loop_graph and not self.cuda_graph:
@@ -126,11 +129,12 @@ class Recipe:
         """This recipe with field `name` at its default, and with it the fields that mean nothing then."""
         dependent = {
             "execution": COMPILER_FIELDS,
-            "dtype": ("fused_kernels", "gemm_epilogues"),
-            "fused_qkv": ("fused_kernels", "gemm_epilogues"),
-            "fused_kernels": ("gemm_epilogues",),
-            "quantization": ("gemm_epilogues",),
-            "attention": ("gemm_epilogues",),
+            "dtype": ("fused_kernels", "gemm_epilogues", "int8_adaln"),
+            "fused_qkv": ("fused_kernels", "gemm_epilogues", "int8_adaln"),
+            "fused_kernels": ("gemm_epilogues", "int8_adaln"),
+            "quantization": ("gemm_epilogues", "int8_adaln"),
+            "attention": ("gemm_epilogues", "int8_adaln"),
+            "gemm_epilogues": ("int8_adaln",),
             "channels_last": ("fused_group_norm",),
             "cuda_graph": ("loop_graph",),
             "scheduler_sync_removal": ("loop_graph",),

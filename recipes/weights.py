@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from recipes import float8, fused_kernels, fused_qkv
-from recipes.float8_linear import Float8Linear
+from recipes.quantized_linear import QuantizedLinear
 
 _SEPARATE = {**fused_qkv.SEPARATE, **fused_kernels.SEPARATE}
 
@@ -22,7 +22,7 @@ class Weight:
     """The weight [out features, in features] of `module`, a Linear or what a recipe put in its place.
 
     layers: the checkpoint's Linears whose rows it has, in their order; one, unless projections were fused.
-    quantization: the recipe's.
+    quantization: as `float8.quantize` takes it.
     """
 
     module: Any
@@ -32,16 +32,16 @@ class Weight:
     @property
     def dtype(self) -> torch.dtype:
         """What it had, or has, before it was quantized."""
-        return self.module.dtype if isinstance(self.module, Float8Linear) else self.module.weight.dtype
+        return self.module.dtype if isinstance(self.module, QuantizedLinear) else self.module.weight.dtype
 
     @property
     def stored(self) -> tuple[torch.Tensor, ...]:
-        """The tensors that hold it: itself, or float8 values and scale, and what is kept of these."""
-        if isinstance(self.module, Float8Linear):
+        """The tensors that hold it: itself, or quantized values and scale, and what is kept of these."""
+        if isinstance(self.module, QuantizedLinear):
             kept = () if self.module.bounds is None else (self.module.bounds,)
             return self.module.weight, self.module.weight_scale, *kept
         weight = self.module.weight
-        return (weight.qdata, weight.scale) if _is_float8(weight) else (weight,)
+        return (weight.qdata, weight.scale) if _is_quantized(weight) else (weight,)
 
     def written(self, plain: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """`plain` [out features, in features], of `dtype`, as `stored` would hold it."""
@@ -53,7 +53,7 @@ class Weight:
         return quantized.qdata, quantized.scale, self.module.bounds_of(quantized.qdata, quantized.scale)
 
     def holds(self, plain: torch.Tensor) -> bool:
-        """Whether its value is `plain`, bit for bit. What is kept of float8 values and scale follows from them."""
+        """Whether its value is `plain`, bit for bit. What is kept of quantized values and scale follows from them."""
         pairs = zip(self.stored[:2], self.written(plain)[:2], strict=True)
         return all(a.shape == b.shape and torch.equal(_bytes(a), _bytes(b).to(a.device)) for a, b in pairs)
 
@@ -70,11 +70,12 @@ def weights(transformer: nn.Module, quantization: str) -> list[Weight]:
         if isinstance(getattr(module, "weight", None), nn.Parameter) and module.weight.ndim == 2:
             owner, _, leaf = name.rpartition(".")
             layers = tuple(f"{owner}.{part}" for part in _SEPARATE[leaf]) if leaf in _SEPARATE else (name,)
-            found.append(Weight(module, layers, quantization))
+            in_int8 = getattr(module.weight, "qdata", module.weight).dtype == torch.int8
+            found.append(Weight(module, layers, "int8_per_row" if in_int8 else quantization))
     return found
 
 
-def _is_float8(weight: torch.Tensor) -> bool:
+def _is_quantized(weight: torch.Tensor) -> bool:
     return hasattr(weight, "qdata")
 
 

@@ -1,4 +1,4 @@
-"""Float8 Linears by our own kernel for Hopper's tensor cores (kernels/wgmma_linear.cu), as custom ops.
+"""Linears in float8 and int8 by our own kernel for Hopper's tensor cores (kernels/wgmma_linear.cu), as custom ops.
 
 What follows them is done before a result leaves the registers: GELU and the cast back to float8; of query and key
 RMSNorm, rotary embedding and the cast; or the gated residual. One launch takes two streams, each with its own layer, so
@@ -16,8 +16,8 @@ import torch
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from recipes.float8_heads import LONGEST
-from recipes.float8_linear import ROW
 from recipes.kernels.cuda_kernel import CudaKernel, counters, tensor_map
+from recipes.quantized_linear import ROW
 
 COLUMNS = 192  # of a tile
 HEAD_DIM = 128
@@ -30,14 +30,17 @@ _PIECES = 6  # of what is left to do of a tile, a block of depth each
 class Layer(NamedTuple):
     """One stream's input and its layer.
 
-    x [batch, tokens, in features] float8_e4m3fn, no row of it longer than `float8_linear.ROW`, scale [batch, tokens, 1]
-    float32; weight [out features, in features] float8_e4m3fn, no row of it longer than `float8_linear.WEIGHT_ROW`, but
-    for rounding, weight_scale [out features, 1] float32, bias [out features] bfloat16, bounds [4] float32,
-    `Float8Linear`'s, what results in float8 are scaled by: None where they stay in bfloat16. All contiguous.
+    x [batch, tokens, in features] float8_e4m3fn, no row of it longer than `quantized_linear.ROW`, scale [batch, tokens,
+    1] float32; weight [out features, in features] float8_e4m3fn, no row of it longer than
+    `quantized_linear.WEIGHT_ROW`, but for rounding, weight_scale [out features, 1] float32, bias [out features]
+    bfloat16, bounds [4] float32, `QuantizedLinear`'s, what results in float8 are scaled by: None where they stay in
+    bfloat16. Or x and weight int8, of any length, and norm [batch, tokens, 1] float32, no less than that of a row of x
+    times scale; then there are bounds. All contiguous.
     """
 
     x: torch.Tensor
     scale: torch.Tensor
+    norm: torch.Tensor | None
     weight: torch.Tensor
     weight_scale: torch.Tensor
     bias: torch.Tensor
@@ -48,7 +51,7 @@ class _Stream(ctypes.Structure):
     _fields_ = (
         *(
             (name, ctypes.c_void_p)
-            for name in ("scale", "weight_scale", "bias", "bounds", "activated", "activated_scale")
+            for name in ("scale", "norm", "weight_scale", "bias", "bounds", "activated", "activated_scale")
         ),
         ("rows", ctypes.c_longlong),
     )
@@ -163,7 +166,7 @@ def _arguments(layers: Sequence[Layer], heads: int) -> _Arguments:
     arguments = _Arguments(wide=-(-columns // COLUMNS), depth=depth // _DEPTH, columns=columns)
     for layer, stream in zip(layers, arguments.streams, strict=False):
         _check(layer, columns, depth)
-        for name in ("scale", "weight_scale", "bias", "bounds"):
+        for name in ("scale", "norm", "weight_scale", "bias", "bounds"):
             tensor = getattr(layer, name)
             setattr(stream, name, None if tensor is None else tensor.data_ptr())
         stream.rows = layer.x.shape[0] * layer.x.shape[1]
@@ -188,7 +191,7 @@ def _run(layers: Sequence[Layer], arguments: _Arguments, update: bool) -> None:
         partial = torch.empty(sums, device=device, dtype=torch.float16)
         arguments.partial, arguments.given = partial.data_ptr(), counters(device).data_ptr()
     units = arguments.whole + arguments.left * parts
-    kernel = _kernel(arguments.depth > _PIECES, update)
+    kernel = _kernel(arguments.depth > _PIECES, update, layers[0].x.dtype == torch.int8)
     kernel.launch(device, min(units, blocks), _THREADS, (*rows, *weights, arguments))
 
 
@@ -237,8 +240,9 @@ def rows_at_once(tall: int, depth: int) -> int:
 
 
 @cache
-def _kernel(deep: bool, update: bool) -> CudaKernel:
-    defines = (("DEEP", int(deep)), ("UPDATE", int(update)), ("LONGEST", LONGEST), ("ROW", ROW))
+def _kernel(deep: bool, update: bool, int8: bool) -> CudaKernel:
+    flags = (("DEEP", int(deep)), ("UPDATE", int(update)), ("INT8", int(int8)))
+    defines = (*flags, ("LONGEST", LONGEST), ("ROW", ROW))
     return CudaKernel("wgmma_linear.cu", "wgmma_linear", "sm_90a", _SHARED, defines)
 
 
@@ -257,13 +261,16 @@ def _order(weight: torch.Tensor) -> ctypes.Array[ctypes.c_char]:
 def _check(layer: Layer, columns: int, depth: int) -> None:
     """Raise ValueError unless the kernel reads this layer rightly beside one of these sizes."""
     rows = (*layer.x.shape[:2], 1)
+    dtype = torch.float8_e4m3fn if layer.norm is None else torch.int8
     _check_tensors(
-        x=(layer.x, (*rows[:2], depth), torch.float8_e4m3fn),
+        x=(layer.x, (*rows[:2], depth), dtype),
         scale=(layer.scale, rows, torch.float32),
-        weight=(layer.weight, (columns, depth), torch.float8_e4m3fn),
+        weight=(layer.weight, (columns, depth), dtype),
         weight_scale=(layer.weight_scale, (columns, 1), torch.float32),
         bias=(layer.bias, (columns,), torch.bfloat16),
     )
+    if layer.norm is not None:
+        _check_tensors(norm=(layer.norm, rows, torch.float32))
     if layer.bounds is not None:
         _check_tensors(bounds=(layer.bounds, (4,), torch.float32))
 
@@ -292,7 +299,7 @@ def _check_tensors(**wanted: tuple[torch.Tensor, tuple[int, ...], torch.dtype]) 
         if tensor.shape != shape or tensor.dtype != dtype or not tensor.is_contiguous():
             wanted_text = f"{list(shape)} {dtype}, contiguous"
             raise ValueError(f"{name} is to be {wanted_text}, not {list(tensor.shape)} {tensor.dtype}")
-        if name != "scale" and tensor.data_ptr() % 16:
+        if name not in ("scale", "norm") and tensor.data_ptr() % 16:
             raise ValueError(f"{name} is read 16 bytes at once and has to begin at a multiple of that")
 
 
@@ -301,19 +308,22 @@ def _activated(x: torch.Tensor, columns: int, heads: int) -> tuple[torch.Tensor,
     features for GELU nothing."""
     rows = x.shape[:2]
     width = columns - 2 * heads * HEAD_DIM if columns > 3 * heads * HEAD_DIM else 0
-    return x.new_empty((*rows, width)), x.new_empty((*rows, min(width, 1)), dtype=torch.float32)
+    out = x.new_empty((*rows, width), dtype=torch.float8_e4m3fn)
+    return out, x.new_empty((*rows, min(width, 1)), dtype=torch.float32)
 
 
 @torch.library.custom_op("flux_fast::wgmma_gelu_linears", mutates_args=())
 def wgmma_gelu_linears(
     x: torch.Tensor,
     scale: torch.Tensor,
+    norm: torch.Tensor | None,
     weight: torch.Tensor,
     weight_scale: torch.Tensor,
     bias: torch.Tensor,
     bounds: torch.Tensor,
     other_x: torch.Tensor,
     other_scale: torch.Tensor,
+    other_norm: torch.Tensor | None,
     other_weight: torch.Tensor,
     other_weight_scale: torch.Tensor,
     other_bias: torch.Tensor,
@@ -322,20 +332,20 @@ def wgmma_gelu_linears(
     """GELU(x W^T + b), tanh form, of two streams, as in `Layer`.
 
     Returns of each [batch, tokens, out features] float8_e4m3fn and its scale [batch, tokens, 1] float32: a bound of the
-    row's norm over `float8_linear.ROW`.
+    row's norm over `quantized_linear.ROW`.
 
     Raises:
         ValueError: a tensor isn't as `Layer` says, or the kernel has no such sizes (`refusal`).
     """
-    first = Layer(x, scale, weight, weight_scale, bias, bounds)
-    second = Layer(other_x, other_scale, other_weight, other_weight_scale, other_bias, other_bounds)
+    first = Layer(x, scale, norm, weight, weight_scale, bias, bounds)
+    second = Layer(other_x, other_scale, other_norm, other_weight, other_weight_scale, other_bias, other_bounds)
     _, (one, other) = _launch([first, second], None)
     return *one, *other
 
 
 @wgmma_gelu_linears.register_fake
-def _(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    one, other = (_activated(x, len(tensors[2]), 0) for x in (tensors[0], tensors[6]))
+def _(*tensors: Any) -> tuple[torch.Tensor, ...]:
+    one, other = (_activated(x, len(tensors[3]), 0) for x in (tensors[0], tensors[7]))
     return *one, *other
 
 
@@ -343,6 +353,7 @@ def _(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
 def wgmma_qkv_gelu_linear(
     x: torch.Tensor,
     scale: torch.Tensor,
+    norm: torch.Tensor | None,
     weight: torch.Tensor,
     weight_scale: torch.Tensor,
     bias: torch.Tensor,
@@ -360,16 +371,16 @@ def wgmma_qkv_gelu_linear(
     of columns the angle's cosine and sine; laid_out: as in `Attention`, where `lays_out` the tokens. Returns query and
     key [batch, tokens, 2, heads, 128], normed and turned, and the values [batch, tokens, heads, 128], or laid out,
     float8_e4m3fn; their float32 descales [3, batch, heads], of each the same for all heads: a row's longest over
-    `float8_heads.LONGEST`, and a bound of an attention's result over `float8_linear.ROW`; [batch, tokens, heads * 128 +
-    others] float8_e4m3fn, whose first columns are left to the attention, and its scale [batch, tokens, 1] float32, such
-    that no row is longer than `ROW` with these.
+    `float8_heads.LONGEST`, and a bound of an attention's result over `quantized_linear.ROW`; [batch, tokens, heads *
+    128 + others] float8_e4m3fn, whose first columns are left to the attention, and its scale [batch, tokens, 1]
+    float32, such that no row is longer than `ROW` with these.
 
     Raises:
         ValueError: a tensor isn't as said, or the kernel has no such sizes (`refusal`).
     """
     if len(weight) == 3 * heads * HEAD_DIM:
         raise ValueError(f"{len(weight)} out features are those of {heads} heads: none are left for GELU")
-    layer = Layer(x, scale, weight, weight_scale, bias, bounds)
+    layer = Layer(x, scale, norm, weight, weight_scale, bias, bounds)
     (query_key, value, descales), (rows,) = _launch([layer], Attention([(norm_q, norm_k)], turns, eps, heads, laid_out))
     return query_key, value, descales, *rows
 
@@ -379,17 +390,18 @@ def _qkv(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Query and key, the values and the descales for streams [batch, tokens, in features], to be filled."""
     x, tokens = streams[0], sum(stream.shape[1] for stream in streams)
-    batch = x.shape[0]
+    batch, float8 = x.shape[0], torch.float8_e4m3fn
+    values = (batch, heads, HEAD_DIM, tokens) if laid_out else (batch, tokens, heads, HEAD_DIM)
     return (
-        x.new_empty((batch, tokens, 2, heads, HEAD_DIM)),
-        x.new_empty((batch, heads, HEAD_DIM, tokens) if laid_out else (batch, tokens, heads, HEAD_DIM)),
+        x.new_empty((batch, tokens, 2, heads, HEAD_DIM), dtype=float8),
+        x.new_empty(values, dtype=float8),
         x.new_empty((3, batch, heads), dtype=torch.float32),
     )
 
 
 @wgmma_qkv_gelu_linear.register_fake
 def _(*arguments: Any) -> tuple[torch.Tensor, ...]:
-    x, weight, (heads, laid_out) = arguments[0], arguments[2], arguments[-2:]
+    x, weight, (heads, laid_out) = arguments[0], arguments[3], arguments[-2:]
     return *_qkv([x], heads, laid_out), *_activated(x, len(weight), heads)
 
 
@@ -397,12 +409,14 @@ def _(*arguments: Any) -> tuple[torch.Tensor, ...]:
 def wgmma_qkv_linears(
     x: torch.Tensor,
     scale: torch.Tensor,
+    norm: torch.Tensor | None,
     weight: torch.Tensor,
     weight_scale: torch.Tensor,
     bias: torch.Tensor,
     bounds: torch.Tensor,
     other_x: torch.Tensor,
     other_scale: torch.Tensor,
+    other_norm: torch.Tensor | None,
     other_weight: torch.Tensor,
     other_weight_scale: torch.Tensor,
     other_bias: torch.Tensor,
@@ -425,8 +439,8 @@ def wgmma_qkv_linears(
     Raises:
         ValueError: a tensor isn't as said, or the kernel has no such sizes (`refusal`).
     """
-    first = Layer(x, scale, weight, weight_scale, bias, bounds)
-    second = Layer(other_x, other_scale, other_weight, other_weight_scale, other_bias, other_bounds)
+    first = Layer(x, scale, norm, weight, weight_scale, bias, bounds)
+    second = Layer(other_x, other_scale, other_norm, other_weight, other_weight_scale, other_bias, other_bounds)
     if len(weight) != 3 * heads * HEAD_DIM:
         raise ValueError(f"{len(weight)} out features aren't those of {heads} heads: {3 * heads * HEAD_DIM}")
     norms = [(norm_q, norm_k), (other_norm_q, other_norm_k)]
@@ -436,7 +450,7 @@ def wgmma_qkv_linears(
 
 @wgmma_qkv_linears.register_fake
 def _(*arguments: Any) -> tuple[torch.Tensor, ...]:
-    return _qkv([arguments[0], arguments[6]], *arguments[-2:])
+    return _qkv([arguments[0], arguments[7]], *arguments[-2:])
 
 
 def _updated(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -462,7 +476,7 @@ def wgmma_gated_linear(
     Raises:
         ValueError: a tensor isn't as said, or the kernel has no such sizes (`refusal`).
     """
-    layer = Layer(x, scale, weight, weight_scale, bias, None)
+    layer = Layer(x, scale, None, weight, weight_scale, bias, None)
     (out,) = _launch_updates([layer], [Update(gate, residual, text_residual)])
     return out
 
@@ -494,8 +508,8 @@ def wgmma_gated_linears(
     Raises:
         ValueError: a tensor isn't as said, or the kernel has no such sizes (`refusal`).
     """
-    first = Layer(x, scale, weight, weight_scale, bias, None)
-    second = Layer(other_x, other_scale, other_weight, other_weight_scale, other_bias, None)
+    first = Layer(x, scale, None, weight, weight_scale, bias, None)
+    second = Layer(other_x, other_scale, None, other_weight, other_weight_scale, other_bias, None)
     updates = [Update(gate, residual, None), Update(other_gate, other_residual, None)]
     one, other = _launch_updates([first, second], updates)
     return one, other

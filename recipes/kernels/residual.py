@@ -20,10 +20,9 @@ from recipes.kernels.rows import (
     load_row,
     modulated,
     normalized,
-    row_norm,
     row_parts,
-    row_scale,
     rows_by_norm,
+    scale_by_norm,
     store_row,
     store_row_e4m3,
 )
@@ -187,7 +186,7 @@ def _gated_residual_kernel(
         offset = load_row(shift + batch * shift_row, BLOCK, PARTS)
         y = modulated(normalized(rounded, PARTS, DIM, EPS), factor, offset, PARTS)
         if FLOAT8:
-            own_scale = row_scale(row_norm(y, PARTS))
+            own_scale = scale_by_norm(y, PARTS)
             tl.store(normed_scale + index, own_scale)
             store_row_e4m3(normed + index * DIM, y, own_scale, BLOCK, PARTS)
         else:

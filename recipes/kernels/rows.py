@@ -11,10 +11,11 @@ import triton
 import triton.language as tl
 
 from recipes.float8_heads import E4M3_MAX, SMALLEST_AMAX
-from recipes.float8_linear import ROW
+from recipes.quantized_linear import INT8_MAX, ROW
 
 # What rounding a row to float8 with its own scale may add to its norm: 2^-4 of each value, little to the smallest.
 ROUNDED = 1.065
+ADDED_UP = 1.001  # what adding up squares in float32 may lose of a norm
 
 
 def row_parts(columns: int) -> tuple[int, int, int]:
@@ -33,9 +34,17 @@ def rows_to_float8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def rows_by_norm(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The reference: as `rows_to_float8`, such that no row is longer than `float8_linear.ROW`, rounded too."""
+    """The reference: as `rows_to_float8`, such that no row is longer than `quantized_linear.ROW`, rounded too."""
     scale = (x.float().norm(dim=-1, keepdim=True) * ROUNDED).clamp(min=SMALLEST_AMAX) / ROW
     return (x.float() / scale).to(torch.float8_e4m3fn), scale
+
+
+def rows_to_int8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The reference: x [..., columns] as int8, its float32 scale [..., 1], and the norm [..., 1] of what was rounded,
+    a little more."""
+    scale = x.float().abs().amax(dim=-1, keepdim=True).clamp(min=SMALLEST_AMAX) / INT8_MAX
+    values = (x.float() / scale).round()
+    return values.to(torch.int8), scale, values.norm(dim=-1, keepdim=True) * scale * ADDED_UP
 
 
 def check_rows(**tensors: torch.Tensor | None) -> None:
@@ -96,17 +105,38 @@ def row_amax(parts, PARTS: tl.constexpr):  # noqa: N803
 
 @triton.jit
 def row_norm(parts, PARTS: tl.constexpr):  # noqa: N803
-    """As `rows_by_norm`, the same constant."""
     squares = ()
     for i in tl.static_range(PARTS):
         squares = squares + (parts[i] * parts[i],)
-    return tl.sqrt(row_sum(squares, PARTS)) * 1.065
+    return tl.sqrt(row_sum(squares, PARTS))
 
 
 @triton.jit
 def row_scale(amax):
     """The same constants as `rows_to_float8`, or of a norm `rows_by_norm`: a kernel's own have to stand in it."""
     return tl.maximum(amax, 1e-12) / 448.0
+
+
+@triton.jit
+def scale_by_norm(parts, PARTS: tl.constexpr):  # noqa: N803
+    """As `rows_by_norm`, the same constant."""
+    return row_scale(row_norm(parts, PARTS) * 1.065)
+
+
+@triton.jit
+def int8_scale(amax):
+    """As `rows_to_int8`, the same constants."""
+    return tl.maximum(amax, 1e-12) / 127.0
+
+
+@triton.jit
+def to_int8(parts, scale, PARTS: tl.constexpr):  # noqa: N803
+    """parts / scale rounded to whole numbers, in float32: below 2^22, adding and taking away 1.5 x 2^23 rounds."""
+    inverse = 1.0 / scale
+    out = ()
+    for i in tl.static_range(PARTS):
+        out = out + (parts[i] * inverse + 12582912.0 - 12582912.0,)
+    return out
 
 
 @triton.jit

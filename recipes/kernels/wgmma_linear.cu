@@ -1,5 +1,5 @@
-// Linear layers in float8 (e4m3) on Hopper's tensor cores, whose result goes on in the registers where it came about:
-// through GELU, and back to float8. Of one input, or of two streams with a layer each, in one launch. Query, key and
+// Linear layers in float8 (e4m3), or in int8 (INT8), on Hopper's tensor cores, whose result goes on in the registers where
+// it came about: through GELU, and to float8. Of one input, or of two streams with a layer each, in one launch. Query, key and
 // values can come before that: query and key are normed by heads of 128 (RMSNorm), turned (rotary embedding) and cast,
 // the values are cast.
 //
@@ -13,7 +13,9 @@
 //   power as what they multiply does. They align products to what is largest, the sum before it included, and cut off
 //   what then lies too far down: the longer a sum in them, the more, in float32 too (PyTorch's fast accumulation).
 //   None overflows, nor does any on the way there: a row of x is no longer than ROW and one of W than WEIGHT_ROW in float8
-//   (`float8_linear`), so that by Cauchy and Schwarz no sum exceeds their product.
+//   (`quantized_linear`), so that by Cauchy and Schwarz no sum exceeds their product.
+// - Of int8 they are int32, and exact. Multiplying takes less power than in float8, which gives more than sums in half as
+//   many registers do.
 // - What is left to do costs more by its instructions than by its arithmetic: each is fetched once a tile, and takes
 //   power from the tensor cores. So results are kept as pairs of float16, which one instruction works on (what is
 //   beyond 65504 is cut to that); and there is one loop over tiles, not two with the sums in different registers, so
@@ -39,20 +41,22 @@
 
 // In a GEMM's terms: tiles of M and N, blocks of K.
 constexpr int ROWS = 128, COLUMNS = 192, DEPTH = 128, STAGES = 5, ALL = 384;
-constexpr int SUMS = COLUMNS / 4;  // registers a thread
+constexpr int PAIRS = COLUMNS / 4, SUMS = INT8 ? 2 * PAIRS : PAIRS;  // registers a thread
 constexpr int PROMOTED = 2;
 constexpr int X_TILE = ROWS * DEPTH, W_TILE = COLUMNS * DEPTH, UNIT = 32;  // rows of W that come at once
 constexpr int SPANS = COLUMNS / 64, PIECES = 2 * SPANS;  // 16 of 64 columns are a thread's, in two rows
 constexpr int HEAD = 128;
-// LONGEST, of a row of query or key: `float8_heads.LONGEST`; ROW, of x: `float8_linear.ROW`.
+// LONGEST, of a row of query or key: `float8_heads.LONGEST`; ROW, of x: `quantized_linear.ROW`.
 constexpr float SMALLEST = 0.007f;  // of bounds: ROW over one is to be a float16
+static_assert(!(INT8 && UPDATE), "rows before a gated residual are results, with bounds as scales: too large for int8");
 static_assert(ROW <= 448, "none of a row of results is larger than a float8");
 
 #include "tiles.cuh"
 #include "units.cuh"
 
 struct Stream {
-  const float* scale;         // [rows]; ROW times it is no less than a row's norm
+  const float* scale;         // [rows]; of float8 ROW times it is no less than a row's norm
+  const float* norm;          // [rows]: no less than a row's, of int8
   const float* weight_scale;  // [columns]
   const u16* bias;            // [columns] bfloat16
   const float* bounds;        // of the norm of W x and of b: of GELU's columns; of the values', by heads
@@ -111,25 +115,58 @@ __device__ __forceinline__ void load_unit(u32 to, const TensorMap* map, u32 barr
       : "memory");
 }
 
-// ---- products: 64 x 192 in float16 a warpgroup, laid out as the scores in wgmma_attention.cu.
+// ---- products: 64 x 192 a warpgroup, in float16 laid out as the scores in wgmma_attention.cu, in int32 as its result is.
 
+#if INT8
+#define SHAPE "m64n192k32.s32.s8.s8"
+#define SIGNS ""
+#define A "%96"
+#define B "%97"
+#define ADD "%98"
 #define ACCUMULATORS \
-  "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3]), "+r"(d[4]), "+r"(d[5]), "+r"(d[6]), "+r"(d[7]), "+r"(d[8]), \
-  "+r"(d[9]), "+r"(d[10]), "+r"(d[11]), "+r"(d[12]), "+r"(d[13]), "+r"(d[14]), "+r"(d[15]), "+r"(d[16]), \
-  "+r"(d[17]), "+r"(d[18]), "+r"(d[19]), "+r"(d[20]), "+r"(d[21]), "+r"(d[22]), "+r"(d[23]), "+r"(d[24]), \
-  "+r"(d[25]), "+r"(d[26]), "+r"(d[27]), "+r"(d[28]), "+r"(d[29]), "+r"(d[30]), "+r"(d[31]), "+r"(d[32]), \
-  "+r"(d[33]), "+r"(d[34]), "+r"(d[35]), "+r"(d[36]), "+r"(d[37]), "+r"(d[38]), "+r"(d[39]), "+r"(d[40]), \
-  "+r"(d[41]), "+r"(d[42]), "+r"(d[43]), "+r"(d[44]), "+r"(d[45]), "+r"(d[46]), "+r"(d[47])
+  "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3]), "+r"(d[4]), "+r"(d[5]), "+r"(d[6]), "+r"(d[7]), \
+  "+r"(d[8]), "+r"(d[9]), "+r"(d[10]), "+r"(d[11]), "+r"(d[12]), "+r"(d[13]), "+r"(d[14]), "+r"(d[15]), \
+  "+r"(d[16]), "+r"(d[17]), "+r"(d[18]), "+r"(d[19]), "+r"(d[20]), "+r"(d[21]), "+r"(d[22]), "+r"(d[23]), \
+  "+r"(d[24]), "+r"(d[25]), "+r"(d[26]), "+r"(d[27]), "+r"(d[28]), "+r"(d[29]), "+r"(d[30]), "+r"(d[31]), \
+  "+r"(d[32]), "+r"(d[33]), "+r"(d[34]), "+r"(d[35]), "+r"(d[36]), "+r"(d[37]), "+r"(d[38]), "+r"(d[39]), \
+  "+r"(d[40]), "+r"(d[41]), "+r"(d[42]), "+r"(d[43]), "+r"(d[44]), "+r"(d[45]), "+r"(d[46]), "+r"(d[47]), \
+  "+r"(d[48]), "+r"(d[49]), "+r"(d[50]), "+r"(d[51]), "+r"(d[52]), "+r"(d[53]), "+r"(d[54]), "+r"(d[55]), \
+  "+r"(d[56]), "+r"(d[57]), "+r"(d[58]), "+r"(d[59]), "+r"(d[60]), "+r"(d[61]), "+r"(d[62]), "+r"(d[63]), \
+  "+r"(d[64]), "+r"(d[65]), "+r"(d[66]), "+r"(d[67]), "+r"(d[68]), "+r"(d[69]), "+r"(d[70]), "+r"(d[71]), \
+  "+r"(d[72]), "+r"(d[73]), "+r"(d[74]), "+r"(d[75]), "+r"(d[76]), "+r"(d[77]), "+r"(d[78]), "+r"(d[79]), \
+  "+r"(d[80]), "+r"(d[81]), "+r"(d[82]), "+r"(d[83]), "+r"(d[84]), "+r"(d[85]), "+r"(d[86]), "+r"(d[87]), \
+  "+r"(d[88]), "+r"(d[89]), "+r"(d[90]), "+r"(d[91]), "+r"(d[92]), "+r"(d[93]), "+r"(d[94]), "+r"(d[95])
+#define NUMBERS \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
+  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, " \
+  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
+  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#else
+#define SHAPE "m64n192k32.f16.e4m3.e4m3"
+#define SIGNS ", 1, 1"
+#define A "%48"
+#define B "%49"
+#define ADD "%50"
+#define ACCUMULATORS \
+  "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3]), "+r"(d[4]), "+r"(d[5]), "+r"(d[6]), "+r"(d[7]), \
+  "+r"(d[8]), "+r"(d[9]), "+r"(d[10]), "+r"(d[11]), "+r"(d[12]), "+r"(d[13]), "+r"(d[14]), "+r"(d[15]), \
+  "+r"(d[16]), "+r"(d[17]), "+r"(d[18]), "+r"(d[19]), "+r"(d[20]), "+r"(d[21]), "+r"(d[22]), "+r"(d[23]), \
+  "+r"(d[24]), "+r"(d[25]), "+r"(d[26]), "+r"(d[27]), "+r"(d[28]), "+r"(d[29]), "+r"(d[30]), "+r"(d[31]), \
+  "+r"(d[32]), "+r"(d[33]), "+r"(d[34]), "+r"(d[35]), "+r"(d[36]), "+r"(d[37]), "+r"(d[38]), "+r"(d[39]), \
+  "+r"(d[40]), "+r"(d[41]), "+r"(d[42]), "+r"(d[43]), "+r"(d[44]), "+r"(d[45]), "+r"(d[46]), "+r"(d[47])
 #define NUMBERS \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
   "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+#endif
 
 // d (+)= a b^T, of 32 bytes of the operands' rows; from zero if not `add`.
 __device__ __forceinline__ void wgmma(u32 (&d)[SUMS], u32 a, u32 b, bool add) {
-  asm volatile("{\n.reg .pred add;\n.reg .b64 a, b;\nsetp.ne.b32 add, %50, 0;\n"
-               "mov.b64 a, {%48, " DESCRIPTOR "};\nmov.b64 b, {%49, " DESCRIPTOR "};\n"
-               "wgmma.mma_async.sync.aligned.m64n192k32.f16.e4m3.e4m3 {" NUMBERS "}, a, b, add, 1, 1;\n}\n"
+  asm volatile("{\n.reg .pred add;\n.reg .b64 a, b;\nsetp.ne.b32 add, " ADD ", 0;\n"
+               "mov.b64 a, {" A ", " DESCRIPTOR "};\nmov.b64 b, {" B ", " DESCRIPTOR "};\n"
+               "wgmma.mma_async.sync.aligned." SHAPE " {" NUMBERS "}, a, b, add" SIGNS ";\n}\n"
                : ACCUMULATORS
                : "r"(a), "r"(b), "r"((int)add));
 }
@@ -138,6 +175,19 @@ __device__ __forceinline__ void wgmma(u32 (&d)[SUMS], u32 a, u32 b, bool add) {
 __device__ __forceinline__ void hold(u32 (&d)[SUMS]) { asm volatile("" : ACCUMULATORS::"memory"); }
 
 // ---- after the products
+
+#if INT8
+typedef float WeightScale;
+__device__ __forceinline__ WeightScale weight_scale(float x) { return x; }
+#else
+typedef u16 WeightScale;  // float16
+__device__ __forceinline__ WeightScale weight_scale(float x) { return (u16)float16(x, 0); }
+#endif
+
+// No less than the norm of a row of x.
+__device__ __forceinline__ float norm(const Stream& stream, int row) {
+  return INT8 ? stream.norm[row] : ROW * stream.scale[row];
+}
 
 __device__ __forceinline__ u32 bfloat16(float a, float b) {
   u32 packed;
@@ -172,7 +222,7 @@ extern "C" __global__ void __launch_bounds__(ALL, 1)
   extern __shared__ u8 memory[];
   __shared__ u64 barriers[2 * STAGES + 4];
   // Of the tile that is multiplied and the next, by columns and by rows. Bounds: GELU's, the values' not yet looked at.
-  __shared__ alignas(16) u16 weight_scales[2][COLUMNS];  // float16
+  __shared__ alignas(16) WeightScale weight_scales[2][COLUMNS];
   __shared__ alignas(16) float biases[2][COLUMNS], scales[2][ROWS], bounds[2][ROWS];
   __shared__ float norms[2][8], weights[8];  // by warps: largest norms of rows; largest weight of a head's norm
   __shared__ alignas(16) u32 head_norms[2][2][HEAD / 2];  // by streams, of query and key, in units of their scale
@@ -219,7 +269,7 @@ extern "C" __global__ void __launch_bounds__(ALL, 1)
         for (int i = lane; i < COLUMNS; i += 32) {
           const int column = i < HEAD ? from + i : then + i - HEAD;
           if (column >= args.columns) continue;
-          weight_scales[of_tile.index][i] = (u16)float16(stream.weight_scale[column], 0);
+          weight_scales[of_tile.index][i] = weight_scale(stream.weight_scale[column]);
           biases[of_tile.index][i] = __uint_as_float((u32)stream.bias[column] << 16);
         }
 #pragma unroll 2
@@ -228,7 +278,7 @@ extern "C" __global__ void __launch_bounds__(ALL, 1)
           const bool inside = row < stream.rows;
           scales[of_tile.index][i] = inside ? stream.scale[row] : 0;
           if (!UPDATE)
-            bounds[of_tile.index][i] = inside ? ROW * stream.scale[row] * stream.bounds[0] + stream.bounds[1] : 1;
+            bounds[of_tile.index][i] = inside ? norm(stream, row) * stream.bounds[0] + stream.bounds[1] : 1;
         }
         __syncwarp();
         if (lane == 0) arrive(known + 8 * of_tile.index);
@@ -274,7 +324,7 @@ extern "C" __global__ void __launch_bounds__(ALL, 1)
       float longest = 0;
       const Stream& stream = args.streams[i];
 #pragma unroll 8
-      for (int row = thread; row < stream.rows; row += 256) longest = fmaxf(longest, ROW * stream.scale[row]);
+      for (int row = thread; row < stream.rows; row += 256) longest = fmaxf(longest, norm(stream, row));
 #pragma unroll
       for (int j = 16; j; j >>= 1) longest = fmaxf(longest, __shfl_xor_sync(~0u, longest, j));
       if (lane == 0) norms[i][warp] = longest;
@@ -314,9 +364,9 @@ extern "C" __global__ void __launch_bounds__(ALL, 1)
     asm volatile("bar.sync 1, 256;" ::: "memory");
   };
 
-  u32 parts[SUMS];    // the tensor cores' sums, of PROMOTED blocks of depth
-  u32 sums[SUMS];     // of the tile that is multiplied
-  u32 results[SUMS];  // x W + b of the one before it, by spans and pairs of columns, one row and then the other
+  u32 parts[SUMS];     // the tensor cores' sums: of PROMOTED blocks of depth, int32's of all
+  u32 sums[PAIRS];     // of the tile that is multiplied, in float16
+  u32 results[PAIRS];  // x W + b of the one before it, by spans and pairs of columns, one row and then the other
   Place of;               // that one's, of a thread's two rows the first
   u32 factor[2];          // by rows, twice in float16: half of 1 over GELU's scale, or 1 over a head's root mean square
 
@@ -325,14 +375,14 @@ extern "C" __global__ void __launch_bounds__(ALL, 1)
   // Of a tile that is shared: its sums to memory, for the block of threads that has the first part, which adds them up.
   auto partial = [&](const Unit& unit) {
     const int of_shared = unit.tile - shared.whole;
-    return (uint4*)args.partial + (of_shared * (shared.parts - 1) + unit.part) * (SUMS / 4 * 256) + threadIdx.x - 128;
+    return (uint4*)args.partial + (of_shared * (shared.parts - 1) + unit.part) * (PAIRS / 4 * 256) + threadIdx.x - 128;
   };
   auto given = [&](const Unit& unit) { return args.given + (unit.tile - shared.whole) * warps + warp; };
   auto give = [&](Unit unit) {
     unit.part--;
     uint4* to = partial(unit);
 #pragma unroll
-    for (int i = 0; i < SUMS / 4; i++)
+    for (int i = 0; i < PAIRS / 4; i++)
       to[256 * i] = make_uint4(sums[4 * i], sums[4 * i + 1], sums[4 * i + 2], sums[4 * i + 3]);
     __threadfence();
     __syncwarp();
@@ -347,7 +397,7 @@ extern "C" __global__ void __launch_bounds__(ALL, 1)
     for (; unit.part < shared.parts - 1; unit.part++) {
       const uint4* from = partial(unit);
 #pragma unroll
-      for (int i = 0; i < SUMS / 4; i++) {
+      for (int i = 0; i < PAIRS / 4; i++) {
         const uint4 four = __ldcg(from + 256 * i);
         sums[4 * i] = add(sums[4 * i], four.x);
         sums[4 * i + 1] = add(sums[4 * i + 1], four.y);
@@ -367,13 +417,20 @@ extern "C" __global__ void __launch_bounds__(ALL, 1)
 #pragma unroll
       for (int i = 0; i < 4 * SPANS; i++) {
         const int from = i / 4 * 64 + quad * 16 + i % 4 * 4;
-        const uint2 w = *(const uint2*)(weight_scales[of_tile.index] + from);
         const float4 b = *(const float4*)(biases[of_tile.index] + from);
 #pragma unroll
         for (int r = 0; r < 2; r++) {
+#if INT8
+          const float4 w = *(const float4*)(weight_scales[of_tile.index] + from);
+          const int* four = (const int*)parts + 8 * i + 2 * r;
+          const float y[4] = {four[0] * (scale[r] * w.x) + b.x, four[1] * (scale[r] * w.y) + b.y,
+                              four[4] * (scale[r] * w.z) + b.z, four[5] * (scale[r] * w.w) + b.w};
+#else
+          const uint2 w = *(const uint2*)(weight_scales[of_tile.index] + from);
           const float2 two = floats(mul(sums[4 * i + r], w.x)), next = floats(mul(sums[4 * i + 2 + r], w.y));
           const float y[4] = {two.x * scale[r] + b.x, two.y * scale[r] + b.y, next.x * scale[r] + b.z,
                               next.y * scale[r] + b.w};
+#endif
           results[4 * i + r] = UPDATE ? bfloat16(y[0], y[1]) : float16(y[0], y[1]);
           results[4 * i + 2 + r] = UPDATE ? bfloat16(y[2], y[3]) : float16(y[2], y[3]);
           if (of_head && i < 8) squares[r] += y[0] * y[0] + y[1] * y[1] + y[2] * y[2] + y[3] * y[3];
@@ -559,11 +616,13 @@ extern "C" __global__ void __launch_bounds__(ALL, 1)
     wait_but_for<0>();
     hold(parts);
     release(empty + 8 * last);
+    if (!INT8) {
 #pragma unroll
-    for (int i = 0; i < SUMS; i++) sums[i] = add(sums[i], parts[i]);
+      for (int i = 0; i < PAIRS; i++) sums[i] = add(sums[i], parts[i]);
+    }
   };
   auto step = [&] {
-    if (blocks == PROMOTED) {
+    if (!INT8 && blocks == PROMOTED) {
       finish();
       begin();
     } else {
@@ -579,7 +638,7 @@ extern "C" __global__ void __launch_bounds__(ALL, 1)
   for (int number = blockIdx.x; number < units; number += gridDim.x) {
     const Unit unit = shared.at(number, args.depth);
 #pragma unroll
-    for (int i = 0; i < SUMS; i++) sums[i] = 0;
+    for (int i = 0; i < PAIRS; i++) sums[i] = 0;
     begin();
     int i = unit.begin + 1;
     if (!pending) {

@@ -45,7 +45,8 @@ def test_one_that_fails_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> No
 def test_what_is_compared_by_itself() -> None:
     compared = blocks.compared()
     assert len(set(compared)) == len(compared)
-    assert [recipe.gemm_epilogues for recipe in compared[-2:]] == [False, True]
+    assert [recipe.gemm_epilogues for recipe in compared[-3:]] == [False, True, True]
+    assert [recipe.int8_adaln for recipe in compared[-2:]] == [False, True]
 
 
 @pytest.mark.gpu

@@ -40,6 +40,7 @@ RECIPES = {
     "float8-wgmma_fp8-kernels": replace(FLOAT8, attention="wgmma_fp8", fused_kernels=True),
     "float8-wgmma_fp8-epilogues": replace(FLOAT8, attention="wgmma_fp8", fused_kernels=True, gemm_epilogues=True),
 }
+RECIPES["float8-wgmma_fp8-int8"] = replace(RECIPES["float8-wgmma_fp8-epilogues"], int8_adaln=True)
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,11 @@ import recipes
 from export import lora_file
 from export.lora import Adapter
 from export.store import PackageStore
-from recipes import Recipe
+from recipes import Recipe, float8
 from recipes.dtype import torch_dtype
 from recipes.fused_kernels import rearrange
 from recipes.gemm_epilogues import arrange
+from recipes.int8_adaln import takes_int8
 from recipes.weights import weights
 from utils.compile_clock import CompileClock
 from utils.errors import UsageError, UserError
@@ -46,6 +47,8 @@ ON_A_GPU = {
     "graph-kernels": replace(FLOAT8, cuda_graph=True, fused_kernels=True),
     "graph-epilogues": replace(FLOAT8, cuda_graph=True, fused_kernels=True, attention="wgmma_fp8", gemm_epilogues=True),
 }
+WITH_INT8 = replace(ON_A_GPU["graph-epilogues"], int8_adaln=True)
+ON_A_GPU["graph-int8"] = WITH_INT8
 ALL = pytest.mark.parametrize(
     "recipe",
     [
@@ -141,7 +144,7 @@ def assert_close_to(pipe: DiffusionPipeline, expected: DiffusionPipeline) -> Non
     recipe = recipes.applied(expected)
     assert recipe is not None
     for ours, theirs in zip(stored(pipe), stored(expected), strict=True):
-        rounding = 2**-6 if theirs.dtype == torch.float8_e4m3fn else 2**-8
+        rounding = 2**-6 if theirs.dtype in (torch.float8_e4m3fn, torch.int8) else 2**-8
         error = relative_error(ours, theirs)
         assert error < (1e-6 if recipe.dtype == "float32" else rounding)
 
@@ -182,18 +185,24 @@ def test_float8_per_tensor(running: Callable, fused: Callable, made: Made) -> No
     assert snapshot(pipe) == before
 
 
-@pytest.mark.parametrize("recipe", [FUSED, FLOAT8], ids=["bfloat16", "float8"])
+@pytest.mark.parametrize(
+    ("recipe", "int8"), [(FUSED, False), (FLOAT8, False), (FLOAT8, True)], ids=["bfloat16", "float8", "int8"]
+)
 def test_linears_as_the_fused_kernels_have_them(
-    running: Callable, fused: Callable, style: Path, recipe: Recipe
+    running: Callable, fused: Callable, style: Path, recipe: Recipe, int8: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The kernels need a GPU, their Linears don't: one for the single block's query, key, value and MLP."""
+    if int8:  # a recipe with int8_adaln needs the kernels
+        monkeypatch.setattr(float8, "takes_int8", lambda recipe, name: takes_int8(WITH_INT8, name))
     pipe, expected = running(recipe), fused(recipe, style)
     for transformer in (pipe.transformer, expected.transformer):
         rearrange(transformer, recipe)
         if recipe == FLOAT8:
             arrange(transformer)  # as gemm_epilogues has them: bounds of the weights beside these
     before, adapter = snapshot(pipe), Adapter(pipe, "tiny")
+    assert sum(tensor.dtype == torch.int8 for tensor in stored(pipe)) == (2 * 4 + 4 if int8 else 0)
     adapter.load(style)
+    assert snapshot(pipe) != before
     assert_close_to(pipe, expected)
     adapter.remove()
     assert snapshot(pipe) == before

@@ -69,7 +69,7 @@ def test_rungs_for_who_asks_for_them_are_not_inherited() -> None:
         plain = getattr(Recipe(), field)
         assert [other for other, rung in rungs.items() if getattr(rung.recipe, field) != plain] == [name]
     assert [name for name, rung in rungs.items() if rung.recipe.loop_graph] == ["loop_graph"]
-    assert rungs["loop_graph"].parent == rungs["aoti"].parent == "gemm_epilogues"
+    assert rungs["loop_graph"].parent == rungs["aoti"].parent == "int8_adaln"
     without = climbed("cuda_graph")["loop_graph"]
     assert without.skipped == "loop_graph needs cuda_graph=true"
     assert not without.recipe.loop_graph
@@ -108,7 +108,9 @@ def many_recipes() -> list[Recipe]:
         "hoisted_embeddings", "compiled_text_encoders", "float8_text_encoder", "device_postprocessing", "cuda_graph",
         "hook_search_removal", "early_preparation",
     )  # fmt: skip
-    assert {*values, *one_by_one, "loop_graph", "gemm_epilogues"} == {field.name for field in fields(Recipe)}
+    assert {*values, *one_by_one, "loop_graph", "gemm_epilogues", "int8_adaln"} == {
+        field.name for field in fields(Recipe)
+    }
     recipes = []
     for combination in itertools.product(*values.values()):
         try:
@@ -119,6 +121,7 @@ def many_recipes() -> list[Recipe]:
     loops = [replace(r, scheduler_sync_removal=True, cuda_graph=True, loop_graph=True) for r in compiled[::7]]
     in_float8 = {"quantization": "float8_per_row", "attention": "wgmma_fp8", "gemm_epilogues": True}
     fused = [replace(r, **in_float8) for r in compiled[::5] if r.fused_kernels]
+    fused += [replace(r, int8_adaln=True) for r in fused]
     return recipes + [replace(r, **{name: True}) for name in one_by_one for r in compiled[::5]] + loops + fused
 
 

@@ -88,6 +88,7 @@ def test_hash_differs_for_every_field() -> None:
         Recipe(channels_last=True),
         Recipe(dtype="bfloat16", fused_qkv=True, fused_kernels=True),
         Recipe(**in_float8, gemm_epilogues=True),
+        Recipe(**in_float8, gemm_epilogues=True, int8_adaln=True),
         Recipe(channels_last=True, fused_group_norm=True),
         Recipe(vae_attention="gemm"),
         Recipe(hook_search_removal=True),

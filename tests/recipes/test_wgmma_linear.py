@@ -1,4 +1,4 @@
-"""Our float8 Linears for Hopper against float32: sizes that fill no tile, two streams, bounds as scales."""
+"""Our quantized Linears for Hopper against float32: sizes that fill no tile, two streams, bounds as scales."""
 
 from __future__ import annotations
 
@@ -17,8 +17,16 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 import recipes
 from recipes import Recipe, RecipeError, attention, gemm_epilogues, wgmma_linear
 from recipes.float8_heads import LONGEST, for_wgmma
-from recipes.float8_linear import ROW, WEIGHT_ROW, Float8Linear, longest_result, rounded_up, weight_to_float8
 from recipes.kernels import cuda_kernel
+from recipes.quantized_linear import (
+    ROW,
+    WEIGHT_ROW,
+    QuantizedLinear,
+    longest_result,
+    rounded_up,
+    weight_to_float8,
+    weight_to_int8,
+)
 
 CUDA = torch.device("cuda")
 RECIPE = Recipe(
@@ -27,23 +35,41 @@ RECIPE = Recipe(
 
 
 class Layer(torch.nn.Module):
-    """A Float8Linear, which begins with query, key and value of so many heads, and one stream of its input, of these
-    sizes; `loud` times the input."""
+    """A QuantizedLinear, which begins with query, key and value of so many heads, and one stream of its input, of these
+    sizes; `loud` times the input. In `dtype`, float8_e4m3fn or int8."""
 
-    def __init__(self, rows: int, columns: int, depth: int, heads: int, batch: int = 1, seed: int = 0, loud: float = 1):
+    def __init__(
+        self,
+        rows: int,
+        columns: int,
+        depth: int,
+        heads: int,
+        batch: int = 1,
+        seed: int = 0,
+        loud: float = 1,
+        dtype: torch.dtype = torch.float8_e4m3fn,
+    ):
         super().__init__()
         random = torch.Generator().manual_seed(seed)
         x, weight = (torch.randn(*shape, generator=random) for shape in ((batch, rows, depth), (columns, depth)))
         x = loud * x * (0.1 + torch.rand(batch, rows, 1, generator=random))
-        self.scale = x.norm(dim=-1, keepdim=True) * 1.065 / ROW
-        self.values = (x / self.scale).to(torch.float8_e4m3fn)
-        linear = torch.nn.Linear(columns, depth)  # only what Float8Linear takes of it
+        in_int8 = dtype == torch.int8
+        self.scale = x.abs().amax(dim=-1, keepdim=True) / 127 if in_int8 else x.norm(dim=-1, keepdim=True) * 1.065 / ROW
+        self.values = (x / self.scale).round().to(dtype) if in_int8 else (x / self.scale).to(dtype)
+        cast = weight_to_int8 if in_int8 else weight_to_float8
+        linear = torch.nn.Linear(columns, depth)  # only what QuantizedLinear takes of it
         linear.weight = torch.nn.Parameter(torch.zeros(columns, depth))
-        linear.weight.qdata, linear.weight.scale = weight_to_float8(weight / depth**0.5)  # type: ignore[attr-defined]
+        linear.weight.qdata, linear.weight.scale = cast(weight / depth**0.5)  # type: ignore[attr-defined]
         bias = (torch.randn(columns, generator=random) / 4).bfloat16()
         linear.bias = torch.nn.Parameter(bias, requires_grad=False)
-        self.linear = Float8Linear(linear)
+        self.linear = QuantizedLinear(linear)
         self.linear.bound(heads, 128)
+
+    @property
+    def norm(self) -> Tensor:
+        """What the kernel takes for the rows' norms [batch, rows, 1]."""
+        in_int8 = self.values.dtype == torch.int8
+        return (self.values.float().norm(dim=-1, keepdim=True) * 1.001 if in_int8 else ROW) * self.scale
 
     def exact(self, device: torch.device) -> Tensor:
         """x W^T + b of what was rounded, in float32."""
@@ -52,8 +78,9 @@ class Layer(torch.nn.Module):
 
     def arguments(self, device: torch.device = CUDA) -> tuple:
         linear = self.linear
-        of_linear = linear.weight, linear.weight_scale, linear.bias, linear.bounds
-        return tuple(part.detach().to(device) for part in (self.values, self.scale, *of_linear))
+        norm = self.norm if self.values.dtype == torch.int8 else None
+        parts = self.values, self.scale, norm, linear.weight, linear.weight_scale, linear.bias, linear.bounds
+        return tuple(part if part is None else part.detach().to(device) for part in parts)
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -63,7 +90,7 @@ def gelu(x: Tensor) -> Tensor:
 def test_bounds_are_of_the_columns_they_are_for() -> None:
     """Of GELU's rows, and of what an attention makes of the values if each head takes another row's."""
     layer = Layer(5, 3 * 256 + 448, 256, heads=2)
-    linear, exact, norm = layer.linear, layer.exact(torch.device("cpu"))[0], layer.scale[0] * ROW
+    linear, exact, norm = layer.linear, layer.exact(torch.device("cpu"))[0], layer.norm[0]
     assert linear.bounds is not None
     length, bias, value_length, value_bias = linear.bounds
     assert (exact[:, 768:].norm(dim=1, keepdim=True) <= norm * length + bias).all()
@@ -156,7 +183,7 @@ def test_what_a_bound_as_scale_costs(outliers: float, error_of: Callable) -> Non
     linear.bound(2, 128)
     assert linear.bounds is not None
     exact = layer.exact(torch.device("cpu"))
-    norm = layer.scale * ROW
+    norm = layer.norm
     of_values = norm.max() * linear.bounds[2] + linear.bounds[3]
     bound = torch.hypot(norm * linear.bounds[0] + linear.bounds[1], of_values)
     scale = bound / 448  # as the kernel has it
@@ -165,6 +192,26 @@ def test_what_a_bound_as_scale_costs(outliers: float, error_of: Callable) -> Non
     for result in (gelu(exact[..., 768:]), values / 20):
         rounded = (result / scale).to(torch.float8_e4m3fn).float() * scale
         assert error_of(rounded, result) < 0.03
+
+
+def test_int8_adaln_needs_gemm_epilogues() -> None:
+    with pytest.raises(RecipeError, match="int8_adaln needs gemm_epilogues=true"):
+        replace(RECIPE, int8_adaln=True)
+    recipe = replace(RECIPE, gemm_epilogues=True, int8_adaln=True)
+    for name in ("dtype", "fused_qkv", "fused_kernels", "quantization", "attention", "gemm_epilogues"):
+        assert not recipe.without(name).int8_adaln
+
+
+def test_what_int8_costs(error_of: Callable) -> None:
+    """A third of float8's rounding; exact sums of what was rounded."""
+    layers = [Layer(300, 448, 3072, 0, dtype=dtype) for dtype in (torch.int8, torch.float8_e4m3fn)]
+    in_int8, in_float8 = (layer.exact(torch.device("cpu")) for layer in layers)
+    random = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(*shape, generator=random) for shape in ((1, 300, 3072), (448, 3072)))
+    x *= 0.1 + torch.rand(1, 300, 1, generator=random)
+    exact = x @ weight.T / 3072**0.5 + layers[0].linear.bias.float()
+    assert error_of(in_int8, exact) < 0.014
+    assert error_of(in_float8, exact) > 0.03
 
 
 def test_what_it_needs_of_the_recipe(pretend_gpu: Callable) -> None:
@@ -188,6 +235,8 @@ def _here() -> None:
         pytest.skip(refusal)
 
 
+DTYPES = pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8], ids=["float8", "int8"])
+
 # The larger ones are several tiles a multiprocessor, so that one's epilogue runs under the next one's products: of few
 # and of many blocks of depth, at the number of pieces and next to it, with columns that fill no tile.
 SIZES = [
@@ -200,8 +249,12 @@ SIZES = [
 @pytest.mark.usefixtures("_here")
 @pytest.mark.parametrize(("rows", "columns", "depth"), SIZES)
 @pytest.mark.parametrize("loud", [1e-3, 1.0, 30.0])
-def test_gelu_of_two_streams(rows: int, columns: int, depth: int, loud: float, error_of: Callable) -> None:
-    layers = Layer(rows, columns, depth, 0, batch=2, loud=loud), Layer(130, columns, depth, 0, seed=1, loud=loud)
+@DTYPES
+def test_gelu_of_two_streams(
+    rows: int, columns: int, depth: int, loud: float, dtype: torch.dtype, error_of: Callable
+) -> None:
+    of_both = {"loud": loud, "dtype": dtype}
+    layers = Layer(rows, columns, depth, 0, batch=2, **of_both), Layer(130, columns, depth, 0, seed=1, **of_both)
     out = wgmma_linear.wgmma_gelu_linears(*(part for layer in layers for part in layer.arguments()))
     for values, scale, layer in ((*out[:2], layers[0]), (*out[2:], layers[1])):
         exact = gelu(layer.exact(CUDA))
@@ -289,11 +342,12 @@ def norm_weights(seed: int) -> Tensor:
         *((1, 4608, 24, 12288, 3072), (2, 4608, 1, 448, 1792), (1, 20000, 1, 64, 256)),
     ],
 )
+@DTYPES
 def test_query_key_value_and_mlp(
-    batch: int, tokens: int, heads: int, others: int, depth: int, error_of: Callable
+    batch: int, tokens: int, heads: int, others: int, depth: int, dtype: torch.dtype, error_of: Callable
 ) -> None:
     plain = 3 * heads * 128
-    layer = Layer(tokens, plain + others, depth, heads, batch=batch)
+    layer = Layer(tokens, plain + others, depth, heads, batch=batch, dtype=dtype)
     exact = layer.exact(CUDA)
     weights, turns = norm_weights(3), rotary(tokens)
     query_key, value, descales, rows, scale = wgmma_linear.wgmma_qkv_gelu_linear(
@@ -303,7 +357,7 @@ def test_query_key_value_and_mlp(
     parts = exact[..., :plain].unflatten(-1, (3, heads, 128))
     check_heads(parts, query_key, value, descales, [weights], turns, error_of)
     assert (scale >= descales[2, 0, 0]).all(), "the attention's result fits in"
-    norm, bounds = ROW * layer.scale, layer.linear.bounds
+    norm, bounds = layer.norm, layer.linear.bounds
     both = torch.hypot(norm * bounds[0] + bounds[1], norm.max() * bounds[2] + bounds[3])
     torch.testing.assert_close(scale, (both / ROW).to(CUDA))
     assert rows.shape == (batch, tokens, heads * 128 + others)
@@ -323,11 +377,14 @@ def test_query_key_value_and_mlp(
         (2, 4096, 512, 2, 2688),
     ],
 )
+@DTYPES
 def test_query_key_value_of_two_streams(
-    batch: int, image: int, text: int, heads: int, depth: int, error_of: Callable
+    batch: int, image: int, text: int, heads: int, depth: int, dtype: torch.dtype, error_of: Callable
 ) -> None:
     plain = 3 * heads * 128
-    layers = [Layer(n, plain, depth, heads, batch=batch, seed=seed) for seed, n in enumerate((image, text))]
+    layers = [
+        Layer(n, plain, depth, heads, batch=batch, seed=seed, dtype=dtype) for seed, n in enumerate((image, text))
+    ]
     weights, turns = [norm_weights(3), norm_weights(4)], rotary(text + image)
     query_key, value, descales = wgmma_linear.wgmma_qkv_linears(
         *(*layers[0].arguments(), *layers[1].arguments(), *weights[0], *weights[1], turns, 1e-6, heads),
@@ -337,7 +394,7 @@ def test_query_key_value_of_two_streams(
     value = by_token(value, text + image) if laid_out else value
     # Some heads may take one stream's values, others the other's.
     bounds = [one.linear.bounds for one in layers]
-    each = [ROW * one.scale.max() * b[2] + b[3] for one, b in zip(layers, bounds, strict=True)]
+    each = [one.norm.max() * b[2] + b[3] for one, b in zip(layers, bounds, strict=True)]
     torch.testing.assert_close(descales[2], (torch.stack(each).norm() / ROW).to(CUDA).expand(batch, heads))
     for layer, own, where in zip(layers, weights, (slice(text, None), slice(text)), strict=True):
         parts = layer.exact(CUDA).unflatten(-1, (3, heads, 128))
@@ -353,7 +410,7 @@ def gated(layer: Layer, text: int, seed: int) -> tuple[tuple, Tensor]:
     gate = torch.randn(batch, 3, columns, generator=random).bfloat16().to(CUDA)[:, 1]
     joint = torch.randn(batch, rows + 3, columns, generator=random).bfloat16().to(CUDA)
     before = joint[:, : rows - text], joint[:, rows - text + 3 : rows + 3] if text else None
-    values, scale, *of_linear, _ = layer.arguments()
+    values, scale, _, *of_linear, _ = layer.arguments()
     stream = before[0] if before[1] is None else torch.cat([before[1], before[0]], dim=1)
     return (values, scale, *of_linear, gate, *before), stream.float() + gate.float()[:, None] * layer.exact(CUDA)
 
@@ -383,7 +440,7 @@ def plain_sum(layer: Layer) -> Tensor:
     """x W^T by wgmma_gated_linear, without a bias, a gate or anything before it."""
     columns, (batch, rows) = len(layer.linear.weight), layer.values.shape[:2]
     layer.linear.bias.data.zero_()
-    values, scale, *of_linear, _ = layer.arguments()
+    values, scale, _, *of_linear, _ = layer.arguments()
     gate = torch.ones(batch, columns, device=CUDA, dtype=torch.bfloat16)
     before = torch.zeros(batch, rows, columns, device=CUDA, dtype=torch.bfloat16)
     return wgmma_linear.wgmma_gated_linear(values, scale, *of_linear, gate, before, None).double()
@@ -440,16 +497,17 @@ def test_values_next_to_nothing(error_of: Callable) -> None:
     norms = torch.ones(2, 128, device=CUDA, dtype=torch.bfloat16)
     _, value, descales, *_ = wgmma_linear.wgmma_qkv_gelu_linear(*layer.arguments(), *norms, rotary(200), 1e-6, 1, False)
     assert layer.linear.bounds is not None
-    assert (ROW * layer.scale.max() * layer.linear.bounds[2] + layer.linear.bounds[3]).item() < 0.007
+    assert (layer.norm.max() * layer.linear.bounds[2] + layer.linear.bounds[3]).item() < 0.007
     exact = layer.exact(CUDA)[..., 256:384].unflatten(-1, (1, 128))
     assert error_of(value.float() * descales[2, 0, 0], exact) < 0.03
 
 
 @gpu
 @pytest.mark.usefixtures("_here")
-def test_same_bits_every_time() -> None:
+@DTYPES
+def test_same_bits_every_time(dtype: torch.dtype) -> None:
     norms = torch.ones(2, 128, device=CUDA, dtype=torch.bfloat16)
-    arguments = (*Layer(4608, 21504, 3072, 24).arguments(), *norms, rotary(4608), 1e-6, 24, True)
+    arguments = (*Layer(4608, 21504, 3072, 24, dtype=dtype).arguments(), *norms, rotary(4608), 1e-6, 24, True)
     first = wgmma_linear.wgmma_qkv_gelu_linear(*arguments)
     for _ in range(5):
         again = wgmma_linear.wgmma_qkv_gelu_linear(*arguments)
@@ -499,7 +557,18 @@ def test_refuses_what_it_would_read_wrongly() -> None:
         wgmma_linear.wgmma_qkv_gelu_linear(rows, scale, *layer, *of_heads[:-1], True)
     with pytest.raises(ValueError, match="384 out features aren't those of 2 heads: 768"):
         wgmma_linear.wgmma_qkv_linears(*whole, *whole, *of_both, 2, False)
-    weight, weight_scale, bias, bounds = layer
+    in_int8 = Layer(5, 448, 256, 1, dtype=torch.int8).arguments(cpu)
+    with pytest.raises(
+        ValueError, match=r"weight is to be \[448, 256\] torch.int8, contiguous, not .* torch.float8_e4m3fn"
+    ):
+        wgmma_linear.wgmma_qkv_gelu_linear(*in_int8[:3], *layer[1:], *of_heads)
+    with pytest.raises(
+        ValueError, match=r"x is to be \[1, 5, 256\] torch.float8_e4m3fn, contiguous, not .* torch.int8"
+    ):
+        wgmma_linear.wgmma_qkv_gelu_linear(*in_int8[:2], None, *in_int8[3:], *of_heads)
+    with pytest.raises(ValueError, match=r"norm is to be \[1, 5, 1\] torch.float32, contiguous, not \[1, 4, 1\]"):
+        wgmma_linear.wgmma_qkv_gelu_linear(*in_int8[:2], in_int8[2][:, :4], *in_int8[3:], *of_heads)
+    norm, weight, weight_scale, bias, bounds = layer
     gated = rows, scale, weight, weight_scale, bias
     gate, stream = (torch.zeros(1, *shape, dtype=torch.bfloat16) for shape in ((448,), (5, 448)))
     with pytest.raises(ValueError, match=r"residual is to be \[1, 4, 448\] bfloat16, .*, not \[1, 5, 448\]"):
@@ -510,4 +579,4 @@ def test_refuses_what_it_would_read_wrongly() -> None:
         wgmma_linear.wgmma_gated_linear(*gated, torch.cat([gate[:, :1], gate], dim=1)[:, 1:], stream, None)
     shifted = torch.cat([bias[:1], bias])[1:]
     with pytest.raises(ValueError, match="bias is read 16 bytes at once and has to begin at a multiple of that"):
-        wgmma_linear.wgmma_qkv_gelu_linear(rows, scale, weight, weight_scale, shifted, bounds, *of_heads)
+        wgmma_linear.wgmma_qkv_gelu_linear(rows, scale, norm, weight, weight_scale, shifted, bounds, *of_heads)

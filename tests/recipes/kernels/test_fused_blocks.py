@@ -14,8 +14,8 @@ pytest.importorskip("triton", reason="needs the package triton, which isn't inst
 
 import recipes
 from recipes import Recipe, attention, cudnn_attention, float8, fused_kernels, fused_qkv
-from recipes.float8_linear import Float8Linear
 from recipes.kernels.attention import CONFIGS, _attention_kernel
+from recipes.quantized_linear import QuantizedLinear
 from tests.recipes import cudnn_in_pytorch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -78,7 +78,7 @@ def test_float8_is_as_exact_as_unfused(load: Callable, apply: Callable, error: C
     apply(plain, replace(recipe, fused_kernels=False))
     apply(fused, recipe)
     assert 1e-3 < error(fused) <= 1.2 * error(plain)
-    linears = [name for name, module in fused.transformer.named_modules() if isinstance(module, Float8Linear)]
+    linears = [name for name, module in fused.transformer.named_modules() if isinstance(module, QuantizedLinear)]
     assert len(linears) == 2 * 8 + 4 * 2, "every Linear of the blocks but the modulation's"
 
 
@@ -88,14 +88,16 @@ def test_float8_is_as_exact_as_unfused(load: Callable, apply: Callable, error: C
 def test_gemm_epilogues(
     load: Callable, predict: Callable, error: Callable, error_of: Callable, execution: str, batch: int
 ) -> None:
-    """As exact as the kernels apart, and compiled without a break."""
-    plain, fused = load(), load()
+    """As exact as the kernels apart, in int8 more so, and compiled without a break."""
+    plain, fused, in_int8 = load(), load(), load()
     recipe = replace(FUSED, quantization="float8_per_row", attention="wgmma_fp8", execution=execution)
     skip_unless_it_runs(recipe)
     recipes.apply(plain, recipe)
     recipes.apply(fused, replace(recipe, gemm_epilogues=True))
+    recipes.apply(in_int8, replace(recipe, gemm_epilogues=True, int8_adaln=True))
     assert 1e-3 < error(fused, batch) <= 1.1 * error(plain, batch)
     assert error_of(predict(fused, batch), predict(plain, batch)) < 0.06
+    assert 1e-3 < error(in_int8, batch) < error(fused, batch)
 
 
 def test_float8_weights_are_not_copied(load: Callable, apply: Callable) -> None:

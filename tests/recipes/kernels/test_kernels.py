@@ -11,9 +11,9 @@ import torch
 pytest.importorskip("triton", reason="needs the package triton, which isn't installed")
 
 from recipes.float8_heads import LONGEST, lay_out, to_float8, tokens_innermost
-from recipes.float8_linear import ROW
 from recipes.kernels import adaln, attention, cast, gelu, group_norm, qkv, residual
 from recipes.kernels.rows import rows_to_float8
+from recipes.quantized_linear import ROW
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
@@ -81,6 +81,26 @@ def test_adaln(normal: Callable, batch: int, image: int, text: int, dim: int) ->
     rows = adaln.adaln_float8(*inputs)
     assert_float8(rows, reference, adaln.reference_float8(*inputs))
     assert_short(rows[0])
+    values, scale, norm = adaln.adaln_int8(*inputs)
+    same_values, same_scale, same_norm = adaln.reference_int8(*inputs)
+    torch.testing.assert_close(scale, same_scale, rtol=1e-4, atol=0)
+    torch.testing.assert_close(norm, same_norm, rtol=1e-3, atol=0)
+    assert (norm >= (values.double() * scale).norm(dim=-1, keepdim=True)).all(), "a bound"
+    assert (values.abs().amax(dim=-1) == 127).all()
+    assert ((values.float() * scale - reference).abs() <= scale * 0.501).all(), "rounded to nearest"
+    assert (values != same_values).float().mean() < 0.01
+
+
+def test_int8_of_a_row_of_one_value(device: torch.device) -> None:
+    """LayerNorm leaves nothing of it: the scale is the smallest there is."""
+    row, zero = torch.ones(1, 2, 512, device=device), torch.zeros(1, 512, device=device)
+    values, scale, norm = adaln.adaln_int8(row, None, zero, zero, EPS)
+    assert not values.any()
+    assert not norm.any()
+    torch.testing.assert_close(scale, torch.full_like(scale, 1e-12 / 127))
+    values, scale, norm = adaln.adaln_int8(row, None, zero - 3, zero, EPS)
+    assert (values == -127).all()
+    torch.testing.assert_close(norm, torch.full_like(norm, 3 * 512**0.5 * 1.001))
 
 
 def test_adaln_of_far_from_zero_mean(normal: Callable) -> None:

@@ -26,9 +26,9 @@ from recipes import (
     wgmma_linear,
 )
 from recipes.float8_heads import for_wgmma, to_float8, to_float8_by_norm, tokens_innermost
-from recipes.float8_linear import weight_to_float8
 from recipes.kernels import adaln, attention, cast, gelu, group_norm, qkv, residual
 from recipes.kernels.rows import rows_by_norm
+from recipes.quantized_linear import weight_to_float8
 
 BATCH, TEXT, IMAGE, HEADS, HEAD_DIM = 2, 3, 5, 2, 32
 DIM = HEADS * HEAD_DIM
@@ -128,6 +128,7 @@ class Case:
 CASES = {
     "adaln": Case(adaln.adaln, lambda x: (*x.streams(DIM), *x.rows(2), EPS)),
     "adaln_float8": Case(adaln.adaln_float8, lambda x: (*x.streams(DIM), *x.rows(2), EPS)),
+    "adaln_int8": Case(adaln.adaln_int8, lambda x: (*x.streams(DIM), *x.rows(2), EPS)),
     "attention_float8": Case(attention.attention_float8, attention_arguments, "triton_fp8"),
     "concat_gelu": Case(gelu.concat_gelu, lambda x: x.streams(DIM)[:1] + x.streams(2 * DIM)[:1]),
     "concat_gelu_float8": Case(gelu.concat_gelu_float8, lambda x: x.streams(DIM)[:1] + x.streams(2 * DIM)[:1]),

@@ -1,4 +1,4 @@
-"""A float8 Linear whose input comes quantized: the kernel before it has cast its rows already."""
+"""A Linear in float8 or int8 whose input comes quantized: the kernel before it has cast its rows already."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from recipes.float8_heads import SMALLEST_AMAX
 # Cauchy and Schwarz, and a float16 holds 65504. What lies between is for rounding: of both to float8 (18/17 at most),
 # of an attention's probabilities, which then add up to more than 1 (1.36 at most), and of the sum on its way (1.2).
 ROW, WEIGHT_ROW = 448, 64
+INT8_MAX = 127  # -128 is left out, as by every symmetric quantization
 
 
 def weight_to_float8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -24,18 +25,26 @@ def weight_to_float8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (weight / scale).to(torch.float8_e4m3fn), scale
 
 
-class Float8Linear(nn.Module):
-    """A Linear quantized by torchao with a scale a row of weights, taking rows in float8.
+def weight_to_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """weight [out features, in features] as int8, the largest of each row `INT8_MAX`, and its scale [out features, 1]
+    float32."""
+    scale = weight.float().abs().amax(dim=1, keepdim=True).clamp(min=SMALLEST_AMAX) / INT8_MAX
+    return (weight.float() / scale).round().to(torch.int8), scale
 
-    The weight and its scale stay where they are: nothing is copied. bounds: see `bound`.
+
+class QuantizedLinear(nn.Module):
+    """A Linear quantized by torchao with a scale a row of weights, taking rows in the weight's float8 or int8.
+
+    The weight and its scale stay where they are: nothing is copied. bounds: see `bound`. By itself it takes float8
+    only; of int8 it is `wgmma_linear`'s operators that multiply.
     """
 
     bounds: nn.Parameter | None
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
-        quantized: Any = linear.weight  # a torchao Float8Tensor
-        self.weight = nn.Parameter(quantized.qdata, requires_grad=False)  # [out features, in features] float8_e4m3fn
+        quantized: Any = linear.weight  # a torchao Float8Tensor or Int8Tensor
+        self.weight = nn.Parameter(quantized.qdata, requires_grad=False)  # [out features, in features]
         self.weight_scale = nn.Parameter(quantized.scale, requires_grad=False)  # [out features, 1] float32
         self.bias = linear.bias
         self.dtype = quantized.dtype
