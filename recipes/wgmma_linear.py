@@ -243,7 +243,8 @@ def rows_at_once(tall: int, depth: int) -> int:
 def _kernel(deep: bool, update: bool, int8: bool) -> CudaKernel:
     flags = (("DEEP", int(deep)), ("UPDATE", int(update)), ("INT8", int(int8)))
     defines = (*flags, ("LONGEST", LONGEST), ("ROW", ROW))
-    return CudaKernel("wgmma_linear.cu", "wgmma_linear", "sm_90a", _SHARED, defines)
+    name = "wgmma_linear_int8" if int8 else "wgmma_linear"  # traces tell which it was
+    return CudaKernel("wgmma_linear.cu", name, "sm_90a", _SHARED, defines)
 
 
 def _order(weight: torch.Tensor) -> ctypes.Array[ctypes.c_char]:

@@ -30,6 +30,7 @@ _TABLE: tuple[tuple[str, str], ...] = (
     # Of recipes/kernels; Inductor appends a number.
     (r"^(_attention_kernel|wgmma_attention)(_\d+)?$", ATTENTION),
     (r"^wgmma_linear(_\d+)?$", "gemm fp8"),
+    (r"^wgmma_linear_int8(_\d+)?$", "gemm int8"),
     (r"^_(rows|value_to)_float8_kernel(_\d+)?$", QUANTIZE),
     (r"^_(adaln|concat_gelu|gated_residual|qkv)_kernel(_\d+)?$", POINTWISE),
     # Attention before GEMM: FlashAttention-3 is a CUTLASS kernel, and cuDNN's names its GEMMs.

@@ -133,6 +133,7 @@ OWN = {
     "_attention_kernel": "attention",
     "wgmma_attention": "attention",
     "wgmma_linear": "gemm fp8",
+    "wgmma_linear_int8": "gemm int8",
     "_concat_gelu_kernel": "norm and pointwise",
     "_gated_residual_kernel": "norm and pointwise",
     "_group_norm_moments_kernel": "norm and pointwise",

@@ -27,8 +27,8 @@ from recipes import (
 )
 from recipes.float8_heads import for_wgmma, to_float8, to_float8_by_norm, tokens_innermost
 from recipes.kernels import adaln, attention, cast, gelu, group_norm, qkv, residual
-from recipes.kernels.rows import rows_by_norm
-from recipes.quantized_linear import weight_to_float8
+from recipes.kernels.rows import rows_by_norm, rows_to_int8
+from recipes.quantized_linear import weight_to_float8, weight_to_int8
 
 BATCH, TEXT, IMAGE, HEADS, HEAD_DIM = 2, 3, 5, 2, 32
 DIM = HEADS * HEAD_DIM
@@ -93,16 +93,16 @@ def beside_arguments(x: Inputs) -> tuple:
     return q.contiguous(), k.contiguous(), for_wgmma(v), descales, rows, scale
 
 
-def linear_arguments(x: Inputs, tokens: int, columns: int) -> tuple:
+def linear_arguments(x: Inputs, tokens: int, columns: int, int8: bool = False) -> tuple:
     """As `wgmma_linear`'s operators take a stream and its layer of 256 in features."""
-    rows, scale = rows_by_norm(x.normal(BATCH, tokens, 256))
-    weight, weight_scale = weight_to_float8(x.normal(columns, 256))
-    return rows, scale, weight, weight_scale, x.normal(columns), x.normal(4, dtype=torch.float32).abs()
+    rows = (rows_to_int8 if int8 else rows_by_norm)(x.normal(BATCH, tokens, 256))
+    weight = (weight_to_int8 if int8 else weight_to_float8)(x.normal(columns, 256))
+    return *rows[:2], rows[2] if int8 else None, *weight, x.normal(columns), x.normal(4, dtype=torch.float32).abs()
 
 
 def gated_arguments(x: Inputs, tokens: int) -> tuple:
     """The same of 256 out features, a gate, and the stream before."""
-    rows, scale, weight, weight_scale, bias, _ = linear_arguments(x, tokens, 256)
+    rows, scale, _, weight, weight_scale, bias, _ = linear_arguments(x, tokens, 256)
     return rows, scale, weight, weight_scale, bias, x.normal(BATCH, 3 * 256)[:, 256:512], x.normal(BATCH, tokens, 256)
 
 
@@ -174,7 +174,7 @@ CASES = {
     "wgmma_qkv_linears": Case(
         wgmma_linear.wgmma_qkv_linears,
         lambda x: (
-            *(*linear_arguments(x, IMAGE, 768), *linear_arguments(x, TEXT, 768)),
+            *(*linear_arguments(x, IMAGE, 768, True), *linear_arguments(x, TEXT, 768, True)),
             *(*x.normal(4, 128), x.turns(TEXT + IMAGE), EPS, 2, False),
         ),
         "wgmma_fp8",
@@ -206,8 +206,8 @@ def test_every_operator_is_here() -> None:
     assert known == {NAMESPACE + name for name in CASES}
 
 
-def is_float8(x: object) -> bool:
-    return isinstance(x, Tensor) and x.dtype == torch.float8_e4m3fn
+def is_quantized(x: object) -> bool:
+    return isinstance(x, Tensor) and x.dtype in (torch.float8_e4m3fn, torch.int8)
 
 
 def check(case: Case, device: torch.device) -> None:
@@ -215,19 +215,19 @@ def check(case: Case, device: torch.device) -> None:
     # The last compares two calls' results, which where they are free hold anything.
     utils = ("test_faketensor", *([] if case.leaves_free else ["test_aot_dispatch_static"]))
     torch.library.opcheck(case.operator, arguments, test_utils=utils)
-    if not any(map(is_float8, arguments)):
+    if not any(map(is_quantized, arguments)):
         torch.library.opcheck(case.operator, arguments, test_utils="test_schema")
         first, *others = arguments
         asked = (first.detach().clone().requires_grad_(), *others)
         torch.library.opcheck(case.operator, asked, test_utils="test_autograd_registration")
         return
-    # opcheck does arithmetic with what may have been mutated, and needs a gradient: float8 has neither.
+    # opcheck does arithmetic with what may have been mutated, and needs a gradient: what is quantized has neither.
     tensors = [x for x in arguments if isinstance(x, Tensor)]
-    before = [x.view(torch.uint8).clone() if is_float8(x) else x.clone() for x in tensors]
+    before = [x.view(torch.uint8).clone() if is_quantized(x) else x.clone() for x in tensors]
     results = case.operator(*arguments)
     written = [arguments[i] for i in case.mutates]
     for x, kept in zip(tensors, before, strict=True):
-        same = torch.equal(x.view(torch.uint8) if is_float8(x) else x, kept)
+        same = torch.equal(x.view(torch.uint8) if is_quantized(x) else x, kept)
         assert same == all(x is not other for other in written)
     assert_no_alias(results, arguments)
 
