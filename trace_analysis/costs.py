@@ -171,7 +171,8 @@ def _own_attention(operator: str, shapes: Shapes) -> Cost | None:
 
 
 def _own_linears(*layers: tuple[int, int], out_bytes: int = 1) -> Callable[[str, Shapes], Cost | None]:
-    """recipes' Linears in float8 or int8 in one launch: of each the places of x [batch, tokens, in] and weight [out, in]."""
+    """recipes' Linears in float8 or int8, in one launch: of each the places of x [batch, tokens, in] and weight [out,
+    in]."""
 
     def found(operator: str, shapes: Shapes) -> Cost | None:
         flops, moved, text = 0, _inputs(shapes), []

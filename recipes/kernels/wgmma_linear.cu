@@ -118,7 +118,6 @@ __device__ __forceinline__ void load_unit(u32 to, const TensorMap* map, u32 barr
 // ---- products: 64 x 192 a warpgroup, in float16 laid out as the scores in wgmma_attention.cu, in int32 as its result is.
 
 #if INT8
-#define KERNEL wgmma_linear_int8
 #define SHAPE "m64n192k32.s32.s8.s8"
 #define SIGNS ""
 #define A "%96"
@@ -145,7 +144,6 @@ __device__ __forceinline__ void load_unit(u32 to, const TensorMap* map, u32 barr
   "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
   "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
 #else
-#define KERNEL wgmma_linear
 #define SHAPE "m64n192k32.f16.e4m3.e4m3"
 #define SIGNS ", 1, 1"
 #define A "%48"
@@ -217,10 +215,14 @@ __device__ __forceinline__ u32 turned(u32 pair, u32 turn) {
   return fma(pair, __byte_perm(turn, 0, 0x1010), mul(crossed, __byte_perm(turn, 0, 0x3232)));
 }
 
-extern "C" __global__ void __launch_bounds__(ALL, 1)
-    KERNEL(const __grid_constant__ TensorMap x0, const __grid_constant__ TensorMap x1,
-           const __grid_constant__ TensorMap w0, const __grid_constant__ TensorMap w1,
-           const __grid_constant__ Arguments args) {
+#if INT8
+extern "C" __global__ void __launch_bounds__(ALL, 1) wgmma_linear_int8(
+#else
+extern "C" __global__ void __launch_bounds__(ALL, 1) wgmma_linear(
+#endif
+    const __grid_constant__ TensorMap x0, const __grid_constant__ TensorMap x1,
+    const __grid_constant__ TensorMap w0, const __grid_constant__ TensorMap w1,
+    const __grid_constant__ Arguments args) {
   extern __shared__ u8 memory[];
   __shared__ u64 barriers[2 * STAGES + 4];
   // Of the tile that is multiplied and the next, by columns and by rows. Bounds: GELU's, the values' not yet looked at.
