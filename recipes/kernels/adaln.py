@@ -2,9 +2,9 @@
 scale a row.
 
 Per row it reads dim values once and writes dim: 4 bytes a value from bfloat16 to bfloat16, 3 to float8. Unfused, the
-float8 form reads the row three times (statistics, amax, cast). A program has several rows, one after the other, for
-scale and shift are twice as much to read as a row. Text and image tokens may lie in two tensors and come
-out as one, which saves the single blocks' concatenation.
+float8 form reads the row three times (statistics, amax, cast). A program is one warp with one row: what is summed over a
+row stays within it. Text and image tokens may lie in two tensors and come out as one, which saves the single blocks'
+concatenation.
 
 Source: Peebles and Xie, arXiv 2212.09748 (AdaLN); AdaLayerNormZero and AdaLayerNormZeroSingle of diffusers.
 """
@@ -25,16 +25,14 @@ from recipes.kernels.rows import (
     normalized,
     row_amax,
     row_norm,
-    row_parts,
+    row_of_warp,
     rows_by_norm,
     rows_to_int8,
     scale_by_norm,
     store_row,
     store_row_e4m3,
-    to_int8,
+    store_row_int8,
 )
-
-_ROWS = 4  # a program
 
 
 def reference(
@@ -131,15 +129,15 @@ def _launch(
 ) -> None:
     check_rows(image=image, text=text, shift=shift, scale=scale)
     batch, tokens, dim = out.shape
-    parts, block, warps = row_parts(dim)
+    parts, block = row_of_warp(dim)
     first = image if text is None else text
-    wrap_triton(_adaln_kernel)[(triton.cdiv(tokens, _ROWS), batch)](
+    wrap_triton(_adaln_kernel)[(tokens, batch)](
         first, image, shift, scale, out,
         image if out_scale is None else out_scale, image if out_norm is None else out_norm,
         0 if text is None else text.shape[1], tokens,
         first.stride(0), first.stride(1), image.stride(0), image.stride(1), shift.stride(0), scale.stride(0),
-        EPS=eps, DIM=dim, BLOCK=block, PARTS=parts, ROWS=_ROWS,
-        FLOAT8=out_scale is not None and out_norm is None, INT8=out_norm is not None, num_warps=warps,
+        EPS=eps, DIM=dim, BLOCK=block, PARTS=parts, HALF_STEPS=0.5 * dim**0.5,
+        FLOAT8=out_scale is not None and out_norm is None, INT8=out_norm is not None, num_warps=1,
     )  # fmt: skip
 
 
@@ -164,28 +162,25 @@ def _adaln_kernel(
     DIM: tl.constexpr,  # noqa: N803
     BLOCK: tl.constexpr,  # noqa: N803
     PARTS: tl.constexpr,  # noqa: N803
-    ROWS: tl.constexpr,  # noqa: N803
+    HALF_STEPS: tl.constexpr,  # noqa: N803
     FLOAT8: tl.constexpr,  # noqa: N803
     INT8: tl.constexpr,  # noqa: N803
 ):
-    batch = tl.program_id(1)
+    token, batch = tl.program_id(0), tl.program_id(1)
+    row = joint_row(text, image, batch, token, text_tokens, text_batch, text_row, image_batch, image_row)
+    x = load_row(row, BLOCK, PARTS)
     factor = load_row(scale + batch * scale_row, BLOCK, PARTS)
     offset = load_row(shift + batch * shift_row, BLOCK, PARTS)
-    for i in tl.static_range(ROWS):
-        token = tl.minimum(tl.program_id(0) * ROWS + i, tokens - 1)  # the last row more than once, if need be
-        row = joint_row(text, image, batch, token, text_tokens, text_batch, text_row, image_batch, image_row)
-        x = load_row(row, BLOCK, PARTS)
-        y = modulated(normalized(x, PARTS, DIM, EPS), factor, offset, PARTS)
-        index = batch.to(tl.int64) * tokens + token
-        if FLOAT8:
-            own_scale = scale_by_norm(y, PARTS)
-            tl.store(out_scale + index, own_scale)
-            store_row_e4m3(out + index * DIM, y, own_scale, BLOCK, PARTS)
-        elif INT8:
-            own_scale = int8_scale(row_amax(y, PARTS))
-            rounded = to_int8(y, own_scale, PARTS)
-            tl.store(out_scale + index, own_scale)
-            tl.store(out_norm + index, row_norm(rounded, PARTS) * own_scale * 1.001)
-            store_row(out + index * DIM, rounded, BLOCK, PARTS)
-        else:
-            store_row(out + index * DIM, y, BLOCK, PARTS)
+    y = modulated(normalized(x, PARTS, DIM, EPS), factor, offset, PARTS)
+    index = batch.to(tl.int64) * tokens + token
+    if FLOAT8:
+        own_scale = scale_by_norm(y, PARTS)
+        tl.store(out_scale + index, own_scale)
+        store_row_e4m3(out + index * DIM, y, own_scale, BLOCK, PARTS)
+    elif INT8:
+        own_scale = int8_scale(row_amax(y, PARTS))
+        tl.store(out_scale + index, own_scale)
+        tl.store(out_norm + index, (row_norm(y, PARTS) + own_scale * HALF_STEPS) * 1.001)
+        store_row_int8(out + index * DIM, y, own_scale, BLOCK, PARTS)
+    else:
+        store_row(out + index * DIM, y, BLOCK, PARTS)

@@ -96,11 +96,11 @@ def test_int8_of_a_row_of_one_value(device: torch.device) -> None:
     row, zero = torch.ones(1, 2, 512, device=device), torch.zeros(1, 512, device=device)
     values, scale, norm = adaln.adaln_int8(row, None, zero, zero, EPS)
     assert not values.any()
-    assert not norm.any()
+    assert (norm < 1e-12).all()
     torch.testing.assert_close(scale, torch.full_like(scale, 1e-12 / 127))
     values, scale, norm = adaln.adaln_int8(row, None, zero - 3, zero, EPS)
     assert (values == -127).all()
-    torch.testing.assert_close(norm, torch.full_like(norm, 3 * 512**0.5 * 1.001))
+    torch.testing.assert_close(norm, torch.full_like(norm, (3 + 0.5 * 3 / 127) * 512**0.5 * 1.001))
 
 
 def test_adaln_of_far_from_zero_mean(normal: Callable) -> None:
