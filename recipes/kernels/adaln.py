@@ -2,8 +2,8 @@
 scale a row.
 
 Per row it reads dim values once and writes dim: 4 bytes a value from bfloat16 to bfloat16, 3 to float8. Unfused, the
-float8 form reads the row three times (statistics, amax, cast). A program is one warp with one row: what is summed over a
-row stays within it. Text and image tokens may lie in two tensors and come out as one, which saves the single blocks'
+float8 form reads the row three times (statistics, amax, cast). A program is one warp with one row: what is summed over
+a row stays within it. Text and image tokens may lie in two tensors and come out as one, which saves the single blocks'
 concatenation.
 
 Source: Peebles and Xie, arXiv 2212.09748 (AdaLN); AdaLayerNormZero and AdaLayerNormZeroSingle of diffusers.

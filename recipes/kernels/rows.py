@@ -28,8 +28,8 @@ def row_parts(columns: int) -> tuple[int, int, int]:
 
 
 def row_of_warp(columns: int) -> tuple[int, int]:
-    """The same for one warp: parts of at most 256, of which a thread reads 16 bytes of bfloat16. Sums over a row take no
-    barrier then, and a program as many instructions for them as one of many warps."""
+    """The same for one warp: parts of at most 256, of which a thread reads 16 bytes of bfloat16. Sums over a row take
+    no barrier then, and as many instructions as each of several warps would take for them."""
     block = min(columns & -columns, 256)
     return columns // block, block
 
