@@ -44,7 +44,7 @@ def test_small_linears(zeros: bool, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(linears, name, size)
     for case in linears.cases():
         forms = linears.measure(case, zeros, device)["forms"]
-        assert set(forms) == {"scaled_mm", "apart", "wgmma"}
+        assert set(forms) == {"scaled_mm", "apart", "wgmma"} | (set() if case.gated else {"int8"})
         told = case.plain < case.out_features and not zeros and not case.gated
         assert ("relative_error" in forms["wgmma"]) == told
         for name, figures in forms.items():
