@@ -85,6 +85,15 @@ def cases(device: torch.device) -> list[Case]:
         Case("adaln", adaln.adaln, bfloat16(adaln.reference), lambda: (*joint(), *modulation(2), EPS)),
         Case("adaln_float8", adaln.adaln_float8, adaln.reference_float8, lambda: (*joint(), *modulation(2), EPS)),
         Case("adaln_int8", adaln.adaln_int8, adaln.reference_int8, lambda: (*joint(), *modulation(2), EPS)),
+        Case(
+            "adaln_int8, two streams",
+            adaln.adaln_int8_streams,
+            lambda image, text, a, b, c, d, eps: (
+                *adaln.reference_int8(image, None, a, b, eps),
+                *adaln.reference_int8(text, None, c, d, eps),
+            ),
+            lambda: (normal(1, IMAGE, DIM), normal(1, TEXT, DIM), *modulation(6)[:2], *modulation(6)[:2], EPS),
+        ),
         Case("rows_float8", cast.rows_float8, rows.rows_to_float8, lambda: (normal(1, IMAGE, DIM),)),
         Case(
             "gelu_float8",

@@ -58,6 +58,9 @@ class Plain:
     def adaln(self, image: Tensor, text: Tensor | None, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
         return adaln.adaln(image, text, shift, scale, eps)
 
+    def adaln_streams(self, image: Tensor, text: Tensor, of_image: Norm, of_text: Norm) -> list[Tensor]:
+        return [self.adaln(image, None, *of_image), self.adaln(text, None, *of_text)]
+
     def gated_linear(self, one: Gated, text_residual: Tensor) -> Tensor:
         return _gated_linear(self, one, text_residual)
 
@@ -93,6 +96,9 @@ class Float8:
 
     def adaln(self, image: Tensor, text: Tensor | None, shift: Tensor, scale: Tensor, eps: float) -> Rows:
         return Rows(*adaln.adaln_float8(image, text, shift, scale, eps))
+
+    def adaln_streams(self, image: Tensor, text: Tensor, of_image: Norm, of_text: Norm) -> list[Rows]:
+        return [self.adaln(image, None, *of_image), self.adaln(text, None, *of_text)]
 
     def gated_linear(self, one: Gated, text_residual: Tensor) -> Tensor:
         return _gated_linear(self, one, text_residual)
@@ -141,6 +147,12 @@ class Epilogues(Float8):
         cast = adaln.adaln_int8 if self.int8 else adaln.adaln_float8
         return Rows(*cast(image, text, shift, scale, eps))
 
+    def adaln_streams(self, image: Tensor, text: Tensor, of_image: Norm, of_text: Norm) -> list[Rows]:
+        cast = adaln.adaln_int8_streams if self.int8 else adaln.adaln_float8_streams
+        assert of_image[2] == of_text[2], "one launch has one eps"
+        out = cast(image, text, *of_image[:2], *of_text)
+        return [Rows(*out[: len(out) // 2]), Rows(*out[len(out) // 2 :])]
+
     def attention_and_mlp(self, attn: FluxAttention, linear: nn.Module, x: Rows, rotary: Rotary) -> Rows:
         """The attention fills the first columns of the MLP's rows."""
         assert self.attention.float8 is not None
@@ -173,8 +185,9 @@ class Epilogues(Float8):
         return list(wgmma_linear.wgmma_gated_linears(*first, *second))
 
     def gated_linears_adaln(self, streams: Sequence[Gated], norms: Sequence[Norm]) -> list[tuple[Tensor, Rows]]:
-        updated = self.gated_linears(streams)
-        return [(hidden, self.adaln(hidden, None, *norm)) for hidden, norm in zip(updated, norms, strict=True)]
+        image, text = self.gated_linears(streams)
+        of_image, of_text = self.adaln_streams(image, text, *norms)
+        return [(image, of_image), (text, of_text)]
 
     def gelu_linears(self, pairs: Sequence[tuple[nn.Module, Rows]]) -> list[Rows]:
         first, second = (bounded(*pair) for pair in pairs)
@@ -207,8 +220,8 @@ def double_block(
     kernels, attn = self.kernels, self.attn
     image, text = hidden_states, encoder_hidden_states
     of_image, of_text = _modulation(self.norm1, temb, 6), _modulation(self.norm1_context, temb, 6)
-    image_normed = kernels.adaln(image, None, *of_image[:2], self.norm1.norm.eps)
-    text_normed = kernels.adaln(text, None, *of_text[:2], self.norm1_context.norm.eps)
+    norms = (*of_image[:2], self.norm1.norm.eps), (*of_text[:2], self.norm1_context.norm.eps)
+    image_normed, text_normed = kernels.adaln_streams(image, text, *norms)
     attended = kernels.joint_attention(attn, image_normed, text_normed, image_rotary_emb)
     of_text_tokens, of_image_tokens = kernels.streams(attended, [text.shape[1], image.shape[1]])
     image_gate, *image_norm, image_mlp_gate = of_image[2:]

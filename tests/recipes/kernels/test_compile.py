@@ -32,6 +32,8 @@ class AllKernels(nn.Module):
         shift, scale, gate = modulation.chunk(3, dim=1)
         values, *rows = adaln.adaln_float8(image, text, shift, scale, 1e-6)
         in_int8 = adaln.adaln_int8(image, text, shift, scale, 1e-6)
+        of_streams = image, text, shift, scale, gate, scale, 1e-6
+        streams = *adaln.adaln_float8_streams(*of_streams), *adaln.adaln_int8_streams(*of_streams)
         normed = adaln.adaln(image, text, shift, scale, 1e-6)
         wide = torch.cat([normed, -normed, 2 * normed], dim=2).unflatten(2, (3, HEADS, HEAD_DIM))
         wide_text, wide_image = wide.split([TEXT, IMAGE], dim=1)
@@ -48,7 +50,7 @@ class AllKernels(nn.Module):
             *residual.gated_residual_adaln_float8(attended, gate, normed, shift, scale, 1e-6),
             *cast.rows_float8(attended[:, TEXT:]),
         )
-        return (values, *rows, *in_int8, plain, attended, both, out, *quantized)
+        return (values, *rows, *in_int8, *streams, plain, attended, both, out, *quantized)
 
 
 @pytest.fixture
@@ -94,6 +96,8 @@ def test_fake_results_have_the_real_ones_layout(module: nn.Module, inputs: tuple
     for op, arguments in (
         (adaln.adaln_float8, (image, text, shift, scale, 1e-6)),
         (adaln.adaln_int8, (image, text, shift, scale, 1e-6)),
+        (adaln.adaln_float8_streams, (image, text, shift, scale, shift, scale, 1e-6)),
+        (adaln.adaln_int8_streams, (image, text, shift, scale, shift, scale, 1e-6)),
         (gelu.concat_gelu_float8, (image, image)),
         (cast.rows_float8, (image,)),
     ):

@@ -91,6 +91,22 @@ def test_adaln(normal: Callable, batch: int, image: int, text: int, dim: int) ->
     assert (values != same_values).float().mean() < 0.01
 
 
+@pytest.mark.parametrize(("batch", "image", "text", "dim"), [size for size in SIZES if size[2]])
+def test_adaln_of_two_streams(normal: Callable, batch: int, image: int, text: int, dim: int) -> None:
+    """Bit for bit that of each by itself, with its own modulation."""
+    of_image, of_text = streams(normal, batch, image, text, dim)
+    image_norm = modulation(normal, batch, dim, 6)[1:3]
+    text_norm = modulation(normal, batch, dim, 3)[:2]
+    for alone, together in (
+        (adaln.adaln_float8, adaln.adaln_float8_streams),
+        (adaln.adaln_int8, adaln.adaln_int8_streams),
+    ):
+        expected = (*alone(of_image, None, *image_norm, EPS), *alone(of_text, None, *text_norm, EPS))
+        found = together(of_image, of_text, *image_norm, *text_norm, EPS)
+        assert len(found) == len(expected)
+        assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
 def test_int8_of_a_row_of_one_value(device: torch.device) -> None:
     """LayerNorm leaves nothing of it: the scale is the smallest there is."""
     row, zero = torch.ones(1, 2, 512, device=device), torch.zeros(1, 512, device=device)

@@ -129,6 +129,8 @@ CASES = {
     "adaln": Case(adaln.adaln, lambda x: (*x.streams(DIM), *x.rows(2), EPS)),
     "adaln_float8": Case(adaln.adaln_float8, lambda x: (*x.streams(DIM), *x.rows(2), EPS)),
     "adaln_int8": Case(adaln.adaln_int8, lambda x: (*x.streams(DIM), *x.rows(2), EPS)),
+    "adaln_float8_streams": Case(adaln.adaln_float8_streams, lambda x: (*x.streams(DIM), *x.rows(4), EPS)),
+    "adaln_int8_streams": Case(adaln.adaln_int8_streams, lambda x: (*x.streams(DIM), *x.rows(4), EPS)),
     "attention_float8": Case(attention.attention_float8, attention_arguments, "triton_fp8"),
     "concat_gelu": Case(gelu.concat_gelu, lambda x: x.streams(DIM)[:1] + x.streams(2 * DIM)[:1]),
     "concat_gelu_float8": Case(gelu.concat_gelu_float8, lambda x: x.streams(DIM)[:1] + x.streams(2 * DIM)[:1]),
