@@ -126,7 +126,7 @@ class Running:
 
 
 def snapshot(pipe: DiffusionPipeline) -> dict[str, tuple[int, str]]:
-    """Of each of the transformer's parameters and buffers, float8's values and scales apart, its address and sha256."""
+    """Of each of the transformer's parameters and buffers, quantized values and scales apart, address and sha256."""
 
     def of_one(name: str, tensor: torch.Tensor) -> tuple[int, str]:
         return tensor.data_ptr(), fingerprint({name: tensor})

@@ -1,4 +1,5 @@
-"""Dynamic float8 activations and float8 weights (e4m3) for the Linears of the transformer's blocks, through torchao.
+"""Dynamic float8 activations and float8 weights (e4m3) for the Linears of the transformer's blocks, through torchao;
+with `int8_adaln` some of them in int8.
 
 Through `Float8Tensor` itself: torchao's configuration would refuse a CPU, where it is right, only slow, and turns
 coordinate descent on for the whole process (`set_inductor_config`).
@@ -26,12 +27,12 @@ _MODULATION = ("norm1.linear", "norm1_context.linear", "norm.linear")
 
 
 def is_quantized(module: nn.Module, name: str) -> bool:
-    """Whether the submodule `name` of the transformer is one of the Linears that go to float8."""
+    """Whether the submodule `name` of the transformer is one of the Linears that are quantized."""
     return isinstance(module, nn.Linear) and name.startswith(_BLOCKS) and not name.endswith(_MODULATION)
 
 
 def quantized_linears(transformer: nn.Module) -> dict[str, nn.Linear]:
-    """The transformer's Linears that go to float8, by name."""
+    """The transformer's Linears that are quantized, by name."""
     return {n: m for n, m in transformer.named_modules() if is_quantized(m, n) and isinstance(m, nn.Linear)}
 
 

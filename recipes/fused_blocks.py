@@ -1,7 +1,7 @@
-"""The transformer's blocks on fused kernels: the forward of both kinds, for Linears in bfloat16 and in float8.
+"""The transformer's blocks on fused kernels: the forward of both kinds, for Linears in bfloat16 and quantized.
 
 The maths is that of diffusers' blocks, rounded less often. What a Linear takes is a tensor, or, where the Linears are
-float8, rows that the kernel before has cast.
+quantized, rows that the kernel before has cast.
 
 Source: FluxTransformerBlock, FluxSingleTransformerBlock and FluxAttnProcessor of diffusers.
 """

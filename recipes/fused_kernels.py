@@ -47,7 +47,7 @@ def _apply(pipe: DiffusionPipeline, recipe: Recipe) -> str:
 
 
 def rearrange(transformer: FluxTransformer2DModel, recipe: Recipe) -> None:
-    """The Linears as the kernels' blocks call them: those in float8 take rows, the single blocks' are one."""
+    """The Linears as the kernels' blocks call them: quantized ones take rows, the single blocks' are one."""
     if recipe.quantization != "none":
         _take_rows(transformer)
     for block in transformer.single_transformer_blocks:
@@ -67,7 +67,7 @@ def _joined(first: nn.Module, second: nn.Module) -> nn.Module:
 
 
 def _take_rows(transformer: FluxTransformer2DModel) -> None:
-    """Let the float8 Linears take rows that are cast already."""
+    """Let the quantized Linears take rows that are cast already."""
     names = [name for name, module in transformer.named_modules() if float8.is_quantized(module, name)]
     for name in names:
         owner, _, leaf = name.rpartition(".")

@@ -1,5 +1,5 @@
-"""What follows a float8 Linear in that GEMM's epilogue, by our own kernel for Hopper: GELU, or of query and key RMSNorm
-and rotary embedding, and the cast to float8; or the gated residual.
+"""What follows a quantized Linear in that GEMM's epilogue, by our own kernel for Hopper: GELU, or of query and key
+RMSNorm and rotary embedding, and the cast to float8; or the gated residual.
 
 The MLP's hidden activations, query and key are in memory once then, instead of in bfloat16 and in float8. Both streams'
 layers run in one launch, for 512 text tokens alone don't fill the GPU; and the single block's attention writes its
@@ -17,7 +17,7 @@ from recipes import wgmma_linear
 from recipes.kernels import cuda_kernel
 from recipes.optimization import Needs, Optimization
 from recipes.quantized_linear import WEIGHT_ROW, QuantizedLinear
-from recipes.recipe import Recipe
+from recipes.recipe import Recipe, RecipeError
 
 
 def turns(cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -45,7 +45,7 @@ def _apply(pipe: DiffusionPipeline, recipe: Recipe) -> str:
     arrange(transformer)
     blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
     for block in blocks:
-        block.kernels = fused_blocks.Epilogues(block.kernels.attention)
+        block.kernels = fused_blocks.Epilogues(block.kernels.attention, int8=recipe.int8_adaln)
     transformer.pos_embed = Turns(transformer.pos_embed)
     return f"GELU, QK norm, rotary embedding and gated residual in the GEMMs of {len(blocks)} blocks"
 
@@ -58,12 +58,26 @@ def arrange(transformer: FluxTransformer2DModel) -> None:
         bounded += [(linear, block.attn.heads) for linear in (block.attn.to_qkv, block.attn.to_added_qkv)]
     for block in transformer.single_transformer_blocks:
         bounded.append((block.proj_qkv_mlp, block.attn.heads))
-    for module in transformer.modules():
+    for name, module in transformer.named_modules():
         if isinstance(module, QuantizedLinear) and module.weight.dtype == torch.float8_e4m3fn:
             assert (module.weight.float().norm(dim=1) < 1.07 * WEIGHT_ROW).all(), "sums of its products are float16"
+            _check_scales(name, module.weight_scale)
     for linear, heads in bounded:
         assert isinstance(linear, QuantizedLinear)
         linear.bound(heads, wgmma_linear.HEAD_DIM)
+
+
+def _check_scales(name: str, weight_scale: torch.Tensor) -> None:
+    """The kernel multiplies a sum by it in float16, where a sum may be nearly as large as one: then it isn't to grow.
+
+    Raises:
+        RecipeError: a row of the weight is longer than `WEIGHT_ROW`; FLUX.1's have no reason to be.
+    """
+    if (largest := weight_scale.max().item()) > 1:
+        raise RecipeError(
+            f"gemm_epilogues=true can't take {name}, a row of whose weight has a norm of {WEIGHT_ROW * largest:.0f}, "
+            f"above {WEIGHT_ROW}: load the pipeline again and use gemm_epilogues=false"
+        )
 
 
 def _unfit(recipe: Recipe, pipe: DiffusionPipeline) -> str | None:

@@ -101,7 +101,7 @@ def longest_result(weight: torch.Tensor) -> torch.Tensor:
 
 
 def rounded_up(x: torch.Tensor) -> torch.Tensor:
-    """x, positive or zero, to the next of 16 numbers between a power of two and the next: the same bits however it was
-    added up."""
+    """x, positive or zero, to the next of 16 numbers between a power of two and the next: nearly always the same bits
+    however it was added up."""
     mantissa, exponent = torch.frexp(x)
     return torch.ldexp((mantissa * 32).ceil() / 32, exponent)

@@ -163,6 +163,8 @@ def _arguments(layers: Sequence[Layer], heads: int) -> _Arguments:
     columns, depth = layers[0].weight.shape
     if (reason := refusal(columns, depth, heads)) is not None:
         raise ValueError(reason)
+    if len(dtypes := {layer.x.dtype for layer in layers}) > 1:
+        raise ValueError(f"the streams are to be of one dtype, not {' and '.join(sorted(map(str, dtypes)))}")
     arguments = _Arguments(wide=-(-columns // COLUMNS), depth=depth // _DEPTH, columns=columns)
     for layer, stream in zip(layers, arguments.streams, strict=False):
         _check(layer, columns, depth)

@@ -1,7 +1,7 @@
 """AdaLN in one pass: LayerNorm without weights, then scale and shift from the modulation; in float8 or int8 with a
 scale a row.
 
-Per row it reads dim values once and writes dim: 4 bytes a value from bfloat16 to bfloat16, 3 to float8. Unfused, the
+Per row it reads dim values once and writes dim: 4 bytes a value from bfloat16 to bfloat16, else 3. Unfused, the
 float8 form reads the row three times (statistics, amax, cast). A program is one warp with one row: what is summed over
 a row stays within it. Text and image tokens may lie in two tensors and come out as one, which saves the single blocks'
 concatenation; or as two, each with its own modulation, which saves the double blocks a launch for the few text tokens.

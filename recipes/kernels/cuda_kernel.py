@@ -85,7 +85,8 @@ def counters(device: torch.device) -> torch.Tensor:
     and which it has to leave as zeros: a kernel to make them so each time would take 2 us.
 
     A stream has its own, as its kernels run one after the other; a CUDA graph those of the stream that it was captured
-    on, of which none of a pipeline's runs beside another (utils/cuda_graph.py).
+    on, of which none of a pipeline's runs beside another (utils/cuda_graph.py). Two pipelines' might, if PyTorch, which
+    has 32 streams, gave both the same one, and other streams replayed them at once: so one after the other.
     """
     with torch.cuda.device(device):
         key = torch.cuda.current_device(), torch.cuda.current_stream().cuda_stream

@@ -1,4 +1,4 @@
-"""What the kernels share that work row by row: one program a row, the row held in registers.
+"""What the kernels share that work row by row, the row held in registers.
 
 Such a kernel is bound by memory: its time is the bytes that it reads and writes over the bandwidth (3.35 TB/s on an
 H100 SXM). A row is one token's features; a scale a row is what `torch._scaled_mm` takes for its left operand.

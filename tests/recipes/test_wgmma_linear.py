@@ -132,7 +132,8 @@ def test_no_sum_exceeds_a_float16() -> None:
     x[3] = torch.randn(4096, generator=torch.Generator().manual_seed(0)).exp()
     weight, _ = weight_to_float8(x)
     norms = weight.float().norm(dim=1)
-    # What the kernel makes itself is rounded, an attention's probabilities are, and so is the sum, each 32 of depth.
+    # What the kernel makes itself is rounded, an attention's probabilities are, and so is the sum: for each 32 of depth
+    # here, and so more often than the kernel does it.
     of_x = ROW * (18 / 17) ** 2 * 1.36
     assert of_x * norms.max() * (1 + 15360 / 32 / 2048) < torch.finfo(torch.float16).max
     assert (norms > 0.9 * WEIGHT_ROW).all()
@@ -192,6 +193,17 @@ def test_what_a_bound_as_scale_costs(outliers: float, error_of: Callable) -> Non
     for result in (gelu(exact[..., 768:]), values / 20):
         rounded = (result / scale).to(torch.float8_e4m3fn).float() * scale
         assert error_of(rounded, result) < 0.03
+
+
+def test_rows_of_weights_that_sums_in_float16_have_no_room_for() -> None:
+    transformer: Any = torch.nn.Module()
+    transformer.transformer_blocks = transformer.single_transformer_blocks = torch.nn.ModuleList()
+    transformer.proj_out = Layer(1, 4, 256, 0).linear
+    gemm_epilogues.arrange(transformer)
+    transformer.proj_out.weight_scale.data[2] *= 100 / (WEIGHT_ROW * transformer.proj_out.weight_scale[2].item())
+    words = r"gemm_epilogues=true can't take proj_out, a row of whose weight has a norm of 100, above 64: load .* again"
+    with pytest.raises(RecipeError, match=words):
+        gemm_epilogues.arrange(transformer)
 
 
 def test_int8_adaln_needs_gemm_epilogues() -> None:
@@ -449,8 +461,8 @@ def plain_sum(layer: Layer) -> Tensor:
 @gpu
 @pytest.mark.usefixtures("_here")
 @pytest.mark.parametrize(("rows", "columns", "depth"), [(256, 448, 3072), (4608, 3072, 15360)])
-def test_sums_are_rounded_to_nearest(rows: int, columns: int, depth: int) -> None:
-    """Towards zero they would shrink by 0.017 at a depth of 3072, by 0.08 at 15360."""
+def test_sums_do_not_shrink(rows: int, columns: int, depth: int) -> None:
+    """Of normal numbers; rounded towards zero they would by 0.017 at a depth of 3072, by 0.08 at 15360."""
     layer = Layer(rows, columns, depth, 0)
     out, exact = plain_sum(layer), layer.exact(CUDA).double()
     assert abs((out * exact).sum() / exact.square().sum() - 1) < 0.005
@@ -568,6 +580,8 @@ def test_refuses_what_it_would_read_wrongly() -> None:
         wgmma_linear.wgmma_qkv_gelu_linear(*in_int8[:2], None, *in_int8[3:], *of_heads)
     with pytest.raises(ValueError, match=r"norm is to be \[1, 5, 1\] torch.float32, contiguous, not \[1, 4, 1\]"):
         wgmma_linear.wgmma_qkv_gelu_linear(*in_int8[:2], in_int8[2][:, :4], *in_int8[3:], *of_heads)
+    with pytest.raises(ValueError, match=r"the streams are to be of one dtype, not torch.float8_e4m3fn and torch.int8"):
+        wgmma_linear.wgmma_gelu_linears(rows, scale, *layer, *in_int8)
     norm, weight, weight_scale, bias, bounds = layer
     gated = rows, scale, weight, weight_scale, bias
     gate, stream = (torch.zeros(1, *shape, dtype=torch.bfloat16) for shape in ((448,), (5, 448)))
