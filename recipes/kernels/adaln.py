@@ -2,9 +2,9 @@
 scale a row.
 
 Per row it reads dim values once and writes dim: 4 bytes a value from bfloat16 to bfloat16, else 3. Unfused, the
-float8 form reads the row three times (statistics, amax, cast). A program is one warp with one row: what is summed over
-a row stays within it. Text and image tokens may lie in two tensors and come out as one, which saves the single blocks'
-concatenation; or as two, each with its own modulation, which saves the double blocks a launch for the few text tokens.
+float8 form reads the row three times (statistics, amax, cast). Text and image tokens may lie in two tensors and come
+out as one, which saves the single blocks' concatenation; or as two, each with its own modulation, which saves the
+double blocks a launch for the few text tokens.
 
 Source: Peebles and Xie, arXiv 2212.09748 (AdaLN); AdaLayerNormZero and AdaLayerNormZeroSingle of diffusers.
 """
@@ -25,7 +25,7 @@ from recipes.kernels.rows import (
     normalized,
     row_amax,
     row_norm,
-    row_of_warp,
+    row_parts,
     rows_by_norm,
     rows_to_int8,
     scale_by_norm,
@@ -185,7 +185,7 @@ def _launch_streams(
     check_rows(image=image, text=text, **{f"modulation {i}": x for i, x in enumerate(modulation)})
     batch, image_tokens, dim = image.shape
     text_tokens = 0 if text is None else text.shape[1]
-    parts, block = row_of_warp(dim)
+    parts, block, warps = row_parts(dim)
     first = image if text is None else text
     # What is left out isn't written to, and any tensor stands for it.
     values, scales, norms = (*out, image, image)[:3]
@@ -195,7 +195,7 @@ def _launch_streams(
         text_tokens, text_tokens + image_tokens,
         first.stride(0), first.stride(1), image.stride(0), image.stride(1), *(x.stride(0) for x in modulation),
         EPS=eps, DIM=dim, BLOCK=block, PARTS=parts, HALF_STEPS=0.5 * dim**0.5, STREAMS=text_out is not None,
-        FLOAT8=len(out) == 2, INT8=len(out) == 3, num_warps=1,
+        FLOAT8=len(out) == 2, INT8=len(out) == 3, num_warps=warps,
     )  # fmt: skip
 
 

@@ -27,13 +27,6 @@ def row_parts(columns: int) -> tuple[int, int, int]:
     return columns // block, block, max(1, min(8, block // 256))
 
 
-def row_of_warp(columns: int) -> tuple[int, int]:
-    """The same for one warp: parts of at most 256, of which a thread reads 16 bytes of bfloat16. Sums over a row take
-    no barrier then, and as many instructions as each of several warps would take for them."""
-    block = min(columns & -columns, 256)
-    return columns // block, block
-
-
 def rows_to_float8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The reference: x [..., columns] as float8_e4m3fn, and its float32 scale [..., 1]; x = float8 * scale."""
     scale = x.float().abs().amax(dim=-1, keepdim=True).clamp(min=SMALLEST_AMAX) / E4M3_MAX

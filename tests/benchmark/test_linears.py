@@ -40,7 +40,7 @@ def test_small_linears(zeros: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     device = torch.device("cuda")
     if torch.cuda.get_device_capability(device)[0] != 9:
         pytest.skip("needs Hopper")
-    for name, size in {"IMAGE": 130, "TEXT": 5, "DIM": 256}.items():  # two heads
+    for name, size in {"IMAGE": 144, "TEXT": 16, "DIM": 256}.items():  # two heads
         monkeypatch.setattr(linears, name, size)
     for case in linears.cases():
         forms = linears.measure(case, zeros, device)["forms"]
