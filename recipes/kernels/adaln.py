@@ -182,7 +182,8 @@ def _launch_streams(
 ) -> None:
     """of_*: shift and scale. *out: values; of float8 scale too, of int8 norm too. Without text_out `out` is of both."""
     modulation = (*of_text, *of_image)
-    check_rows(image=image, text=text, **{f"modulation {i}": x for i, x in enumerate(modulation)})
+    names = "shift", "scale", "text_shift", "text_scale"
+    check_rows(image=image, text=text, **dict(zip(names, (*of_image, *of_text), strict=True)))
     batch, image_tokens, dim = image.shape
     text_tokens = 0 if text is None else text.shape[1]
     parts, block, warps = row_parts(dim)
