@@ -50,22 +50,27 @@ class Gated(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Plain:
-    """The kernels between Linears of the activations' own dtype."""
+class _Apart:
+    """What follows a Linear in a kernel of its own, one stream after the other. A subclass has `adaln` and `linear`."""
 
     attention: Backend
 
-    def adaln(self, image: Tensor, text: Tensor | None, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-        return adaln.adaln(image, text, shift, scale, eps)
-
-    def adaln_streams(self, image: Tensor, text: Tensor, of_image: Norm, of_text: Norm) -> list[Tensor]:
+    def adaln_streams(self: Kernels, image: Tensor, text: Tensor, of_image: Norm, of_text: Norm) -> list[Any]:
         return [self.adaln(image, None, *of_image), self.adaln(text, None, *of_text)]
 
-    def gated_linear(self, one: Gated, text_residual: Tensor) -> Tensor:
-        return _gated_linear(self, one, text_residual)
+    def gated_linear(self: Kernels, one: Gated, text_residual: Tensor | None) -> Tensor:
+        return residual.gated_residual(self.linear(one.linear, one.x), one.gate, one.residual, text_residual)
 
-    def gated_linears(self, streams: Sequence[Gated]) -> list[Tensor]:
-        return [_gated_linear(self, one, None) for one in streams]
+    def gated_linears(self: Kernels, streams: Sequence[Gated]) -> list[Tensor]:
+        return [self.gated_linear(one, None) for one in streams]
+
+
+@dataclass(frozen=True)
+class Plain(_Apart):
+    """The kernels between Linears of the activations' own dtype."""
+
+    def adaln(self, image: Tensor, text: Tensor | None, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+        return adaln.adaln(image, text, shift, scale, eps)
 
     def gated_linears_adaln(self, streams: Sequence[Gated], norms: Sequence[Norm]) -> list[tuple[Tensor, Tensor]]:
         updates = [self.linear(one.linear, one.x) for one in streams]
@@ -89,22 +94,11 @@ class Plain:
 
 
 @dataclass(frozen=True)
-class Float8:
+class Float8(_Apart):
     """The kernels between `QuantizedLinear`s: what goes into one is cast where it is made."""
-
-    attention: Backend
 
     def adaln(self, image: Tensor, text: Tensor | None, shift: Tensor, scale: Tensor, eps: float) -> Rows:
         return Rows(*adaln.adaln_float8(image, text, shift, scale, eps))
-
-    def adaln_streams(self, image: Tensor, text: Tensor, of_image: Norm, of_text: Norm) -> list[Rows]:
-        return [self.adaln(image, None, *of_image), self.adaln(text, None, *of_text)]
-
-    def gated_linear(self, one: Gated, text_residual: Tensor) -> Tensor:
-        return _gated_linear(self, one, text_residual)
-
-    def gated_linears(self, streams: Sequence[Gated]) -> list[Tensor]:
-        return [_gated_linear(self, one, None) for one in streams]
 
     def gated_linears_adaln(self, streams: Sequence[Gated], norms: Sequence[Norm]) -> list[tuple[Tensor, Rows]]:
         found = []
@@ -177,7 +171,7 @@ class Epilogues(Float8):
         values, scale = self.attention.float8.rows(query_key[:, :, 0], query_key[:, :, 1], value, descales)
         return Rows(values.flatten(2, 3), scale)
 
-    def gated_linear(self, one: Gated, text_residual: Tensor) -> Tensor:
+    def gated_linear(self, one: Gated, text_residual: Tensor | None) -> Tensor:
         return wgmma_linear.wgmma_gated_linear(*_gated(one), text_residual)
 
     def gated_linears(self, streams: Sequence[Gated]) -> list[Tensor]:
@@ -274,11 +268,6 @@ def _refuse(joint_attention_kwargs: dict[str, Any] | None) -> None:
 def _modulation(norm: Any, temb: Tensor, parts: int) -> tuple[Tensor, ...]:
     """`parts` of [batch, dim]: shift, scale and gate of the attention, then those of the feed-forward."""
     return norm.linear(norm.silu(temb)).chunk(parts, dim=1)
-
-
-def _gated_linear(kernels: Kernels, one: Gated, text_residual: Tensor | None) -> Tensor:
-    update = kernels.linear(one.linear, one.x)
-    return residual.gated_residual(update, one.gate, one.residual, text_residual)
 
 
 def _joint_attention(

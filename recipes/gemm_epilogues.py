@@ -17,7 +17,7 @@ from recipes import wgmma_linear
 from recipes.kernels import cuda_kernel
 from recipes.optimization import Needs, Optimization
 from recipes.quantized_linear import WEIGHT_ROW, QuantizedLinear
-from recipes.recipe import Recipe, RecipeError
+from recipes.recipe import Recipe
 
 
 def turns(cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -61,23 +61,10 @@ def arrange(transformer: FluxTransformer2DModel) -> None:
     for name, module in transformer.named_modules():
         if isinstance(module, QuantizedLinear) and module.weight.dtype == torch.float8_e4m3fn:
             assert (module.weight.float().norm(dim=1) < 1.07 * WEIGHT_ROW).all(), "sums of its products are float16"
-            _check_scales(name, module.weight_scale)
+            module.limit(name)
     for linear, heads in bounded:
         assert isinstance(linear, QuantizedLinear)
         linear.bound(heads, wgmma_linear.HEAD_DIM)
-
-
-def _check_scales(name: str, weight_scale: torch.Tensor) -> None:
-    """The kernel multiplies a sum by it in float16, where a sum may be nearly as large as one: then it isn't to grow.
-
-    Raises:
-        RecipeError: a row of the weight is longer than `WEIGHT_ROW`; FLUX.1's have no reason to be.
-    """
-    if (largest := weight_scale.max().item()) > 1:
-        raise RecipeError(
-            f"gemm_epilogues=true can't take {name}, a row of whose weight has a norm of {WEIGHT_ROW * largest:.0f}, "
-            f"above {WEIGHT_ROW}: load the pipeline again and use gemm_epilogues=false"
-        )
 
 
 def _unfit(recipe: Recipe, pipe: DiffusionPipeline) -> str | None:

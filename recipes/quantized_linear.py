@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from recipes.float8_heads import SMALLEST_AMAX
+from recipes.recipe import RecipeError
 
 # How long a row of its input, and one of its weight, may be in float8: no sum of products of theirs exceeds 28672, by
 # Cauchy and Schwarz, and a float16 holds 65504. What lies between is for rounding: of both to float8 (18/17 at most),
@@ -40,6 +41,7 @@ class QuantizedLinear(nn.Module):
     """
 
     bounds: nn.Parameter | None
+    limited: str | None = None  # its name, if `limit` was called
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
@@ -68,6 +70,25 @@ class QuantizedLinear(nn.Module):
                 norm = longest_result((weight[part].float() * weight_scale[part]).unflatten(0, (heads, -1))).norm()
             found += [norm, self.bias[part].float().norm()]
         return rounded_up(torch.stack(found))
+
+    def limit(self, name: str) -> None:
+        """Hold rows of its weight in float8 to `WEIGHT_ROW`, of one that is written later as well: where a kernel
+        multiplies sums by the weight's scale in float16, they may be nearly as large as one, and aren't to grow."""
+        self.limited = name
+        self.check(self.weight_scale)
+
+    def check(self, weight_scale: torch.Tensor) -> None:
+        """weight_scale [out features, 1], of `weight_to_float8`.
+
+        Raises:
+            RecipeError: it is limited, and a row of the weight is longer; FLUX.1's have no reason to be.
+        """
+        if self.limited is not None and (largest := weight_scale.max().item()) > 1:
+            norm = WEIGHT_ROW * largest
+            raise RecipeError(
+                f"gemm_epilogues=true can't take {self.limited} with a row of weights of norm {norm:.0f}, above "
+                f"{WEIGHT_ROW}: load the pipeline again with gemm_epilogues=false, or a LoRA at a smaller scale"
+            )
 
     def forward(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         """x [batch, tokens, in features] float8_e4m3fn, scale [batch, tokens, 1] float32."""

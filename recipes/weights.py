@@ -44,10 +44,16 @@ class Weight:
         return (weight.qdata, weight.scale) if _is_quantized(weight) else (weight,)
 
     def written(self, plain: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """`plain` [out features, in features], of `dtype`, as `stored` would hold it."""
+        """`plain` [out features, in features], of `dtype`, as `stored` would hold it.
+
+        Raises:
+            RecipeError: the recipe's kernels have no room for it.
+        """
         if len(self.stored) == 1:
             return (plain,)
         quantized = float8.quantize(plain, self.quantization)
+        if isinstance(self.module, QuantizedLinear):
+            self.module.check(quantized.scale)
         if len(self.stored) == 2:
             return quantized.qdata, quantized.scale
         return quantized.qdata, quantized.scale, self.module.bounds_of(quantized.qdata, quantized.scale)

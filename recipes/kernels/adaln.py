@@ -74,7 +74,7 @@ def adaln(
     dimension of each contiguous. Returns [batch, tokens, dim], contiguous, of image's dtype; computed in float32.
     """
     out = _empty(image, text, image.dtype)
-    _launch(image, text, shift, scale, eps, (out,))
+    _launch(image, text, (shift, scale), eps, (out,))
     return out
 
 
@@ -89,7 +89,7 @@ def adaln_float8(
     """`adaln`, as float8_e4m3fn [batch, tokens, dim], of which no row is longer than `quantized_linear.ROW`, and its
     scale [batch, tokens, 1] float32."""
     out = _empty_float8(image, text)
-    _launch(image, text, shift, scale, eps, out)
+    _launch(image, text, (shift, scale), eps, out)
     return out
 
 
@@ -104,7 +104,7 @@ def adaln_int8(
     """`adaln`, as int8 [batch, tokens, dim], the largest of each row 127, its scale [batch, tokens, 1] float32, and the
     same of a row's norm, values times scale, or a little more."""
     out = _empty_int8(image, text)
-    _launch(image, text, shift, scale, eps, out)
+    _launch(image, text, (shift, scale), eps, out)
     return out
 
 
@@ -121,7 +121,7 @@ def adaln_float8_streams(
     """`adaln_float8` of two streams in one launch, each with its own modulation; values and scale of the image, then
     those of the text."""
     of_image, of_text = (_empty_float8(x, None) for x in (image, text))
-    _launch_streams(image, text, (image_shift, image_scale), (text_shift, text_scale), eps, of_image, of_text)
+    _launch(image, text, (image_shift, image_scale), eps, of_image, (text_shift, text_scale), of_text)
     return *of_image, *of_text
 
 
@@ -138,7 +138,7 @@ def adaln_int8_streams(
     """`adaln_int8` of two streams in one launch, each with its own modulation; values, scale and norm of the image,
     then those of the text."""
     of_image, of_text = (_empty_int8(x, None) for x in (image, text))
-    _launch_streams(image, text, (image_shift, image_scale), (text_shift, text_scale), eps, of_image, of_text)
+    _launch(image, text, (image_shift, image_scale), eps, of_image, (text_shift, text_scale), of_text)
     return *of_image, *of_text
 
 
@@ -162,25 +162,15 @@ def _empty_int8(image: torch.Tensor, text: torch.Tensor | None) -> tuple[torch.T
 def _launch(
     image: torch.Tensor,
     text: torch.Tensor | None,
-    shift: torch.Tensor,
-    scale: torch.Tensor,
-    eps: float,
-    out: tuple[torch.Tensor, ...],
-) -> None:
-    """One stream, or two with one modulation as one `out`."""
-    _launch_streams(image, text, (shift, scale), (shift, scale), eps, out, None)
-
-
-def _launch_streams(
-    image: torch.Tensor,
-    text: torch.Tensor | None,
     of_image: tuple[torch.Tensor, torch.Tensor],
-    of_text: tuple[torch.Tensor, torch.Tensor],
     eps: float,
     out: tuple[torch.Tensor, ...],
-    text_out: tuple[torch.Tensor, ...] | None,
+    of_text: tuple[torch.Tensor, torch.Tensor] | None = None,
+    text_out: tuple[torch.Tensor, ...] | None = None,
 ) -> None:
-    """of_*: shift and scale. *out: values; of float8 scale too, of int8 norm too. Without text_out `out` is of both."""
+    """of_image, of_text: shift and scale. *out: values; of float8 scale too, of int8 norm too. Without the text's own
+    the image's are of both."""
+    of_text = of_text or of_image
     modulation = (*of_text, *of_image)
     names = "shift", "scale", "text_shift", "text_scale"
     check_rows(image=image, text=text, **dict(zip(names, (*of_image, *of_text), strict=True)))

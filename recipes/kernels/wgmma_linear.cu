@@ -14,7 +14,7 @@
 //   what then lies too far down: the longer a sum in them, the more, in float32 too (PyTorch's fast accumulation).
 //   None overflows, nor does any on the way there: a row of x is no longer than ROW and one of W than WEIGHT_ROW in float8
 //   (`quantized_linear`), so that by Cauchy and Schwarz no sum exceeds their product; and times W's scale, at most 1
-//   (`gemm_epilogues.arrange`), it is none the larger.
+//   (`QuantizedLinear.limit`), it is none the larger.
 // - Of int8 they are int32, and exact. Multiplying takes less power than in float8, which gives more than sums in half as
 //   many registers do.
 // - What is left to do costs more by its instructions than by its arithmetic: each is fetched once a tile, and takes

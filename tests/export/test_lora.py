@@ -202,8 +202,13 @@ def test_linears_as_the_fused_kernels_have_them(
     before, adapter = snapshot(pipe), Adapter(pipe, "tiny")
     assert sum(tensor.dtype == torch.int8 for tensor in stored(pipe)) == (2 * 4 + 4 if int8 else 0)
     adapter.load(style)
-    assert snapshot(pipe) != before
+    loaded = snapshot(pipe)
+    assert loaded != before
     assert_close_to(pipe, expected)
+    if recipe == FLOAT8:
+        with pytest.raises(UsageError, match=r"can't take .* with a row of weights of norm \d+, above 64"):
+            adapter.scale(1e4)
+        assert snapshot(pipe) == loaded
     adapter.remove()
     assert snapshot(pipe) == before
 

@@ -201,7 +201,7 @@ def test_rows_of_weights_that_sums_in_float16_have_no_room_for() -> None:
     transformer.proj_out = Layer(1, 4, 256, 0).linear
     gemm_epilogues.arrange(transformer)
     transformer.proj_out.weight_scale.data[2] *= 100 / (WEIGHT_ROW * transformer.proj_out.weight_scale[2].item())
-    words = r"gemm_epilogues=true can't take proj_out, a row of whose weight has a norm of 100, above 64: load .* again"
+    words = r"gemm_epilogues=true can't take proj_out with a row of weights of norm 100, above 64: load .* again with"
     with pytest.raises(RecipeError, match=words):
         gemm_epilogues.arrange(transformer)
 
