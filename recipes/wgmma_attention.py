@@ -15,7 +15,9 @@ HEAD_DIM = 128
 _BLOCK, _STAGES, _THREADS = 128, 4, 384  # as in the kernel
 _WARPS = COUNTERS  # that compute: each counts the parts of its rows that are there
 _OF_PART = 17 * 4 * 32 * _WARPS  # values in float32, of a part of a tile
-_SHARED = (2 * _STAGES + 2) * _BLOCK * HEAD_DIM + 1024  # keys and values by stages, two blocks of queries, alignment
+_ONES = 8 * _BLOCK  # beside each block of values, by which the tensor cores add up the probabilities
+# Keys and values by stages, two blocks of queries, alignment.
+_SHARED = (2 * _STAGES + 2) * _BLOCK * HEAD_DIM + _STAGES * _ONES + 1024
 
 _kernel = partial(CudaKernel, "wgmma_attention.cu", "wgmma_attention", "sm_90a", _SHARED)
 _KERNELS = {

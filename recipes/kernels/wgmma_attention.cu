@@ -11,9 +11,17 @@
 // - scores are float16, two in a register: the tensor cores write half as much, and one instruction works on two. Even
 //   of the largest score that rounds off a tenth of what rounding query and key to e4m3 does; and none overflows, for
 //   no row of theirs is longer than `float8_heads.LONGEST`;
-// - the running maximum isn't taken. Scores are held against the first block's maximum. Only where a thread's
-//   probabilities of one block add up to more than e4m3 can hold is the maximum looked for, and the block mended:
-//   no probability exceeds the sum, which is wanted anyway.
+// - no exponential is computed: it took as long as the products. The bits of a positive e4m3 are, read as an integer,
+//   8 times its logarithm but for a straight line between powers of two. So one multiplication and addition gives a
+//   probability's bits, up to 6 % too large between powers of two: 1.9 % in the root mean square, once the mean is
+//   divided out by their sum, beside 2.6 % of rounding to e4m3;
+// - the probabilities' sums come from the tensor cores, by eight more channels of the values, which are ones: so they
+//   are sums of what the values are weighted with, to the bit;
+// - the running maximum isn't taken. Scores are held against the first block's maximum. Only where a block has a
+//   probability that e4m3 can't hold is the maximum looked for, and the block computed anew.
+//
+// The tensor cores cut off what lies more than some 13 bits below the largest of what they add up in float8. So each
+// block's sums begin at zero, and are added up in float32: what a key that dominates leaves to the others isn't lost.
 //
 // FLOPs: 4 x tokens^2 x 128 a head; 24 heads at 4608 tokens: 261 GFLOP.
 //
@@ -23,12 +31,13 @@
 #include "units.cuh"
 
 constexpr int DIM = 128, ROWS = 128, KEYS = 128, STAGES = 4, TILE = KEYS * DIM, ALL = 384;
-constexpr float SHIFT = 3;           // log2 of what the first block's largest probability is scaled to
-constexpr float LARGEST = 448;       // of e4m3
-constexpr float FINITE = 65504;      // the largest float16
-constexpr u32 NOTHING = 0xFC00FC00;  // two float16: minus infinity
-constexpr float NO_OFFSET = 65504;   // beside which nothing counts
-constexpr int OF_PART = 17;          // 64 sums of values; two of probabilities, two offsets
+constexpr int ONES = 8 * KEYS, VALUES = TILE + ONES;  // bytes of a stage: a row of ones for each of eight more channels
+constexpr float SHIFT = 4.5;           // log2 of what the first block's largest probability is scaled to, at most
+constexpr float LARGEST = 1024 + 126;  // as `Softmax` has it, of a probability that e4m3 holds: 448
+constexpr u32 NOTHING = 0xFC00FC00;    // two float16: minus infinity
+constexpr float NO_OFFSET = 65504;     // beside which nothing counts
+constexpr int SUMS = 68;               // of a thread: 64 of values; of ones four, which are two rows' and each twice
+constexpr int OF_PART = 17;            // 64 sums of values; two of probabilities, two offsets
 
 struct Arguments {
   u8* out;                // [batch, tokens, heads, DIM], of which a token begins `stride` values after the last one
@@ -64,7 +73,7 @@ __device__ __forceinline__ void load_values(u32 to, const TensorMap* map, u32 ba
       : "memory");
 }
 
-// ---- products: 64 x 128 in float32 a warpgroup. Of its warp's 16 rows a thread has two, lane / 4 and 8 more; of both
+// ---- products: 64 x 136 in float32 a warpgroup. Of its warp's 16 rows a thread has two, lane / 4 and 8 more; of both
 // the columns 8 i + 2 (lane % 4) and the next: d[4 i] and d[4 i + 1] of the first row, d[4 i + 2] and d[4 i + 3].
 
 #define ACCUMULATORS \
@@ -75,20 +84,20 @@ __device__ __forceinline__ void load_values(u32 to, const TensorMap* map, u32 ba
   "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), "+f"(d[40]), "+f"(d[41]), \
   "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]), "+f"(d[48]), "+f"(d[49]), \
   "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]), "+f"(d[56]), "+f"(d[57]), \
-  "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
+  "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63]), "+f"(d[64]), "+f"(d[65]), "+f"(d[66]), "+f"(d[67])
 #define NUMBERS \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
   "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
-  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, %64, %65, %66, %67"
 
-// d (+)= a b^T, of 32 bytes of the operands' rows: a in registers.
-__device__ __forceinline__ void wgmma(float (&d)[64], const u32* a, u32 b) {
-  asm volatile("{\n.reg .b64 b;\nmov.b64 b, {%68, " DESCRIPTOR "};\n"
-               "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {" NUMBERS
-               "}, {%64, %65, %66, %67}, b, 1, 1, 1;\n}\n"
+// d (+)= a b^T, of 32 bytes of the operands' rows: a in registers; from zero if not `add`.
+__device__ __forceinline__ void wgmma(float (&d)[SUMS], const u32* a, u32 b, bool add) {
+  asm volatile("{\n.reg .pred add;\n.reg .b64 b;\nsetp.ne.b32 add, %73, 0;\nmov.b64 b, {%72, " DESCRIPTOR "};\n"
+               "wgmma.mma_async.sync.aligned.m64n136k32.f32.e4m3.e4m3 {" NUMBERS
+               "}, {%68, %69, %70, %71}, b, add, 1, 1;\n}\n"
                : ACCUMULATORS
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b));
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"((int)add));
 }
 
 #define SCORES \
@@ -110,7 +119,7 @@ __device__ __forceinline__ void wgmma(u32 (&d)[32], u32 a, u32 b, bool add) {
 }
 
 // The compiler is to have these values now, and take them to be others afterwards.
-__device__ __forceinline__ void hold(float (&d)[64]) { asm volatile("" : ACCUMULATORS::"memory"); }
+__device__ __forceinline__ void hold(float (&d)[SUMS]) { asm volatile("" : ACCUMULATORS::"memory"); }
 __device__ __forceinline__ void hold(u32 (&d)[32]) { asm volatile("" : SCORES::"memory"); }
 
 __device__ __forceinline__ void start_scores(u32 (&s)[32], u32 a, u32 b) {
@@ -119,9 +128,9 @@ __device__ __forceinline__ void start_scores(u32 (&s)[32], u32 a, u32 b) {
   commit();
 }
 
-__device__ __forceinline__ void start_values(float (&o)[64], const u32 (&p)[16], u32 b) {
+__device__ __forceinline__ void start_values(float (&sums)[SUMS], const u32 (&p)[16], u32 b) {
 #pragma unroll
-  for (int k = 0; k < 4; k++) wgmma(o, p + 4 * k, b + 2 * k);
+  for (int k = 0; k < 4; k++) wgmma(sums, p + 4 * k, b + 2 * k, k > 0);
   commit();
 }
 
@@ -132,25 +141,21 @@ __device__ __forceinline__ float power_of_two(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-// Put together by `prmt`: ptxas would do it for each use of a pair that `ex2` gives.
-__device__ __forceinline__ u32 powers_of_two(u32 x) {
-  u32 y;
-  asm("{\n.reg .b16 low, high;\n.reg .b32 a, b;\nmov.b32 {low, high}, %1;\n"
-      "ex2.approx.f16 low, low;\nex2.approx.f16 high, high;\n"
-      "cvt.u32.u16 a, low;\ncvt.u32.u16 b, high;\nprmt.b32 %0, a, b, 0x5410;\n}\n"
-      : "=r"(y)
-      : "r"(x));
-  return y;
-}
 __device__ __forceinline__ u32 larger(u32 a, u32 b) {
   u32 c;
   asm("max.f16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
   return c;
 }
+__device__ __forceinline__ u32 larger_or_nan(u32 a, u32 b) {
+  u32 c;
+  asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
+  return c;
+}
 
-// Of a thread's two rows: a probability is 2 ^ (score * factor + offset); `sum`: theirs so far, of its columns alone.
+// Of a thread's two rows. From 1024 to 2048 a float16 counts in ones, so its lower byte is what it exceeds 1024 by: of
+// score * factor + offset, the bits of a probability, 8 times its logarithm. Offsets are multiples of 8: probabilities
+// that are held against another maximum differ by powers of two, and by no rounding.
 struct Softmax {
-  float sum[2];
   float factor, offset[2];  // exact in float16
   float correction[2];      // what sums before the last block have to be multiplied by
 
@@ -165,68 +170,49 @@ struct Softmax {
     return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
   }
 
-  // So that a row's largest probability of these scores is 2 ^ SHIFT, as far as a float16 can tell.
+  // So that a row's largest probability of these scores is 2 ^ SHIFT or up to half of it, as far as a float16 can tell.
   __device__ __forceinline__ float fitting(const u32 (&s)[32], int r) {
-    return floats(float16(SHIFT - largest(s, r) * factor, 0)).x;
+    const float eighths = 1024 + 56 + 8 * SHIFT - largest(s, r) * factor;
+    return floats(float16(8 * floorf(eighths / 8), 0)).x;
   }
 
   __device__ __forceinline__ void begin(const u32 (&first)[32], float scale) {
     // Of scores next to nothing the factor may be as coarse as it is then; times minus infinity it isn't to be zero.
     // Of scores up to 7000 powers of two apart a softmax is a maximum, and offsets are still exact to 4 of them: by a
     // larger factor they might round to where no probability is a float16.
-    factor = floats(float16(fminf(fmaxf(scale, 0x1p-24f), 0x1p-3f), 0)).x;
+    factor = floats(float16(fminf(fmaxf(8 * scale, 0x1p-21f), 1), 0)).x;
 #pragma unroll
-    for (int r = 0; r < 2; r++) {
-      sum[r] = 0;
-      offset[r] = fitting(first, r);
-    }
+    for (int r = 0; r < 2; r++) offset[r] = fitting(first, r);
   }
 
-  // A block's scores to its probabilities; whether the warp has corrections.
+  // A block's scores to its probabilities' bits, in lower bytes; whether the warp has corrections.
   __device__ __forceinline__ bool step(u32 (&p)[32], const u32 (&s)[32]) {
-    correction[0] = correction[1] = 1;
-    float of_block[2];
-    auto exponentials = [&] {
+    const u32 by = float16(factor, factor);
+    u32 most = NOTHING;
+    auto probabilities = [&] {
+      const u32 from[2] = {float16(offset[0], offset[0]), float16(offset[1], offset[1])};
+      // Below some 2 ^ -6 an e4m3's own bits grow with it, not with its logarithm; a flatter line follows them to zero.
+      const u32 slope = float16(0.2f, 0.2f), start = float16(823.5f, 823.5f), zero = float16(1024, 1024);
 #pragma unroll
-      for (int r = 0; r < 2; r++) {
-        const u32 by = float16(factor, factor), from = float16(offset[r], offset[r]);
-        u32 even = 0, odd = 0;
-#pragma unroll
-        for (int i = r; i < 32; i += 4) {
-          p[i] = powers_of_two(fma(s[i], by, from));
-          p[i + 2] = powers_of_two(fma(s[i + 2], by, from));
-          even = i == r ? p[i] : add(even, p[i]);
-          odd = i == r ? p[i + 2] : add(odd, p[i + 2]);
-        }
-        const float2 a = floats(even), b = floats(odd);
-        of_block[r] = a.x + a.y + (b.x + b.y);
+      for (int i = 0; i < 32; i++) {
+        const u32 line = fma(s[i], by, from[i % 2]);
+        most = larger(most, line);
+        p[i] = larger_or_nan(larger_or_nan(line, fma(line, slope, start)), zero);
       }
     };
-    exponentials();
-    const bool grown = __any_sync(~0u, fmaxf(of_block[0], of_block[1]) > LARGEST);
+    probabilities();
+    correction[0] = correction[1] = 1;
+    const float2 mosts = floats(most);
+    const bool grown = __any_sync(~0u, fmaxf(mosts.x, mosts.y) > LARGEST);
     if (__builtin_expect(grown, 0)) {
 #pragma unroll
       for (int r = 0; r < 2; r++) {
         const float lower = fminf(offset[r], fitting(s, r));
-        correction[r] = power_of_two(lower - offset[r]);
+        correction[r] = power_of_two((lower - offset[r]) / 8);
         offset[r] = lower;
-        sum[r] *= correction[r];
       }
-      // Where a sum is no float16, probabilities may be infinite: computed anew. Else scaling down will do.
-      if (__any_sync(~0u, fmaxf(of_block[0], of_block[1]) > FINITE)) {
-        exponentials();
-      } else {
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
-          const u32 down = float16(correction[r], correction[r]);
-          of_block[r] *= correction[r];
-#pragma unroll
-          for (int i = r; i < 32; i += 2) p[i] = mul(p[i], down);
-        }
-      }
+      probabilities();
     }
-    sum[0] += of_block[0];
-    sum[1] += of_block[1];
     return grown;
   }
 };
@@ -234,7 +220,7 @@ struct Softmax {
 // wgmma's left operand: of 32 columns a thread has four words, each row's in turn; see `float8_heads.for_wgmma`.
 __device__ __forceinline__ void pack(u32 (&packed)[16], const u32 (&p)[32]) {
 #pragma unroll
-  for (int i = 0; i < 16; i++) packed[i] = e4m3(p[4 * (i / 2) + i % 2], p[4 * (i / 2) + 2 + i % 2]);
+  for (int i = 0; i < 16; i++) packed[i] = __byte_perm(p[4 * (i / 2) + i % 2], p[4 * (i / 2) + 2 + i % 2], 0x6420);
 }
 
 // ---- the kernel. BFLOAT16: the result in that; else in float8, in units of the values' descale or of `scales`.
@@ -245,7 +231,7 @@ extern "C" __global__ void __launch_bounds__(ALL, 1)
   extern __shared__ u8 memory[];
   __shared__ u64 barriers[4 * STAGES + 4];
   const u32 keys_at = (shared_address(memory) + 1023) & ~1023u, values_at = keys_at + STAGES * TILE;
-  const u32 queries_at = values_at + STAGES * TILE;
+  const u32 queries_at = values_at + STAGES * VALUES;
   const u32 full_k = shared_address(barriers), empty_k = full_k + 8 * STAGES, full_v = empty_k + 8 * STAGES;
   const u32 empty_v = full_v + 8 * STAGES, full_q = empty_v + 8 * STAGES, empty_q = full_q + 16;
   const int warps = 8;  // that compute
@@ -262,6 +248,11 @@ extern "C" __global__ void __launch_bounds__(ALL, 1)
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
+  for (int i = threadIdx.x; i < STAGES * ONES / 4; i += ALL) {
+    const u32 to = values_at + i / (ONES / 4) * VALUES + TILE + i % (ONES / 4) * 4;
+    asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(0x38383838) : "memory");  // four ones in e4m3
+  }
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // wgmma is to see them
   __syncthreads();
 
   const int blocks = (args.keys + KEYS - 1) / KEYS, of_head = (args.tokens + ROWS - 1) / ROWS;
@@ -288,7 +279,7 @@ extern "C" __global__ void __launch_bounds__(ALL, 1)
         load_tokens(keys_at + at.index * TILE, &key, barrier_k, token, head, batch);
         wait(empty_v + 8 * at.index, at.phase ^ 1);
         expect(barrier_v, TILE);
-        load_values(values_at + at.index * TILE, &value, barrier_v, token, program);
+        load_values(values_at + at.index * VALUES, &value, barrier_v, token, program);
         at.next();
       }
     }
@@ -304,14 +295,18 @@ extern "C" __global__ void __launch_bounds__(ALL, 1)
   const u32 first_key = descriptor(keys_at), first_value = descriptor(values_at);
   const u32 first_query = descriptor(queries_at + (of_warp(threadIdx.x / 128) - 1) * 64 * DIM);
   u32 s[32], p[32], packed[16];
-  float o[64];
+  float o[SUMS], of_block[SUMS];
+  auto promote = [&] {
+#pragma unroll
+    for (int i = 0; i < SUMS; i++) o[i] += of_block[i];
+  };
   for (int number = blockIdx.x; number < units; number += gridDim.x) {
     const Unit unit = args.units.at(number, blocks);
     const int tile = unit.tile, program = tile / of_head;
     Softmax softmax;
     const u32 rows = first_query + of_query.index * (ROWS * DIM / 16);
 #pragma unroll
-    for (int i = 0; i < 64; i++) o[i] = 0;
+    for (int i = 0; i < SUMS; i++) o[i] = 0;
 
     // The last block of keys comes first, for it may be short.
     wait(full_q + 8 * of_query.index, of_query.phase);
@@ -340,37 +335,43 @@ extern "C" __global__ void __launch_bounds__(ALL, 1)
       at.next();
       wait(full_k + 8 * at.index, at.phase);
       hold(s);
-      hold(o);
+      hold(of_block);
       fence();
       start_scores(s, rows, first_key + at.index * (TILE / 16));
       wait(full_v + 8 * before.index, before.phase);
       fence();
-      start_values(o, packed, first_value + before.index * (TILE / 16));
+      start_values(of_block, packed, first_value + before.index * (VALUES / 16));
       wait_but_for<1>();
       hold(s);
       const bool grown = softmax.step(p, s);
-      // + 0, for sums have no sign. Without it ptxas waits for the values before it computes the exponentials.
-      release(empty_k + 8 * at.index + (__float_as_uint(softmax.sum[0] + softmax.sum[1]) >> 31));
+      // + 0, for no probability has a sign. Without it ptxas waits for the values before it computes them.
+      u32 signs = p[0];
+#pragma unroll
+      for (int i = 1; i < 32; i++) signs |= p[i];
+      release(empty_k + 8 * at.index + (signs >> 31));
       wait_but_for<0>();
-      hold(o);
+      hold(of_block);
       release(empty_v + 8 * before.index);
       pack(packed, p);
+      promote();
       if (grown) {
 #pragma unroll
-        for (int i = 0; i < 64; i++) o[i] *= softmax.correction[i / 2 % 2];
+        for (int i = 0; i < SUMS; i++) o[i] *= softmax.correction[i / 2 % 2];
       }
     }
 
     release(empty_q + 8 * of_query.index);
     of_query.next();
     wait(full_v + 8 * at.index, at.phase);
-    hold(o);
+    hold(of_block);
     fence();
-    start_values(o, packed, first_value + at.index * (TILE / 16));
+    start_values(of_block, packed, first_value + at.index * (VALUES / 16));
     wait_but_for<0>();
-    hold(o);
+    hold(of_block);
     release(empty_v + 8 * at.index);
+    promote();
     at.next();
+    float sum[2] = {o[64], o[66]};
 
     // Of a tile that is shared: into memory, and whoever comes last adds all parts up, in their order. Nobody waits.
     if (number >= args.units.whole && args.units.parts > 1) {
@@ -379,7 +380,7 @@ extern "C" __global__ void __launch_bounds__(ALL, 1)
       float4* own = part + unit.part * OF_PART * 256;
 #pragma unroll
       for (int i = 0; i < 16; i++) own[256 * i] = make_float4(o[4 * i], o[4 * i + 1], o[4 * i + 2], o[4 * i + 3]);
-      own[256 * 16] = make_float4(softmax.sum[0], softmax.sum[1], softmax.offset[0], softmax.offset[1]);
+      own[256 * 16] = make_float4(sum[0], sum[1], softmax.offset[0], softmax.offset[1]);
       __threadfence();
       __syncwarp();
       int before = 0;
@@ -398,9 +399,9 @@ extern "C" __global__ void __launch_bounds__(ALL, 1)
 #pragma unroll
         for (int r = 0; r < 2; r++) {
           const float lower = fminf(softmax.offset[r], offsets[r]);
-          ours[r] = power_of_two(lower - softmax.offset[r]);
-          its[r] = power_of_two(lower - offsets[r]);
-          softmax.sum[r] = softmax.sum[r] * ours[r] + sums[r] * its[r];
+          ours[r] = power_of_two((lower - softmax.offset[r]) / 8);
+          its[r] = power_of_two((lower - offsets[r]) / 8);
+          sum[r] = sum[r] * ours[r] + sums[r] * its[r];
           softmax.offset[r] = lower;
         }
 #pragma unroll
@@ -416,15 +417,12 @@ extern "C" __global__ void __launch_bounds__(ALL, 1)
 
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-      float sum = softmax.sum[r];
-      sum += __shfl_xor_sync(~0u, sum, 1);
-      sum += __shfl_xor_sync(~0u, sum, 2);
       const int row = tile % of_head * ROWS + row_of_tile + 8 * r;
       if (row >= args.tokens) continue;
       const long long token = (long long)(program / args.heads) * args.tokens + row;
       const long long first = token * args.stride + program % args.heads * DIM + quad * 32;
 #if BFLOAT16
-      const float unit = args.descales[2 * programs + program] / sum;
+      const float unit = args.descales[2 * programs + program] / sum[r];
       uint4* to = (uint4*)(args.out + 2 * first);
       u32 w[16];
 #pragma unroll
@@ -436,7 +434,7 @@ extern "C" __global__ void __launch_bounds__(ALL, 1)
       for (int i = 0; i < 4; i++) to[i] = make_uint4(w[4 * i], w[4 * i + 1], w[4 * i + 2], w[4 * i + 3]);
 #else
       const float unit =
-          args.scales ? args.descales[2 * programs + program] / (sum * args.scales[token]) : 1 / sum;
+          args.scales ? args.descales[2 * programs + program] / (sum[r] * args.scales[token]) : 1 / sum[r];
       uint4* to = (uint4*)(args.out + first);
       u32 w[8];
 #pragma unroll
