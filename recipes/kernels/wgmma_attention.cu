@@ -15,13 +15,14 @@
 //   8 times its logarithm but for a straight line between powers of two. So one multiplication and addition gives a
 //   probability's bits, up to 6 % too large between powers of two: 1.9 % in the root mean square, once the mean is
 //   divided out by their sum, beside 2.6 % of rounding to e4m3;
-// - the probabilities' sums come from the tensor cores, by eight more channels of the values, which are ones: so they
-//   are sums of what the values are weighted with, to the bit;
+// - the probabilities' sums come from the tensor cores, by eight more channels of the values, which are ones;
 // - the running maximum isn't taken. Scores are held against the first block's maximum. Only where a block has a
 //   probability that e4m3 can't hold is the maximum looked for, and the block computed anew.
 //
-// The tensor cores cut off what lies more than some 13 bits below the largest of what they add up in float8. So each
-// block's sums begin at zero, and are added up in float32: what a key that dominates leaves to the others isn't lost.
+// The tensor cores cut off what lies far below the largest of what they add up in float8: of 5000 probabilities, which are
+// all positive, 7 % are lost. So their sum is taken out each block, and the values' each PERIOD blocks, and added up in
+// float32. Each block the values too would be no more exact, and takes 2 % of a whole step, for each instruction takes
+// power from the tensor cores.
 //
 // FLOPs: 4 x tokens^2 x 128 a head; 24 heads at 4608 tokens: 261 GFLOP.
 //
@@ -37,6 +38,7 @@ constexpr float LARGEST = 1024 + 126;  // as `Softmax` has it, of a probability 
 constexpr u32 NOTHING = 0xFC00FC00;    // two float16: minus infinity
 constexpr float NO_OFFSET = 65504;     // beside which nothing counts
 constexpr int SUMS = 68;               // of a thread: 64 of values; of ones four, which are two rows' and each twice
+constexpr int PERIOD = 4;              // blocks of keys whose values the tensor cores add up
 constexpr int OF_PART = 17;            // 64 sums of values; two of probabilities, two offsets
 
 struct Arguments {
@@ -128,9 +130,9 @@ __device__ __forceinline__ void start_scores(u32 (&s)[32], u32 a, u32 b) {
   commit();
 }
 
-__device__ __forceinline__ void start_values(float (&sums)[SUMS], const u32 (&p)[16], u32 b) {
+__device__ __forceinline__ void start_values(float (&sums)[SUMS], const u32 (&p)[16], u32 b, bool add) {
 #pragma unroll
-  for (int k = 0; k < 4; k++) wgmma(sums, p + 4 * k, b + 2 * k, k > 0);
+  for (int k = 0; k < 4; k++) wgmma(sums, p + 4 * k, b + 2 * k, add || k > 0);
   commit();
 }
 
@@ -295,10 +297,17 @@ extern "C" __global__ void __launch_bounds__(ALL, 1)
   const u32 first_key = descriptor(keys_at), first_value = descriptor(values_at);
   const u32 first_query = descriptor(queries_at + (of_warp(threadIdx.x / 128) - 1) * 64 * DIM);
   u32 s[32], p[32], packed[16];
-  float o[SUMS], of_block[SUMS];
-  auto promote = [&] {
+  float o[64], recent[SUMS], sum[2];  // `recent`: what isn't in `o` yet, of values, and in `sum`, of probabilities
+  auto take_sums = [&] {
+    sum[0] += recent[64];
+    sum[1] += recent[66];
+    // Not as a constant, which the compiler would put there between the products.
+    asm volatile("mov.f32 %0, 0f00000000;\nmov.f32 %1, 0f00000000;\nmov.f32 %2, 0f00000000;\nmov.f32 %3, 0f00000000;"
+                 : "=f"(recent[64]), "=f"(recent[65]), "=f"(recent[66]), "=f"(recent[67]));
+  };
+  auto take_values = [&] {
 #pragma unroll
-    for (int i = 0; i < SUMS; i++) o[i] += of_block[i];
+    for (int i = 0; i < 64; i++) o[i] += recent[i];
   };
   for (int number = blockIdx.x; number < units; number += gridDim.x) {
     const Unit unit = args.units.at(number, blocks);
@@ -306,7 +315,9 @@ extern "C" __global__ void __launch_bounds__(ALL, 1)
     Softmax softmax;
     const u32 rows = first_query + of_query.index * (ROWS * DIM / 16);
 #pragma unroll
-    for (int i = 0; i < SUMS; i++) o[i] = 0;
+    for (int i = 0; i < 64; i++) o[i] = 0;
+    sum[0] = sum[1] = 0;
+    int blocks_of_recent = 0;
 
     // The last block of keys comes first, for it may be short.
     wait(full_q + 8 * of_query.index, of_query.phase);
@@ -335,43 +346,47 @@ extern "C" __global__ void __launch_bounds__(ALL, 1)
       at.next();
       wait(full_k + 8 * at.index, at.phase);
       hold(s);
-      hold(of_block);
+      hold(recent);
       fence();
       start_scores(s, rows, first_key + at.index * (TILE / 16));
       wait(full_v + 8 * before.index, before.phase);
       fence();
-      start_values(of_block, packed, first_value + before.index * (VALUES / 16));
+      start_values(recent, packed, first_value + before.index * (VALUES / 16), blocks_of_recent > 0);
       wait_but_for<1>();
       hold(s);
       const bool grown = softmax.step(p, s);
       // + 0, for no probability has a sign. Without it ptxas waits for the values before it computes them.
-      u32 signs = p[0];
-#pragma unroll
-      for (int i = 1; i < 32; i++) signs |= p[i];
-      release(empty_k + 8 * at.index + (signs >> 31));
+      release(empty_k + 8 * at.index + ((p[28] | p[29] | p[30] | p[31]) >> 31));
       wait_but_for<0>();
-      hold(of_block);
+      hold(recent);
       release(empty_v + 8 * before.index);
       pack(packed, p);
-      promote();
+      take_sums();
+      blocks_of_recent = blocks_of_recent == PERIOD - 1 ? 0 : blocks_of_recent + 1;
+      if (blocks_of_recent == 0) take_values();
       if (grown) {
 #pragma unroll
-        for (int i = 0; i < SUMS; i++) o[i] *= softmax.correction[i / 2 % 2];
+        for (int i = 0; i < 64; i++) {
+          o[i] *= softmax.correction[i / 2 % 2];
+          recent[i] *= softmax.correction[i / 2 % 2];
+        }
+        sum[0] *= softmax.correction[0];
+        sum[1] *= softmax.correction[1];
       }
     }
 
     release(empty_q + 8 * of_query.index);
     of_query.next();
     wait(full_v + 8 * at.index, at.phase);
-    hold(of_block);
+    hold(recent);
     fence();
-    start_values(of_block, packed, first_value + at.index * (VALUES / 16));
+    start_values(recent, packed, first_value + at.index * (VALUES / 16), blocks_of_recent > 0);
     wait_but_for<0>();
-    hold(of_block);
+    hold(recent);
     release(empty_v + 8 * at.index);
-    promote();
+    take_sums();
+    take_values();
     at.next();
-    float sum[2] = {o[64], o[66]};
 
     // Of a tile that is shared: into memory, and whoever comes last adds all parts up, in their order. Nobody waits.
     if (number >= args.units.whole && args.units.parts > 1) {
