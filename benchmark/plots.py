@@ -57,7 +57,7 @@ def waterfall(rungs: list[dict[str, Any]], path: Path) -> None:
 
 
 def image_strip(rungs: list[dict[str, Any]], folder: Path, path: Path) -> None:
-    """What each measured rung drew of the same prompt and seed, side by side."""
+    """What each measured rung drew of the same prompt and seed, side by side; a place is left for a lost picture."""
     drawn = [r for r in rungs if "skipped" not in r]
     columns = min(6, len(drawn))
     rows = -(-len(drawn) // columns)
@@ -68,10 +68,14 @@ def image_strip(rungs: list[dict[str, Any]], folder: Path, path: Path) -> None:
     for panel, rung in zip(figure.axes, drawn, strict=False):
         name = rung["recipe"]["name"]
         picture = folder / Path(results.file_name(name, rung["request"])).with_suffix(".png").name
+        panel.set_title(name, fontsize=8)
+        if not picture.exists():
+            panel.set_box_aspect(1)
+            panel.text(0.5, 0.5, "not kept", ha="center", va="center", fontsize=8, color="gray")
+            continue
         with Image.open(picture) as image:
             # Noise packs well as squares, and not blurred into each other.
             panel.imshow(image.convert("RGB"), interpolation="nearest" if is_random(rung["checkpoint"]) else None)
-        panel.set_title(name, fontsize=8)
     title = f"{_title(rungs)}, “{drawn[0]['request']['prompt']}”"
     figure.suptitle(textwrap.fill(title, 24 * columns), fontsize=9)
     figure.savefig(path, dpi=120)

@@ -124,6 +124,24 @@ def test_pictures(tmp_path: Path) -> None:
             assert min(image.size) > 100
 
 
+def test_a_place_is_left_for_a_lost_picture(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    from benchmark import plots
+
+    write(tmp_path, *LADDER)
+    lost = results.file_name("bf16", REQUEST)
+    (tmp_path / lost).with_suffix(".png").unlink()
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: figures.append(self))
+    plots.image_strip(report.load(tmp_path), tmp_path, tmp_path / "images.png")
+    panels = {axes.get_title(): axes for axes in figures[0].axes}
+    assert [text.get_text() for text in panels["bf16"].texts] == ["not kept"]
+    assert not panels["bf16"].images
+    assert panels["fp32"].images
+    assert not panels["fp32"].texts
+
+
 def test_waterfall_draws_gains_losses_and_skips(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from matplotlib.figure import Figure
 

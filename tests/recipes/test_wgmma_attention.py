@@ -156,7 +156,7 @@ def test_scores_that_are_all_alike(error_of: Callable) -> None:
     q, k, v = parts(200, 5000)
     given = (torch.zeros_like(q), k, 1 + v)
     expected = given[2].mean(1, keepdim=True).expand(-1, 200, -1, -1).to(CUDA)
-    assert error_of(attend(given), expected) < 0.015
+    assert error_of(attend(given), expected) < 0.005
 
 
 @gpu
@@ -169,7 +169,8 @@ def test_what_a_key_that_dominates_leaves_to_others(share: float, error_of: Call
     q = torch.nn.functional.rms_norm(q / 2 + direction, (DIM,))
     k[:, 300], v = share * direction, 1 + v / 4
     v[:, 300] = 2
-    assert error_of(attend((q, k, v)), exact((q, k, v)).to(CUDA)) < 0.015
+    # Mostly the rounding of that one probability: 0.018 as exactly as float8 can have it.
+    assert error_of(attend((q, k, v)), exact((q, k, v)).to(CUDA)) < 0.025
 
 
 @gpu
