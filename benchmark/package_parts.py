@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
+from random import Random
 from statistics import fmean, median
 from typing import Any
 
@@ -226,15 +227,18 @@ def sharing_weights(pipe: DiffusionPipeline) -> DiffusionPipeline:
 def step_ms(part: Part, pipes: dict[str, DiffusionPipeline], clocks: dict[str, StepClock]) -> dict[str, Any]:
     """Milliseconds of a step, the two pipelines' calls taking turns; the first step of a call apart.
 
-    A step's neighbours are like it, so what the interval of the ratio is drawn from are the calls' medians.
+    A step's neighbours are like it, so what the interval of the ratio is drawn from are the calls' medians. Who begins
+    is drawn for each turn: a GPU at its power limit changes its clock about once a second, and always the same order
+    would beat with that.
     """
     firsts: dict[str, list[float]] = {name: [] for name in pipes}
     calls: dict[str, list[list[float]]] = {name: [] for name in pipes}
     for clock in clocks.values():
         clock.milliseconds()  # of the warm-up
+    draw = Random(0)
     for number in range(part.calls):
-        for name, pipe in pipes.items():
-            latents(pipe, numbered(part.checkpoint, part.request, number))
+        for name in draw.sample([*pipes], len(pipes)):
+            latents(pipes[name], numbered(part.checkpoint, part.request, number))
             first, *others = clocks[name].milliseconds()
             firsts[name].append(first)
             calls[name].append(others)
