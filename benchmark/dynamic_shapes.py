@@ -32,9 +32,8 @@ with quiet():
     from export.order import Order
     from export.regions import Inputs
     from export.runtime import BoundModel, Library, PackagedCall
-    from utils import command_line
+    from utils import command_line, results
     from utils.errors import Parser, UsageError, run_command
-    from utils.files import check_folder
     from utils.relative_error import relative_error
     from utils.timing import bootstrap_ratio, summary, timed
 
@@ -137,7 +136,7 @@ def benchmark(arguments: argparse.Namespace) -> None:
         raise UsageError(f"--repeats {arguments.repeats}: give at least 1")
     wanted = Order(arguments.checkpoint, recipe, size, (arguments.batch,), lengths, dynamic=True)
     requests = wanted.requests()
-    check_folder(arguments.output)
+    results.check_output(arguments.output)
     with tempfile.TemporaryDirectory(prefix="flux-fast-") as folder:
         pipe, library = order.pipeline(arguments.checkpoint, recipe, Path(folder), device)
         measurements = [

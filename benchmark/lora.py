@@ -178,7 +178,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     for name in ("runs", "rank"):
         if getattr(arguments, name) < 1:
             raise UsageError(f"--{name} {getattr(arguments, name)}: give at least 1")
-    check_folder(arguments.output)
+    results.check_output(arguments.output)
     if arguments.scratch is not None:
         check_folder(arguments.scratch / "checkpoint")
     recipes.check(recipe, device)
@@ -265,7 +265,9 @@ def main() -> None:
     def run() -> None:
         found = measure(arguments)
         results.write(arguments.output, found)
-        print(table(found), flush=True)
+        text = table(found)
+        results.write_table(arguments.output, text)
+        print(text, flush=True)
 
     run_command(run, arguments.debug)
 

@@ -36,7 +36,6 @@ with quiet():
     from recipes.recipe import Recipe
     from utils import command_line, environment, results
     from utils.errors import Parser, UsageError, UserError, run_command
-    from utils.files import check_folder
 
 
 def parser() -> Parser:
@@ -88,7 +87,7 @@ def measure(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     if request.steps < 2:
         raise UsageError(f"--steps {request.steps}: give at least 2, the first one of a call being apart")
     asked = parts(arguments)
-    check_folder(arguments.output)
+    results.check_output(arguments.output)
     recipes.check(recipe, device)
     about = {
         "recipe": {"name": recipes.command_line_name(recipe), "hash": recipe.hash, **recipe.to_dict()},
@@ -200,7 +199,9 @@ def main() -> None:
 
     def run() -> None:
         found, wrong = measure(arguments)
-        print(table(found), flush=True)
+        text = table(found)
+        results.write_table(arguments.output, text)
+        print(text, flush=True)
         if wrong:
             raise UserError(f"not measured: {'; '.join(wrong)}")
 

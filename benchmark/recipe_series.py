@@ -14,10 +14,9 @@ import recipes
 from benchmark import series
 from benchmark.memory import reset_peak
 from recipes.recipe import Recipe
-from utils import checkpoints, command_line
+from utils import checkpoints, command_line, results
 from utils.checkpoints import Defaults
 from utils.errors import UsageError, UserError
-from utils.files import check_folder
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +40,7 @@ def check(arguments: argparse.Namespace) -> tuple[torch.device, Defaults]:
     for name, value in vars(arguments).items():
         if isinstance(value, int) and not isinstance(value, bool) and name != "seed" and value < 1:
             raise UsageError(f"--{name} {value}: give at least 1")
-    check_folder(arguments.output)
+    results.check_output(arguments.output)
     return device, known
 
 

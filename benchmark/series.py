@@ -1,6 +1,6 @@
 """A series of measurements: saved as they are made, each surviving the others, within a time.
 
-Their files are kept as results/<machine>/<name>.json.
+Their files are kept as results/<machine>/<name>.json, with a table of each beside it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import torch
 from benchmark.runner import command_text
 from utils import environment, results
 from utils.errors import Parser, UsageError, one_line, run_command
-from utils.files import check_folder
 
 
 @dataclass(frozen=True)
@@ -42,11 +41,11 @@ def check(arguments: argparse.Namespace) -> torch.device:
     """The GPU.
 
     Raises:
-        UsageError: there is none, or the output file can't be written.
+        UsageError: there is none, or the output file can't be written or isn't named as one.
     """
     if not torch.cuda.is_available():
         raise UsageError("this is timed on a GPU, and there is none")
-    check_folder(arguments.output)
+    results.check_output(arguments.output)
     return torch.device("cuda")
 
 
@@ -79,7 +78,7 @@ def run(
     device: torch.device,
     about: dict[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
-    """Make the measurements, write them to `arguments.output` under `name`, and print them as a table at the end.
+    """Make the measurements, write them to `arguments.output` under `name`, and a table beside it, printed at the end.
 
     A row is what a measurement is about and its figures, `skipped` or `failed` with the reason; returns all of them.
     `line` is a row's text where it has figures, or its beginning where it has none. `about`: what else the file says.
@@ -87,6 +86,7 @@ def run(
     begun = time.monotonic()
     machine = environment.capture(device, arguments.commit)
     rows: list[dict[str, Any]] = []
+    table = header
     for measurement in measurements:
         row = dict(measurement.about)
         if measurement.skipped is not None:
@@ -104,7 +104,9 @@ def run(
         print(_text(row, line), file=sys.stderr, flush=True)
         made_with = {"environment": {**machine, "after": environment.device_state(device)}, "command": command_text()}
         results.write(arguments.output, {**(about or {}), name: rows, **made_with})
-    print("\n".join([header, *(_text(row, line) for row in rows)]))
+        table = "\n".join([header, *(_text(row, line) for row in rows)])
+        results.write_table(arguments.output, table)
+    print(table)
     return rows
 
 

@@ -37,10 +37,10 @@ with quiet():
     from export.store import PackageStore
     from recipes.dtype import torch_dtype
     from recipes.recipe import Recipe
-    from utils import checkpoints, command_line, environment
+    from utils import checkpoints, command_line, environment, results
     from utils.compile_clock import CompileClock
     from utils.errors import Parser, UserError, is_out_of_memory, one_line, run_command
-    from utils.files import check_folder, write_text
+    from utils.files import write_text
     from utils.relative_error import relative_error
     from utils.request import Request
     from utils.timing import summary, synchronize
@@ -119,7 +119,7 @@ def main() -> None:
         device = command_line.device(arguments)
         request = step_clock.request(arguments)
         asked = {text: recipes.parse(text) for text in arguments.recipes}
-        check_folder(arguments.output)
+        results.check_output(arguments.output)
         about = {
             "checkpoint": arguments.checkpoint,
             "request": request.to_dict(),
@@ -128,6 +128,7 @@ def main() -> None:
             "environment": environment.capture(device, arguments.commit),
         }
         rows: list[dict[str, Any]] = []
+        table = [HEADER]
         reference: torch.Tensor | None = None
         print(HEADER, flush=True)
         for text, recipe in asked.items():
@@ -148,7 +149,9 @@ def main() -> None:
                 row["relative_error_to_first"] = relative_error(latents, reference)
             rows.append(row)
             write_text(arguments.output, json.dumps({**about, "recipes": rows}, indent=1) + "\n")
-            print(line(text, row, rows), flush=True)
+            table.append(line(text, row, rows))
+            results.write_table(arguments.output, "\n".join(table))
+            print(table[-1], flush=True)
             torch._dynamo.reset()  # the next recipe compiles for itself, in memory that this one no longer holds
             reset_peak(device)
         if failed := [row["recipe"]["name"] for row in rows if "failed" in row]:

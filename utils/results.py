@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from utils.environment import machine_slug
-from utils.errors import UserError
-from utils.files import ROOT, write_text
+from utils.errors import UsageError, UserError
+from utils.files import ROOT, check_folder, write_text
 
 SCHEMA = 1
 RESULTS = ROOT / "results"
@@ -43,6 +43,23 @@ def size(request: dict[str, Any]) -> str:
 def file_name(recipe: str, request: dict[str, Any]) -> str:
     safe = recipe.replace("/", "-").replace('"', "")
     return f"{safe}@{size(request)}.json"
+
+
+def check_output(path: Path) -> None:
+    """Raise UsageError unless a result file `path` could be written, and its table beside it.
+
+    Raises:
+        UsageError: as `check_folder`, or its name doesn't end in .json.
+    """
+    check_folder(path)
+    if path.suffix != ".json":
+        raise UsageError(f"--output {path}: give a name that ends in .json; a table of it is written beside it")
+
+
+def write_table(path: Path, table: str) -> None:
+    """The table of the result file `path`, beside it: NAME.md if it is Markdown, else NAME.txt."""
+    markdown = any(line.startswith("|") for line in table.splitlines())
+    write_text(path.with_suffix(".md" if markdown else ".txt"), table + "\n")
 
 
 def write(path: Path, result: dict[str, Any]) -> None:

@@ -46,6 +46,7 @@ def test_recipes_are_paired_with_bf16(main: Callable, tmp_path: Path) -> None:
     assert (found["prompts"], found["seeds"], found["seed"], found["batch"]) == (12, 2, SEED, 5)
     assert found["environment"]["commit"] == "abc"
     assert found["command"].startswith("python ")
+    assert path.with_suffix(".md").read_text() == ended.out
     rows = {row["recipe"]["name"]: row for row in found["accuracy"]}
     assert list(rows) == ["bf16", same, ruined, refused]
     assert "needs a cuda device" in rows.pop(refused)["failed"]
@@ -85,6 +86,7 @@ def test_recipes_are_paired_with_bf16(main: Callable, tmp_path: Path) -> None:
         (("--checkpoint", "random/flux-dev"), "the checker knows the embedded model's scenes only"),
         (("--checkpoint", "random/flux-kontext-dev"), "edits an image"),
         (("--output", "no/such/folder.json"), "the folder no/such does not exist"),
+        (("--output", "table.md"), "--output table.md: give a name that ends in .json; a table of it is written beside"),
     ],
 )
 def test_bad_usage(main: Callable, tmp_path: Path, arguments: tuple, words: str) -> None:

@@ -50,6 +50,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Run:
 @pytest.mark.slow
 def test_build_start_steps_host_and_error(measured: Run) -> None:
     found = json.loads(measured.output.read_text())
+    assert measured.output.with_suffix(".md").read_text() == measured.out
     assert (found["schema"], found["checkpoint"], found["request"]["width"]) == (1, "tiny", 48)
     assert found["recipe"]["name"] == "fp32,execution=aoti"
     assert found["environment"]["commit"] == "abc123"

@@ -60,6 +60,7 @@ def test_survives_failure_and_saves_as_it_goes(tmp_path: Path, capsys: pytest.Ca
     table = ["kernel ms", "one 1.5", "two  failed: RuntimeError: no engine", "three  needs a cuda device", "four 2.5"]
     assert printed.out.splitlines() == table
     assert printed.err.splitlines() == table[1:]
+    assert (tmp_path / "out.txt").read_text() == printed.out
 
 
 def test_begins_nothing_after_its_time(tmp_path: Path) -> None:

@@ -41,6 +41,7 @@ def test_every_recipe_is_timed_and_compared(run: Callable, tmp_path: Path) -> No
     assert code == 1
     assert "error: not measured: bf16,cuda_graph=true" in err
     found = json.loads(path.read_text())
+    assert path.with_suffix(".md").read_text() == out
     assert found["checkpoint"] == "tiny"
     assert found["cold_caches"] is False
     assert found["request"]["width"] == 48
