@@ -86,7 +86,10 @@ def test_recipes_are_paired_with_bf16(main: Callable, tmp_path: Path) -> None:
         (("--checkpoint", "random/flux-dev"), "the checker knows the embedded model's scenes only"),
         (("--checkpoint", "random/flux-kontext-dev"), "edits an image"),
         (("--output", "no/such/folder.json"), "the folder no/such does not exist"),
-        (("--output", "table.md"), "--output table.md: give a name that ends in .json; a table of it is written beside"),
+        (
+            ("--output", "table.md"),
+            "--output table.md: give a name that ends in .json; a table of it is written beside",
+        ),
     ],
 )
 def test_bad_usage(main: Callable, tmp_path: Path, arguments: tuple, words: str) -> None:
