@@ -134,7 +134,7 @@ def machine_code(kernel: CudaKernel) -> bytes:
     """What was provided or compiled before, by whatever process; else it is compiled.
 
     Raises:
-        UserError: it doesn't compile; with what the compiler says first.
+        UserError: it doesn't compile; with the compiler's first error.
     """
     if kernel.key not in _code:
         code = _kept(kernel)
@@ -167,7 +167,7 @@ def _compiled(kernel: CudaKernel) -> bytes:
     """Its machine code.
 
     Raises:
-        UserError: it doesn't compile; with what the compiler says first.
+        UserError: it doesn't compile; with the compiler's first error.
     """
     from cuda.bindings import nvrtc
 
@@ -182,7 +182,9 @@ def _compiled(kernel: CudaKernel) -> bytes:
             (size,) = call("nvrtcGetProgramLogSize", program)
             log = bytearray(size)
             call("nvrtcGetProgramLog", program, log)
-            raise UserError(f"{kernel.file} doesn't compile: {log.decode(errors='replace').strip().splitlines()[0]}")
+            lines = log.decode(errors="replace").strip().splitlines()
+            first = next((line for line in lines if "error" in line), lines[0])  # warnings may stand before it
+            raise UserError(f"{kernel.file} doesn't compile: {first}")
         (size,) = call("nvrtcGetCUBINSize", program)
         code = bytearray(size)
         call("nvrtcGetCUBIN", program, code)

@@ -132,8 +132,8 @@ def test_no_sum_exceeds_a_float16() -> None:
     x[3] = torch.randn(4096, generator=torch.Generator().manual_seed(0)).exp()
     weight, _ = weight_to_float8(x)
     norms = weight.float().norm(dim=1)
-    # What the kernel makes itself is rounded, an attention's probabilities are, and so is the sum: for each 32 of depth
-    # here, and so more often than the kernel does it.
+    # What the kernel makes itself is rounded, of the sum of an attention's probabilities something is cut off, and sums
+    # are rounded: for each 32 of depth here, and so more often than the kernel does it.
     of_x = ROW * (18 / 17) ** 2 * 1.36
     assert of_x * norms.max() * (1 + 15360 / 32 / 2048) < torch.finfo(torch.float16).max
     assert (norms > 0.9 * WEIGHT_ROW).all()
