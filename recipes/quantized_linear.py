@@ -12,8 +12,8 @@ from recipes.recipe import RecipeError
 
 # How long a row of its input, and one of its weight, may be in float8: no sum of products of theirs exceeds 28672, by
 # Cauchy and Schwarz, and a float16 holds 65504. What lies between is for rounding: of both to float8 (18/17 at most),
-# of an attention's probabilities, of whose sum the tensor cores cut off some 2 % at most (1.36 is what it took when they
-# were added up before they were rounded), and of the sum on its way (1.2).
+# of an attention's probabilities, of whose sum the tensor cores cut off some 2 % at most (1.36 is what it took when
+# they were added up before they were rounded), and of the sum on its way (1.2).
 ROW, WEIGHT_ROW = 448, 64
 INT8_MAX = 127  # -128 is left out, as by every symmetric quantization
 
