@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from pathlib import Path
 
 from utils.quiet import quiet
@@ -24,7 +25,7 @@ def parser() -> Parser:
     command_line.add_options(parser)
     parser.add_argument("--ladder", action="store_true", help="every rung, resumably, and the table and chart of them")
     parser.add_argument("--baseline", help="the ladder's baseline (default: the checkpoint's)")
-    parser.add_argument("--rungs", nargs="+", metavar="RUNG", help="of the ladder only these, on top of all below them")
+    parser.add_argument("--rungs", nargs="+", metavar="RUNG", help="of the ladder only these, on top of all below")
     parser.add_argument("--again", action="store_true", help="measure rungs that have a result anew")
     parser.add_argument(
         "--seconds", type=float, help="begin no further rung after that long; go on with the same command"
@@ -37,6 +38,11 @@ def parser() -> Parser:
     parser.add_argument("--output", type=Path, help="also save the image here (without --ladder)")
     parser.add_argument("--commit", help="the commit to record where no git is at hand")
     return parser
+
+
+def rungs(texts: list[str] | None) -> frozenset[str]:
+    """Names of rungs, with spaces or commas between them."""
+    return frozenset(name for text in texts or () for name in text.split(",") if name)
 
 
 def main() -> None:
@@ -52,8 +58,9 @@ def main() -> None:
         if arguments.ladder and one:
             raise UsageError("recipes, --trace-file and --output are for one recipe: leave --ladder out")
         of_ladder = ("again", "baseline", "rungs", "seconds", "trace_reports")
-        if not arguments.ladder and any(getattr(arguments, name) for name in of_ladder):
-            raise UsageError("--again, --baseline, --rungs, --seconds and --trace-reports are for --ladder")
+        given = [f"--{name.replace('_', '-')}" for name in of_ladder if getattr(arguments, name)]
+        if given and not arguments.ladder:
+            raise UsageError(f"{' and '.join(given)}: of the ladder only, add --ladder")
         if arguments.trace_stacks and not arguments.trace_file:
             raise UsageError("--trace-stacks needs --trace-file")
         check_target(arguments.results)
@@ -71,7 +78,7 @@ def main() -> None:
         # A recipe measured alone must not replace a rung, whose ratio was formed within its ladder.
         runner = Runner(
             job, folder if arguments.ladder else folder / "alone", arguments.again, arguments.debug,
-            arguments.seconds or math.inf, frozenset(arguments.rungs or ()), arguments.trace_reports,
+            arguments.seconds or math.inf, rungs(arguments.rungs), arguments.trace_reports,
         )  # fmt: skip
         if arguments.ladder:
             print(f"{checkpoint} on {device.type}: the ladder, into {folder}", flush=True)
@@ -80,13 +87,18 @@ def main() -> None:
             )
             report.write_folder(folder)
             print(report.table(report.load(folder, results.size(vars(request)))))
+            print(f"in {folder}: ladder.md, ladder.png, images.png and a file a rung")
             if failed:
                 raise UserError(f"failed rungs: {', '.join(failed)}")
         else:
             print(f"{checkpoint} on {device.type}, recipe {chosen}", flush=True)
             recipes.check(recipe, device)
-            result = runner.one(recipes.command_line_name(recipe), recipe, arguments.output)
+            name = recipes.command_line_name(recipe)
+            result = runner.one(name, recipe, arguments.output)
             print(report.one_line(result))
+            print(f"result: {runner.folder / results.file_name(name, vars(request))}")
+            if arguments.trace_file is not None:
+                print(f"trace: read it with `python -m trace_analysis report {shlex.quote(str(arguments.trace_file))}`")
 
     run_command(benchmark, arguments.debug)
 

@@ -56,6 +56,7 @@ def run(name: str, module: str, argument: str, scratch: Path, debug: bool) -> No
     # -P: modules come from this repository, not from the working directory, to which the job's paths are relative.
     command = [sys.executable, "-P", "-m", module, argument, *(["--debug"] if debug else [])]
     environ = {
+        "KINETO_LOG_LEVEL": "99",  # the profiler's library prints when it starts and stops
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
         # Empty caches of compiled code: what a recipe's first user waits for.

@@ -202,7 +202,7 @@ class Runner:
         recipe = {"name": rung.name, "hash": rung.recipe.hash, "parent": rung.parent, **rung.recipe.to_dict()}
         about: dict[str, Any] = {"recipe": recipe, "checkpoint": self.template.checkpoint, "skipped": rung.skipped}
         about["request"] = self._request()
-        if path.exists() and about.items() <= results.read(path).items():
+        if path.exists() and _same_skip(results.read(path), about):
             return
         where = environment.capture(torch.device(self.template.device), self.template.commit)
         results.write(path, {**about, "environment": where, "command": self.template.command})
@@ -244,3 +244,10 @@ def command_text() -> str:
     spec = sys.modules["__main__"].__spec__  # of `python -m`
     program = [Path(sys.argv[0]).name] if spec is None else ["-m", spec.name.removesuffix(".__main__")]
     return shlex.join(["python", *program, *sys.argv[1:]])
+
+
+def _same_skip(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether both leave out the same recipe for the same reason; its hash has no part in fields that came since."""
+    keys = ("checkpoint", "request", "skipped")
+    recipes_same = all(one["recipe"][key] == other["recipe"][key] for key in ("name", "hash", "parent"))
+    return recipes_same and all(one.get(key) == other.get(key) for key in keys)

@@ -192,8 +192,8 @@ class Library:
             return for_range
         inputs_here = ", ".join(f"{name} {spec.dtype}{list(spec.shape)}" for name, spec in list(wanted.items())[:2])
         raise UserError(
-            f"no package in {self.store.folder} has the {region.name} for {inputs_here}{nearest[1]}: build it with "
-            f"`{build_command(self, region, inputs)}`, or {self.store.to_build}"
+            f"no package in {self.store.folder} has the {region.name} for {inputs_here}: build it with "
+            f"`{build_command(self, region, inputs)}`, or {self.store.to_build}{nearest[1]}"
         )
 
     def build(

@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections import Counter
 
 from export import sizes
-from export.manifest import Model
+from export.manifest import Manifest, Model
+from export.regions import DECODER
 from export.store import Entry
 from recipes.ladder import command_line_name
 from recipes.recipe import Recipe, RecipeError
+from utils.request import MULTIPLE
+
+_OF_LATENT = MULTIPLE // 2  # pixels a side
 
 
 def line(entry: Entry) -> str:
@@ -18,8 +22,17 @@ def line(entry: Entry) -> str:
     models = ", ".join(name if count == 1 else f"{count} {name}" for name, count in kinds.items())
     return (
         f"{entry.path}: {entry.beside.size / 1e6:.2f} MB, {manifest.built.seconds:.0f} s to build, "
-        f"{recipe_name(entry)}, {manifest.identity.device} {manifest.identity.arch}: {models}"
+        f"{recipe_name(entry)}, {manifest.identity.device} {manifest.identity.arch}: {models}{_drawn(manifest)}"
     )
+
+
+def _drawn(manifest: Manifest) -> str:
+    """The images' sizes in pixels, as its decoders have them."""
+    decoders = [model for model in manifest.models.values() if model.region == DECODER.name]
+    fixed = [next(iter(model.inputs.values())).shape[-2:] for model in decoders if not model.ranges]
+    texts = [f"{height * _OF_LATENT}x{width * _OF_LATENT}" for height, width in fixed]
+    texts += [sizes.words(name, one) for model in decoders for name, one in model.ranges.items()]
+    return f"; draws {', '.join(texts)}" if texts else ""
 
 
 def description(entry: Entry) -> str:

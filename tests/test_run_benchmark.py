@@ -83,8 +83,9 @@ def climb_only(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
         (["--ladder", "--trace-file", "a.json"], "are for one recipe: leave --ladder out"),
         (["--ladder", "--baseline", "fp16"], "unknown baseline 'fp16': did you mean "),
         (["--ladder", "--rungs", "bf16", "int4"], "unknown rung 'int4': it is one of fp32, bf16"),
+        (["--ladder", "--rungs", "bf16,int4"], "unknown rung 'int4': it is one of fp32, bf16"),
         (["--ladder", "--rungs", "bf61"], "unknown rung 'bf61': did you mean bf16? It is one of fp32, bf16"),
-        (["--recipe", "bf16", "--rungs", "bf16"], "--rungs, --seconds and --trace-reports are for --ladder"),
+        (["--recipe", "bf16", "--rungs", "bf16"], "--rungs: of the ladder only, add --ladder"),
         (["--ladder", "--baseline", "fa3_fp8"], "the baseline fa3_fp8 can't run here: attention=fa3_fp8 needs a cuda"),
         (["--recipe", "bf16,attention=fa3_fp8"], "the nearest recipe that runs here: --recipe bf16"),
         (["--frobnicate"], "unrecognized arguments: --frobnicate"),
@@ -173,7 +174,14 @@ def test_loop_of_one_launch(script: Callable, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_plain_trace_without_stacks(script: Callable, tmp_path: Path) -> None:
     options = ("--recipe", "bf16", "--trace-file", tmp_path / "trace.json", "--results", tmp_path / "results")
-    assert script("run_benchmark.py", *SMALL, *options).code == 0
+    done = script("run_benchmark.py", *SMALL, *options)
+    assert done.code == 0
+    (path,) = (tmp_path / "results").glob("*/*/alone/*.json")
+    assert done.out.splitlines()[-2:] == [
+        f"result: {path}",
+        f"trace: read it with `python -m trace_analysis report {tmp_path / 'trace.json'}`",
+    ]
+    assert "profiler" not in done.err
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     assert not any(e.get("cat") == "python_function" for e in events)
 
@@ -317,10 +325,10 @@ def test_killed_in_the_middle(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--again",), "--again, --baseline, --rungs, --seconds and --trace-reports are for --ladder"),
-        (("--baseline", "bf16"), "--again, --baseline, --rungs, --seconds and --trace-reports are for --ladder"),
-        (("--trace-reports",), "--again, --baseline, --rungs, --seconds and --trace-reports are for --ladder"),
-        (("--seconds", 5), "--again, --baseline, --rungs, --seconds and --trace-reports are for --ladder"),
+        (("--again",), "--again: of the ladder only, add --ladder"),
+        (("--baseline", "bf16"), "--baseline: of the ladder only, add --ladder"),
+        (("--trace-reports",), "--trace-reports: of the ladder only, add --ladder"),
+        (("--seconds", 5, "--rungs", "bf16"), "--rungs and --seconds: of the ladder only, add --ladder"),
         (("--trace-stacks",), "--trace-stacks needs --trace-file"),
         (("--ladder", "--disable_quant"), "recipes, --trace-file and --output are for one recipe"),
         (("--ladder", "--recipe", "bf16"), "recipes, --trace-file and --output are for one recipe"),

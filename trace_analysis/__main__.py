@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from trace_analysis import markdown, page, tables
@@ -43,6 +44,7 @@ def main() -> None:
         found = analysis(arguments.trace, shapes_from)
         if arguments.html is not None:
             write_text(arguments.html, page.page(found))
+            print(f"page: {arguments.html}", file=sys.stderr)
         title = tables.printable(found.report.trace)
         print(
             found.report.to_json() if arguments.json else markdown.document(title, tables.report_tables(found.report))

@@ -125,7 +125,10 @@ def _step(analysis: Analysis) -> tuple[Span, DeviceTime]:
     for finding in report.findings:
         if integrity.STEPS in finding.unreliable:
             reason = f"can't be trusted: {finding.message}"
-    raise UsageError(f"{analysis.trace.path} {reason}: a diff compares denoising steps on a GPU")
+    raise UsageError(
+        f"{analysis.trace.path} {reason}: a diff compares denoising steps on a GPU; "
+        "`python -m trace_analysis report` reads one trace of any kind"
+    )
 
 
 def _kernels(analysis: Analysis, step: Span) -> dict[str, tuple[int, int]]:

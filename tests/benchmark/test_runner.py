@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -53,3 +55,16 @@ def test_skipped_rung_is_recorded_anew_with_another_recipe(tmp_path: Path) -> No
     assert seen[0] == seen[1]
     assert '"dtype": "float32"' in seen[1][1]
     assert '"dtype": "bfloat16"' in seen[2][1]
+
+
+def test_skipped_rung_of_before_a_field_came_is_left_alone(tmp_path: Path) -> None:
+    rung = Rung("fa3_fp8", None, Recipe(), "not here")
+    runner(tmp_path)._keep_skipped(rung)
+    path = tmp_path / "fa3_fp8@512x256-b1-s1.json"
+    older = json.loads(path.read_text())
+    del older["recipe"]["int8_adaln"]
+    path.write_text(json.dumps(older))
+    runner(tmp_path)._keep_skipped(rung)
+    assert json.loads(path.read_text()) == older
+    runner(tmp_path)._keep_skipped(replace(rung, skipped="for another reason"))
+    assert json.loads(path.read_text())["recipe"]["int8_adaln"] is False

@@ -34,7 +34,7 @@ def export(main: Callable) -> Callable:
     [
         (("--recipe", "bf16"), "packages are for recipes with execution=aoti"),
         (("--resolutions", "64"), "give HEIGHTxWIDTH, as in 1024x1024,768x1344"),
-        (("--resolutions", "60x64"), "--height 60 is not a positive multiple of 16: try 48 or 64"),
+        (("--resolutions", "60x64"), "--resolutions 60x64: 60 is not a positive multiple of 16: try 48 or 64"),
         (("--batch", "0"), "--batch 0: give positive whole numbers"),
         (("--text-lengths", "64,many"), "--text-lengths 64,many: give positive whole numbers"),
         (("--text-lengths", "64,100000"), "--text-lengths 100000: give 1 to 512, FLUX takes no more"),
@@ -90,6 +90,7 @@ def test_list_inspect_verify(export: Callable, package: Entry) -> None:
     (line,) = export("list", package.path.parent).out.splitlines()
     assert line.startswith(f"{package.path}: ")
     assert "fp32,execution=aoti, cpu" in line
+    assert line.endswith("vae_decoder; draws 64x64")
     seen = export("inspect", package.path).out
     for words in (package.beside.sha256, "num_layers=2", "torch 2.", "106 of 106 weights bound", "float32[1, 16, 256]"):
         assert words in seen
