@@ -9,6 +9,7 @@ import difflib
 import json
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,11 +18,13 @@ from diffusers import AutoencoderKL, DiffusionPipeline, FluxKontextPipeline, Flu
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from torch import nn
 from tqdm import tqdm
 from transformers import CLIPTextModel, T5EncoderModel
 from transformers.utils import logging as transformers_logging
 
 from utils import random_weights
+from utils.device_memory import free_host_memory
 from utils.errors import UsageError, UserError, advising, is_out_of_memory, one_line
 from utils.files import ROOT
 from utils.quiet import quiet
@@ -135,14 +138,19 @@ def load(checkpoint: str, dtype: torch.dtype, device: torch.device, progress: bo
 
     Raises:
         UsageError: unknown checkpoint, or a gated one without a token.
-        UserError: it could not be downloaded, or weights are missing or damaged.
+        UserError: it could not be downloaded, weights are missing or damaged, or random ones exceed the host's memory.
         OutOfMemoryError: the weights don't fit.
     """
     known = defaults(checkpoint)
     kind = _kind(known)
     with advising("while loading", lambda: _saving_memory(dtype)):
         if is_random(checkpoint):
-            pipe = random_weights.build(kind, known.guidance > 0, dtype, device, _RANDOM_SEED, TINY_FOLDER)
+            made_on = partial(
+                random_weights.build, kind, known.guidance > 0, dtype, seed=_RANDOM_SEED, tokenizers=TINY_FOLDER
+            )
+            if device.type == "cpu":
+                _check_memory(checkpoint, made_on(device=torch.device("meta")))
+            pipe = made_on(device=device)
         else:
             pipe = _from_pretrained(kind, checkpoint, dtype, progress).to(device)
     setattr(pipe, _NAME, checkpoint)
@@ -168,6 +176,17 @@ def public_name(checkpoint: str) -> str:
     path = Path(checkpoint)
     is_folder = checkpoint not in CHECKPOINTS and (path.is_absolute() or path.exists())
     return path.resolve().name if is_folder else checkpoint
+
+
+def _check_memory(checkpoint: str, pipe: DiffusionPipeline) -> None:
+    """Raise UserError unless weights like the pipeline's fit the host's memory: the system would end the process."""
+    models = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
+    needed = sum(weight.numel() * weight.itemsize for model in models for weight in model.parameters())
+    if needed > (free := free_host_memory()):
+        raise UserError(
+            f"{checkpoint} takes {needed / 2**30:.0f} GiB of memory, and {free / 2**30:.0f} are free: "
+            "use --checkpoint tiny, or a GPU"
+        )
 
 
 def _saving_memory(dtype: torch.dtype) -> str:

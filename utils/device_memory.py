@@ -1,6 +1,9 @@
-"""Memory of the device, beyond what PyTorch's allocator does by itself."""
+"""Memory of device and host, beyond what PyTorch's allocator does by itself."""
 
 from __future__ import annotations
+
+import sys
+from pathlib import Path
 
 import torch
 
@@ -13,3 +16,13 @@ def give_back_memory(device: torch.device) -> None:
     """
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def free_host_memory() -> int:
+    """Bytes of the host's memory that programs may still have; infinitely many where the system doesn't tell."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return sys.maxsize
+    told = (line.split() for line in lines)
+    return next((int(words[1]) * 1024 for words in told if words[0] == "MemAvailable:"), sys.maxsize)

@@ -12,6 +12,7 @@ from diffusers import FluxKontextPipeline, FluxPipeline
 
 from utils import checkpoints, random_weights
 from utils.checkpoints import CHECKPOINTS, DEV, KONTEXT, SCHNELL, TINY, defaults, load
+from utils.device_memory import free_host_memory
 from utils.errors import UsageError, UserError
 
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -179,6 +180,13 @@ def test_random_weights_have_the_published_sizes(name: str, transformer: int) ->
     }
     assert pipe.transformer.config.guidance_embeds == (name != "schnell")
     assert pipe.scheduler.config.use_dynamic_shifting == (name != "schnell")
+
+
+def test_random_weights_that_the_host_has_no_memory_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoints, "free_host_memory", lambda: 20 * 2**30)
+    with pytest.raises(UserError, match=r"^random/flux-dev takes 31 GiB of memory, and 20 are free: use --checkpoint"):
+        load("random/flux-dev", torch.bfloat16, CPU)
+    assert 2**20 < free_host_memory() < 2**50
 
 
 def test_random_weights_come_from_their_seed(small_random: None) -> None:
