@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from pathlib import Path
@@ -36,7 +35,7 @@ def parser() -> Parser:
         action="store_true",
         help="a recipe with execution=aoti: build what is missing in --cache-dir, which else is refused",
     )
-    parser.add_argument("--trace-file", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--trace-file", type=Path, help="has no effect here: run_benchmark.py writes traces")
     return parser
 
 

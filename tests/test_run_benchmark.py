@@ -114,7 +114,10 @@ def test_one_recipe_with_trace_and_image(script: Callable, tmp_path: Path) -> No
     assert done.code == 0, done.err
     name = "no_scheduler_sync,channels_last=true"
     assert done.out.splitlines()[0] == f"tiny on cpu, recipe {name} (from flux-fast's flags)"
-    assert done.out.splitlines()[-1].startswith(f"{name}: ")
+    of_run, result_line, trace_line = done.out.splitlines()[-3:]
+    assert of_run.startswith(f"{name}: ")
+    assert result_line.startswith("result: results/")
+    assert trace_line == "trace: read it with `python -m trace_analysis report trace.json.gz`"
     assert Image.open(tmp_path / "image.png").size == (48, 64)
     assert sorted(os.listdir(tmp_path)) == ["image.png", "results", "trace.json.gz", "utils"]
 

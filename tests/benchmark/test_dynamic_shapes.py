@@ -78,7 +78,10 @@ def test_some_regions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     ("arguments", "words"),
     [
         (("--resolutions", "64x64", "--text-lengths", "64"), "give the smallest and the largest size"),
-        (("--resolutions", "60x64,64x64", "--text-lengths", "64"), "--height 60 is not a positive multiple of 16"),
+        (
+            ("--resolutions", "60x64,64x64", "--text-lengths", "64"),
+            ": 60 is not a positive multiple of 16: try 48 or 64",
+        ),
         (("--resolutions", "64x64,96x64", "--text-lengths", "64", "--repeats", "0"), "--repeats 0: give at least 1"),
     ],
 )
