@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import shlex
+from functools import partial
 from pathlib import Path
 
 from utils.quiet import quiet
@@ -40,11 +41,6 @@ def parser() -> Parser:
     return parser
 
 
-def rungs(texts: list[str] | None) -> frozenset[str]:
-    """Names of rungs, with spaces or commas between them."""
-    return frozenset(name for text in texts or () for name in text.split(",") if name)
-
-
 def main() -> None:
     arguments = parser().parse_args()
 
@@ -78,13 +74,11 @@ def main() -> None:
         # A recipe measured alone must not replace a rung, whose ratio was formed within its ladder.
         runner = Runner(
             job, folder if arguments.ladder else folder / "alone", arguments.again, arguments.debug,
-            arguments.seconds or math.inf, rungs(arguments.rungs), arguments.trace_reports,
+            arguments.seconds or math.inf, command_line.names(arguments.rungs), arguments.trace_reports,
         )  # fmt: skip
         if arguments.ladder:
             print(f"{checkpoint} on {device.type}: the ladder, into {folder}", flush=True)
-            failed = runner.ladder(
-                arguments.baseline or command_line.baseline(checkpoint), lambda line: print(line, flush=True)
-            )
+            failed = runner.ladder(arguments.baseline or command_line.baseline(checkpoint), partial(print, flush=True))
             report.write_folder(folder)
             print(report.table(report.load(folder, results.size(vars(request)))))
             print(f"in {folder}: ladder.md, ladder.png, images.png and a file a rung")
@@ -93,8 +87,7 @@ def main() -> None:
         else:
             print(f"{checkpoint} on {device.type}, recipe {chosen}", flush=True)
             recipes.check(recipe, device)
-            name = recipes.command_line_name(recipe)
-            result = runner.one(name, recipe, arguments.output)
+            result = runner.one(name := recipes.command_line_name(recipe), recipe, arguments.output)
             print(report.one_line(result))
             print(f"result: {runner.folder / results.file_name(name, vars(request))}")
             if arguments.trace_file is not None:

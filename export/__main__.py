@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +21,7 @@ with quiet():
     from recipes.recipe import Recipe
     from utils import checkpoints, command_line
     from utils.errors import Parser, UsageError, UserError, run_command
-    from utils.request import MULTIPLE
+    from utils.request import check_side
 
 
 def parser() -> Parser:
@@ -81,10 +82,8 @@ def resolutions(text: str) -> tuple[tuple[int, int], ...]:
     found = [_sides(word) for word in text.split(",")]
     if None in found:
         raise UsageError(f"--resolutions {text}: give HEIGHTxWIDTH, as in 1024x1024,768x1344")
-    if wrong := [side for sides in found for side in sides or () if side <= 0 or side % MULTIPLE]:
-        below = max(MULTIPLE, wrong[0] // MULTIPLE * MULTIPLE)
-        near = f"try {below} or {below + MULTIPLE}"
-        raise UsageError(f"--resolutions {text}: {wrong[0]} is not a positive multiple of {MULTIPLE}: {near}")
+    for side in itertools.chain(*(sides for sides in found if sides is not None)):
+        check_side(f"--resolutions {text}: {side}", side)
     return tuple(dict.fromkeys(sides for sides in found if sides is not None))
 
 

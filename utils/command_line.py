@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -143,3 +144,8 @@ def request(arguments: argparse.Namespace, checkpoint: str) -> Request:
 
 def baseline(checkpoint: str) -> str:
     return checkpoints.defaults(checkpoint).baseline
+
+
+def names(texts: Sequence[str] | None) -> frozenset[str]:
+    """Of an option that takes several, with spaces or commas between them."""
+    return frozenset(name for text in texts or () for name in text.split(",") if name)

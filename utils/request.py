@@ -21,6 +21,13 @@ MULTIPLE = 16  # pixels: 8 by the VAE, 2 by the packing of latents into tokens
 LONGEST_TEXT = 512  # T5 tokens, by FluxPipeline.check_inputs of diffusers
 
 
+def check_side(what: str, pixels: int) -> None:
+    """Raise UsageError, which begins with `what`, unless an image may be so high or wide."""
+    if pixels <= 0 or pixels % MULTIPLE:
+        below = max(MULTIPLE, pixels // MULTIPLE * MULTIPLE)
+        raise UsageError(f"{what} is not a positive multiple of {MULTIPLE}: try {below} or {below + MULTIPLE}")
+
+
 @dataclass(frozen=True)
 class Request:
     """height and width in pixels; max_sequence_length in T5 tokens; image i of a batch is drawn from seed + i.
@@ -41,12 +48,7 @@ class Request:
 
     def __post_init__(self) -> None:
         for name in ("height", "width"):
-            value = getattr(self, name)
-            if value <= 0 or value % MULTIPLE:
-                below = max(MULTIPLE, value // MULTIPLE * MULTIPLE)
-                raise UsageError(
-                    f"--{name} {value} is not a positive multiple of {MULTIPLE}: try {below} or {below + MULTIPLE}"
-                )
+            check_side(f"--{name} {getattr(self, name)}", getattr(self, name))
         for name in ("steps", "batch"):
             if getattr(self, name) < 1:
                 raise UsageError(f"--{name} {getattr(self, name)}: give at least 1")
