@@ -24,7 +24,8 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo 'Variables: PROMPT= OUTPUT= CHECKPOINT= RECIPE= ARGS= of image, CHECKPOINT= ARGS= of ladder, PYTHON= of setup.'
 
-# Threads that wait let others have the processor: beside other programs spinning made some images take 20 to 65 s.
+# OpenMP's threads are to wait without spinning for long: beside busy programs they would keep the processor from each
+# other.
 image: $(VENV)/.ready ## draw PROMPT with the embedded model (or CHECKPOINT) into OUTPUT
 	@GOMP_SPINCOUNT=$${GOMP_SPINCOUNT:-1000} $(BIN)/python gen_image.py --checkpoint "$$CHECKPOINT" --prompt "$$PROMPT" --output "$$OUTPUT" \
 		$${RECIPE:+--recipe "$$RECIPE" --build-packages} $(ARGS)

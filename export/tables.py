@@ -29,8 +29,8 @@ def line(entry: Entry) -> str:
 def _drawn(manifest: Manifest) -> str:
     """The images' sizes in pixels, as its decoders have them."""
     decoders = [model for model in manifest.models.values() if model.region == DECODER.name]
-    fixed = [next(iter(model.inputs.values())).shape[-2:] for model in decoders if not model.ranges]
-    texts = [f"{height * _OF_LATENT}x{width * _OF_LATENT}" for height, width in fixed]
+    latents = [spec.shape[-2:] for model in decoders if not model.ranges for spec in model.inputs.values()]
+    texts = ["x".join(str(side * _OF_LATENT) for side in sides) for sides in latents]
     texts += [sizes.words(name, one) for model in decoders for name, one in model.ranges.items()]
     return f"; draws {', '.join(texts)}" if texts else ""
 

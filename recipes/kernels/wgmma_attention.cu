@@ -172,7 +172,7 @@ struct Softmax {
     return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
   }
 
-  // So that a row's largest probability of these scores is 2 ^ SHIFT or up to half of it, as far as a float16 can tell.
+  // So that a row's largest probability of these scores is 2 ^ SHIFT or down to half of it, as far as float16 can tell.
   __device__ __forceinline__ float fitting(const u32 (&s)[32], int r) {
     const float eighths = 1024 + 56 + 8 * SHIFT - largest(s, r) * factor;
     return floats(float16(8 * floorf(eighths / 8), 0)).x;
