@@ -65,15 +65,17 @@ def test_few_candidates_of_the_search_are_kept(description: str, kept: bool) -> 
 @pytest.mark.parametrize(
     ("recipe", "compilations"),
     [
-        # The double block, the single block and the decoder; or transformer and decoder; and both text encoders.
+        # The double block, the single block and the decoder; or transformer and decoder; CLIP's layer, T5's first and the
+        # others; or both text encoders.
         (Recipe(execution="compile"), 3),
         (Recipe(execution="compile", compile_scope="whole", channels_last=True, fused_qkv=True), 2),
         (Recipe(execution="compile", inductor_flags=InductorFlags(conv_1x1_as_mm=True, epilogue_fusion=False)), 3),
         (Recipe(execution="compile", max_autotune=True), 3),
         (Recipe(execution="compile", modulation="hoisted", hoisted_embeddings=True), 3),
-        (Recipe(execution="compile", compiled_text_encoders=True), 5),
+        (Recipe(execution="compile", compiled_text_encoders=True), 6),
+        (Recipe(execution="compile", compile_scope="whole", compiled_text_encoders=True), 4),
     ],
-    ids=["regional", "whole", "flags", "max-autotune", "hoisted", "text-encoders"],
+    ids=["regional", "whole", "flags", "max-autotune", "hoisted", "text-encoders", "whole-text-encoders"],
 )
 def test_close_to_eager_without_recompiling(tiny: Callable, draw: Callable, recipe: Recipe, compilations: int) -> None:
     configuration = copy.deepcopy(torch._inductor.config.get_config_copy())
