@@ -33,7 +33,7 @@
 
 constexpr int DIM = 128, ROWS = 128, KEYS = 128, STAGES = 4, TILE = KEYS * DIM, ALL = 384;
 constexpr int ONES = 8 * KEYS, VALUES = TILE + ONES;  // bytes of a stage: a row of ones for each of eight more channels
-constexpr float SHIFT = 4.5;           // log2 of what the first block's largest probability is scaled to, at most
+constexpr float SHIFT = 3.5;           // log2 of what the first block's largest probability is scaled to, at most
 constexpr float LARGEST = 1024 + 126;  // as `Softmax` has it, of a probability that e4m3 holds: 448
 constexpr u32 NOTHING = 0xFC00FC00;    // two float16: minus infinity
 constexpr float NO_OFFSET = 65504;     // beside which nothing counts
@@ -297,7 +297,8 @@ extern "C" __global__ void __launch_bounds__(ALL, 1)
   const u32 first_key = descriptor(keys_at), first_value = descriptor(values_at);
   const u32 first_query = descriptor(queries_at + (of_warp(threadIdx.x / 128) - 1) * 64 * DIM);
   u32 s[32], p[32], packed[16];
-  float o[64], recent[SUMS], sum[2];  // `recent`: what isn't in `o` yet, of values, and in `sum`, of probabilities
+  // `recent`: what isn't in `o` yet, of values, and in `sum`, of probabilities. `late`: what `o` is yet to be scaled by.
+  float o[64], late[2], recent[SUMS], sum[2];
   auto take_sums = [](float (&sum)[2], float (&recent)[SUMS]) {
     sum[0] += recent[64];
     sum[1] += recent[66];
@@ -307,7 +308,8 @@ extern "C" __global__ void __launch_bounds__(ALL, 1)
   };
   auto take_values = [&] {
 #pragma unroll
-    for (int i = 0; i < 64; i++) o[i] += recent[i];
+    for (int i = 0; i < 64; i++) o[i] = o[i] * late[i / 2 % 2] + recent[i];
+    late[0] = late[1] = 1;
   };
   for (int number = blockIdx.x; number < units; number += gridDim.x) {
     const Unit unit = args.units.at(number, blocks);
@@ -317,6 +319,7 @@ extern "C" __global__ void __launch_bounds__(ALL, 1)
 #pragma unroll
     for (int i = 0; i < 64; i++) o[i] = 0;
     sum[0] = sum[1] = 0;
+    late[0] = late[1] = 1;
     int blocks_of_recent = 0;
 
     // The last block of keys comes first, for it may be short.
@@ -366,12 +369,12 @@ extern "C" __global__ void __launch_bounds__(ALL, 1)
       if (blocks_of_recent == 0) take_values();
       if (grown) {
 #pragma unroll
-        for (int i = 0; i < 64; i++) {
-          o[i] *= softmax.correction[i / 2 % 2];
-          recent[i] *= softmax.correction[i / 2 % 2];
+        for (int i = 0; i < 64; i++) recent[i] *= softmax.correction[i / 2 % 2];
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+          sum[r] *= softmax.correction[r];
+          late[r] *= softmax.correction[r];
         }
-        sum[0] *= softmax.correction[0];
-        sum[1] *= softmax.correction[1];
       }
     }
 
