@@ -9,6 +9,7 @@ others the same named `ladder@512x512-b4-s28.svg` and so on. In README the table
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -20,7 +21,8 @@ from utils.quiet import quiet
 with quiet():
     from benchmark.runner import ONCE
     from recipes import LADDER
-    from recipes.ladder import description
+    from recipes.ladder import climb, description
+    from recipes.recipe import Recipe
     from utils import results
     from utils.checkpoints import is_random
     from utils.errors import UserError, run_command
@@ -68,16 +70,44 @@ def table(rungs: list[dict[str, Any]]) -> str:
         "| rung | what it changes | s / call | speed-up, 95 % | step ms | VAE ms | compile s | peak GiB | PSNR dB | |",
         "|---|---|--:|--:|--:|--:|--:|--:|--:|---|",
     ]
+    of_before = _of_before(rungs)
     for rung in rungs:
         name, what = rung["recipe"]["name"], description(rung["recipe"]["name"])
         if "skipped" in rung:
             reason = rung["skipped"].replace("|", r"\|")
             lines.append(f"| {name} | {what} | | | | | | | | skipped: {reason} |")
         else:
-            lines.append(f"| {name} | {what} | " + " | ".join(cell(rung) for cell in _CELLS) + " |")
+            mark = " †" if name in of_before else ""
+            lines.append(f"| {name}{mark} | {what} | " + " | ".join(cell(rung) for cell in _CELLS) + " |")
     if any("skipped" not in rung and _baseline_timed_once(rung) for rung in rungs):
         lines += ["", r"\* The ladder was stopped before its baseline was timed a second time."]
+    for differences in sorted(set(of_before.values())):
+        names = ", ".join(name for name, its in of_before.items() if its == differences)
+        lines += ["", f"† Measured when these rungs still had {differences}: {names}."]
     return "\n".join(lines) + "\n"
+
+
+def _of_before(rungs: list[dict[str, Any]]) -> dict[str, str]:
+    """The measured rungs whose recipe is another one now that the ladder has changed, and in what theirs differs.
+
+    Not in a field that a rung changes which isn't among `rungs`: there it isn't known whether it could run.
+    """
+    skipped = {r["recipe"]["name"]: "skipped" in r for r in rungs}
+    now: dict[str, Recipe] = {}
+    unknown: list[str] = []
+    for rung in climb(lambda rung: "not here" if skipped.get(rung.name) else None):
+        now[rung.name] = rung.recipe
+        if rung.name not in skipped:
+            unknown += rung.recipe.differences(now[rung.parent] if rung.parent else Recipe())
+    found = {}
+    for then in (r["recipe"] for r in rungs if "skipped" not in r):
+        fields = {name: value for name, value in now[then["name"]].to_dict().items() if name not in unknown}
+        differences = [
+            f"{name}={json.dumps(then[name])}" for name in fields if then.get(name, fields[name]) != fields[name]
+        ]
+        if differences:
+            found[then["name"]] = ", ".join(differences)
+    return found
 
 
 def _baseline_timed_once(r: dict[str, Any]) -> bool:

@@ -10,17 +10,18 @@ from PIL import Image
 
 from benchmark import report
 from benchmark.runner import with_ratio
-from recipes import named
+from recipes import Recipe, climb
 from utils import results
 from utils.errors import UserError
 
 CPU = {"device_type": "cpu", "device": "A Processor (AVX2)", "cores": 2, "torch": "2.13.0+cpu", "power_limit_w": None}
+RECIPES = {rung.name: rung.recipe for rung in climb(lambda rung: "not here" if rung.name == "fa3_fp8" else None)}
 REQUEST = {"height": 64, "width": 128, "batch": 1, "steps": 4, "prompt": "a red circle", "seed": 42, "guidance": 0.0}
 
 
 def result(name: str, parent: str | None, seconds: float, checkpoint: str = "tiny", **more: Any) -> dict[str, Any]:
     """A result file as the runner writes it."""
-    recipe = named().get(name, named()["bf16"])
+    recipe = RECIPES.get(name, RECIPES["bf16"])
     return {
         "recipe": {"name": name, "hash": recipe.hash, "parent": parent, **recipe.to_dict()},
         "applied": {},
@@ -48,7 +49,7 @@ def result(name: str, parent: str | None, seconds: float, checkpoint: str = "tin
 
 
 def skipped(name: str, parent: str, reason: str) -> dict[str, Any]:
-    recipe = {"name": name, "hash": named()[name].hash, "parent": parent, **named()[name].to_dict()}
+    recipe = {"name": name, "hash": RECIPES[name].hash, "parent": parent, **RECIPES[name].to_dict()}
     about = {"recipe": recipe, "checkpoint": "tiny", "request": REQUEST, "environment": CPU, "command": "python"}
     return {**about, "skipped": reason}
 
@@ -244,3 +245,14 @@ def test_baseline_timed_once_is_said(tmp_path: Path) -> None:
     whole = with_ratio(measured, "fp32", baseline, baseline)
     assert whole["ratio_to_baseline"]["baseline_timed"] == "at the beginning and at the end"
     assert "stopped" not in report.table([result("fp32", None, 2.0), whole])
+
+
+def test_rungs_whose_recipe_has_changed_are_marked() -> None:
+    def before(name: str, **fields: Any) -> dict[str, Any]:
+        then = Recipe.from_dict({**RECIPES[name].to_dict(), **fields})
+        return result(name, "bf16", 1.5, recipe={"name": name, "hash": then.hash, "parent": "bf16", **then.to_dict()})
+
+    assert "†" not in report.table(LADDER)
+    text = report.table([*LADDER[:-1], before("float8", dtype="float32"), before("cuda_graph", dtype="float32")])
+    assert [name for name in rows(text) if name.endswith(" †")] == ["float8 †", "cuda_graph †"]
+    assert text.splitlines()[-1] == '† Measured when these rungs still had dtype="float32": float8, cuda_graph.'

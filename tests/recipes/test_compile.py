@@ -65,8 +65,8 @@ def test_few_candidates_of_the_search_are_kept(description: str, kept: bool) -> 
 @pytest.mark.parametrize(
     ("recipe", "compilations"),
     [
-        # The double block, the single block and the decoder; or transformer and decoder; CLIP's layer, T5's first and the
-        # others; or both text encoders.
+        # The double block, the single block and the decoder; or transformer and decoder. Of text encoders CLIP's layer,
+        # T5's first and T5's others; or CLIP and T5.
         (Recipe(execution="compile"), 3),
         (Recipe(execution="compile", compile_scope="whole", channels_last=True, fused_qkv=True), 2),
         (Recipe(execution="compile", inductor_flags=InductorFlags(conv_1x1_as_mm=True, epilogue_fusion=False)), 3),
