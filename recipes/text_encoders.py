@@ -8,6 +8,8 @@ call: packages hold the transformer and the VAE's decoder.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from diffusers import DiffusionPipeline
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -19,7 +21,7 @@ from recipes.recipe import Recipe
 
 def _apply(pipe: DiffusionPipeline, recipe: Recipe) -> str:
     inductor = {**ROUND_AS_EAGER, **inductor_options(recipe, pipe.device)}  # T5's first layer holds an embedding
-    options = {"fullgraph": True, "dynamic": False, "options": inductor}
+    options: dict[str, Any] = {"fullgraph": True, "dynamic": False, "options": inductor}
     for encoder in (pipe.text_encoder, pipe.text_encoder_2):
         if recipe.compile_scope == "whole":
             compile_forward(encoder, options)
