@@ -1,9 +1,9 @@
-"""The transformer's call, the VAE's decoder and compiled text encoders as CUDA graphs: a step is one launch.
+"""The transformer's call, the VAE's decoder and the text encoders as CUDA graphs: a step is one launch.
 
 One capture holds all blocks and what surrounds them, however they run: eagerly, compiled or from packages. What is
 hoisted has graphs of its own, and goes in as an argument: at a call's first step the GPU would wait for the host, which
-launches some 170 kernels more. (Not so weights that are brought from the host for it.) Eager text encoders stay as they
-are. With loop_graph, the transformer's call is all steps, and so is the graph.
+launches some 170 kernels more. (Not so weights that are brought from the host for it.) Without `compiled_text_encoders`
+the text encoders stay as they are. With loop_graph, the transformer's call is all steps, and so is the graph.
 """
 
 from __future__ import annotations

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 import recipes
+from export.store import PackageStore
 from recipes import FirstBlockCache, Recipe, RecipeError
 from recipes.hoisting import hoisted
 from utils.cuda_graph import Graphed
@@ -108,9 +111,12 @@ def test_keeps_images_without_waiting(
 
 
 @pytest.mark.gpu
-def test_compiled_text_encoders_are_graphs_too(tiny: Callable, draw: Callable, waiting_is_an_error: Callable) -> None:
+@pytest.mark.parametrize("recipe", [COMPILED, WHOLE, PACKAGED], ids=["compiled", "whole", "packaged"])
+def test_text_encoders_are_graphs_too(
+    tiny: Callable, draw: Callable, waiting_is_an_error: Callable, recipe: Recipe, tmp_path: Path
+) -> None:
     plain, graphed = (tiny(device=torch.device("cuda")) for _ in range(2))
-    recipes.apply(graphed, Recipe(execution="compile", compiled_text_encoders=True, cuda_graph=True))
+    recipes.apply(graphed, replace(recipe, compiled_text_encoders=True), PackageStore(tmp_path))
     for prompt in ("a red circle", "two blue squares", "a red circle"):
         own, pooled, _ = graphed.encode_prompt(prompt, prompt_2=None, max_sequence_length=64)
         other, other_pooled, _ = plain.encode_prompt(prompt, prompt_2=None, max_sequence_length=64)

@@ -182,7 +182,7 @@ def test_as_exact_as_it_says(rung: Climbed, plain: Callable) -> None:
 
 def test_whole_graphs_compiled_once(rung: Climbed) -> None:
     compiled = rung.recipe.execution == "compile"
-    assert bool(rung.whole_graphs) == (compiled or rung.recipe.compiled_text_encoders)
+    assert bool(rung.whole_graphs) == compiled
     assert all(rung.whole_graphs), "fullgraph=True: a graph break is an error"
     assert not torch._dynamo.utils.counters["graph_break"]
     assert (rung.compilations > 0) == (rung.recipe.execution != "eager")
