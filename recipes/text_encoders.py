@@ -1,8 +1,8 @@
 """torch.compile of the text encoders, CLIP and T5, whole graphs only.
 
 Regional as the transformer's, by `compile_scope`: a layer is compiled once for all of its kind, and T5's first, which
-makes the position bias of the others, besides: CLIP and T5-XXL, each one graph, took 38 s to compile. Prompts come padded
-to one length, so that nothing is compiled again.
+makes the position bias of the others, besides. (CLIP and T5-XXL, each as one graph, took 38 s to compile.) Prompts come
+padded to one length, so that nothing is compiled again.
 
 Under execution=aoti they stay eager, for nobody who has packages is to wait for a compiler, and packages hold the
 transformer and the VAE's decoder alone. With `cuda_graph` they are graphs all the same, which is most of the gain.
