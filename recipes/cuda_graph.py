@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from diffusers import DiffusionPipeline
 
+from recipes import text_encoders
 from recipes.hoisting import hoisted
 from recipes.optimization import Needs, Optimization
 from recipes.recipe import Recipe
@@ -24,7 +25,7 @@ def _apply(pipe: DiffusionPipeline, recipe: Recipe) -> str:
     if getattr(pipe, "vae", None) is not None:
         captured["VAE decoder"] = pipe.vae.decoder
     if recipe.compiled_text_encoders:
-        captured |= {"CLIP": pipe.text_encoder, "T5": pipe.text_encoder_2}
+        captured |= text_encoders.encoders(pipe, recipe)
     for module in captured.values():
         forward = module.forward
         module.forward = Graphed(forward, graphs, getattr(forward, "warm_up", None))
