@@ -134,7 +134,7 @@ def test_float8_text_encoder_quantizes_t5_and_stays_close(tiny: Callable, error_
 def test_float8_text_encoder_encodes_every_prompt_of_a_batch(
     tiny: Callable, error_of: Callable, device: str, cuda_graph: bool, batch: int, scope: str
 ) -> None:
-    """As eagerly, the last ones too, and after other prompts: compiled, those of batches of 50 were wrong at 5a0dbd0."""
+    """As eagerly, the last ones too, after other prompts: of batches of 50 those were wrong, compiled, at 5a0dbd0."""
     eager, compiled = (tiny(torch.bfloat16, torch.device(device)) for _ in range(2))
     in_float8 = Recipe(dtype="bfloat16", float8_text_encoder=True)
     recipes.apply(eager, in_float8)
