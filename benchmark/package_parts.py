@@ -229,7 +229,7 @@ def step_ms(part: Part, pipes: dict[str, DiffusionPipeline], clocks: dict[str, S
 
     A step's neighbours are like it, so what the interval of the ratio is drawn from are the calls' medians. Who begins
     is drawn for each turn: a GPU at its power limit changes its clock about once a second, and always the same order
-    would beat with that.
+    would beat with that, as short calls do.
     """
     firsts: dict[str, list[float]] = {name: [] for name in pipes}
     calls: dict[str, list[list[float]]] = {name: [] for name in pipes}

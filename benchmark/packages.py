@@ -44,6 +44,7 @@ def parser() -> Parser:
         "recipe", metavar="RECIPE", help="as run_benchmark.py's --recipe: aoti, fused_qkv,attention=..."
     )
     step_clock.add_options(parser, calls=20)
+    parser.set_defaults(steps=28)  # longer than the second in which a GPU at its power limit changes its clock
     parser.add_argument("--parts", default=",".join(PARTS), help="with commas between them (default: %(default)s)")
     parser.add_argument("--packages", type=Path, metavar="DIR", help="where the packages lie, and stay afterwards")
     parser.add_argument("--seconds", type=float, default=540, help="begin no further part after that long")
