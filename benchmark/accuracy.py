@@ -3,7 +3,8 @@
 The embedded model draws the held-out prompts of `tiny_flux.score` with each recipe, `--seeds` images a prompt, and with
 the rung bf16 from the same noise. The checker says which images are right. What counts is the paired difference in the
 share of right images: a lossy recipe is held to a 95 % interval above -2 points. Prompts are resampled for it, since
-the images of one prompt aren't independent. Beside it stand PSNR and SSIM to bf16's images.
+the images of one prompt aren't independent. Beside it stand PSNR and SSIM to bf16's images, and whether what is lost
+depends on an image's place in its batch, as it mustn't.
 
 FILE is written anew after every recipe, with each image's verdict.
 """
@@ -40,8 +41,8 @@ REFERENCE = "bf16"
 _SEEDS_APART = 1_000_000  # between the noise seeds of a prompt; more than there are prompts
 
 HEADER = (
-    "| recipe | right | points to bf16 (95 %) | above -2 | gained, lost | PSNR dB: median, p10 | SSIM: median, p10 |\n"
-    "|---|--:|--:|---|--:|--:|--:|"
+    "| recipe | right | points to bf16 (95 %) | above -2 | gained, lost | lost, by fifths of a batch | "
+    "PSNR dB: median, p10 | SSIM: median, p10 |\n|---|--:|--:|---|--:|--:|--:|--:|"
 )
 
 
@@ -91,6 +92,7 @@ class Comparison:
             self._images, self._right = images, right
         else:
             row["above_limit"] = categories["all"]["difference_points"]["low"] > LIMIT_POINTS
+            row["lost_by_place"] = paired.by_place(self._right & ~right, self.batch)
             row["image_difference"] = paired.image_differences([one.result() for one in differences])
         # A prompt's images side by side, 1 for right: "1101".
         return {**row, "right": ["".join("01"[int(x)] for x in images) for images in right]}
@@ -103,7 +105,7 @@ def line(row: dict[str, Any]) -> str:
     every = row["categories"]["all"]
     accuracy = f"{every['accuracy']['value']:.1%}"
     if "image_difference" not in row:
-        return f"| {name} | {accuracy} | | | | | |"
+        return f"| {name} | {accuracy} | | | | | | |"
     points, images = every["difference_points"], row["image_difference"]
     psnr = ", ".join("equal" if x is None else f"{x:.1f}" for x in images["psnr_db"].values())
     cells = [
@@ -111,6 +113,7 @@ def line(row: dict[str, Any]) -> str:
         f"{points['value']:+.2f} ({points['low']:+.2f} to {points['high']:+.2f})",
         "yes" if row["above_limit"] else "no",
         f"{every['gained']}, {every['lost']}",
+        ", ".join(map(str, row["lost_by_place"])),
         psnr,
         ", ".join(f"{x:.4f}" for x in images["ssim"].values()),
     ]

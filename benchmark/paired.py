@@ -45,6 +45,16 @@ def accuracies(right: np.ndarray, reference: np.ndarray | None, categories: Sequ
     return table
 
 
+def by_place(images: np.ndarray, batch: int, parts: int = 5) -> list[int]:
+    """How many of `images`, bool [prompts, images a prompt], stand in the first fifth of their batch, the second, ...
+
+    As they were drawn: every prompt's first one, then every prompt's second one, in batches of `batch`.
+    """
+    place = np.arange(images.size) % batch
+    counts = np.bincount(place[images.T.ravel()] * parts // batch, minlength=parts)
+    return [int(count) for count in counts]
+
+
 def image_differences(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Median and worst tenth of `image_metrics.difference`s, and how many images were equal.
 

@@ -67,6 +67,8 @@ def test_recipes_are_paired_with_bf16(main: Callable, tmp_path: Path) -> None:
     lost = rows[ruined]["categories"]["all"]
     assert lost["difference_points"]["value"] == pytest.approx(100 * (right[ruined] - right["bf16"]).mean())
     assert lost["difference_points"]["low"] < -10
+    assert sum(rows[ruined]["lost_by_place"]) == lost["lost"]
+    assert len(rows[ruined]["lost_by_place"]) == 5
     assert rows[ruined]["above_limit"] is False
     assert rows[ruined]["image_difference"]["psnr_db"]["median"] < 30
     assert rows[ruined]["image_difference"]["ssim"]["median"] < 0.99

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmark.paired import accuracies, bootstrap_mean, image_differences
+from benchmark.paired import accuracies, bootstrap_mean, by_place, image_differences
 from utils.image_metrics import difference
 
 
@@ -39,6 +39,15 @@ def test_accuracies_by_hand() -> None:
     assert table["all"]["difference_points"]["value"] == -25
     assert table["a"]["difference_points"] == {"value": -25, "low": -50, "high": 0}  # prompts: -50 and 0
     assert "difference_points" not in accuracies(right, None, categories)["all"]
+
+
+def test_places_in_a_batch() -> None:
+    """Three prompts, two images each, in batches of four: places 0, 1, 2 and then 3, 0, 1."""
+    images = np.array([[1, 1], [0, 1], [0, 0]], dtype=bool)
+    assert by_place(images, 4, parts=2) == [2, 1]
+    assert by_place(images, 4, parts=4) == [2, 0, 0, 1]
+    assert by_place(~images, 4, parts=4) == [0, 2, 1, 0]
+    assert by_place(images, 1) == [3, 0, 0, 0, 0]
 
 
 def test_images_of_one_prompt_count_as_one() -> None:
