@@ -90,21 +90,20 @@ def table(rungs: list[dict[str, Any]]) -> str:
 def _of_before(rungs: list[dict[str, Any]]) -> dict[str, str]:
     """The measured rungs whose recipe is another one now that the ladder has changed, and in what theirs differs.
 
-    Not in a field that a rung changes which isn't among `rungs`: there it isn't known whether it could run.
+    Not in a field that a rung changes which isn't among `rungs`: there it isn't known whether it could run. A field
+    that a recipe lacks came later, and had its default.
     """
     skipped = {r["recipe"]["name"]: "skipped" in r for r in rungs}
     now: dict[str, Recipe] = {}
     unknown: list[str] = []
     for rung in climb(lambda rung: "not here" if skipped.get(rung.name) else None):
         now[rung.name] = rung.recipe
-        if rung.name not in skipped:
+        if rung.name not in skipped and rung.inherited:
             unknown += rung.recipe.differences(now[rung.parent] if rung.parent else Recipe())
     found = {}
-    for then in (r["recipe"] for r in rungs if "skipped" not in r):
+    for then in ({**Recipe().to_dict(), **r["recipe"]} for r in rungs if "skipped" not in r):
         fields = {name: value for name, value in now[then["name"]].to_dict().items() if name not in unknown}
-        differences = [
-            f"{name}={json.dumps(then[name])}" for name in fields if then.get(name, fields[name]) != fields[name]
-        ]
+        differences = [f"{name}={json.dumps(then[name])}" for name, value in fields.items() if then[name] != value]
         if differences:
             found[then["name"]] = ", ".join(differences)
     return found

@@ -30,7 +30,7 @@ MAX_AUTOTUNE = {
 
 # Round where eager rounds. In bfloat16 timestep * 1000 is good to 4, and a kernel that keeps it in float32 gives the
 # timestep embedding another argument than eager's: seen to turn one image into another. Regional compilation leaves the
-# embeddings eager, and needs none of it.
+# embeddings eager, and needs none of it, but for T5's first layer.
 ROUND_AS_EAGER = {"emulate_precision_casts": True}
 
 # On a GPU the search is over ATen's kernels (cuBLASLt, cuDNN) and those of Triton's GEMM templates that come near them:

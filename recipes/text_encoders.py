@@ -7,8 +7,8 @@ padded to one length, so that nothing is compiled again.
 Under execution=aoti they stay eager, for nobody who has packages is to wait for a compiler, and packages hold the
 transformer and the VAE's decoder alone. With `cuda_graph` they are graphs all the same, which is most of the gain.
 
-T5 in float8 stays eager too, and isn't captured: else it encoded the last prompts of a batch of 50 wrong, for a reason
-that isn't known (results/h100-sxm-700w-torch2.11/notes.md).
+T5 in float8 stays eager too, and isn't captured: else the last images of a batch of 50 were wrong more often, for a
+reason that isn't known (results/h100-sxm-700w-torch2.11/notes.md).
 """
 
 from __future__ import annotations

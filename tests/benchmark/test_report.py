@@ -256,3 +256,7 @@ def test_rungs_whose_recipe_has_changed_are_marked() -> None:
     text = report.table([*LADDER[:-1], before("float8", dtype="float32"), before("cuda_graph", dtype="float32")])
     assert [name for name in rows(text) if name.endswith(" †")] == ["float8 †", "cuda_graph †"]
     assert text.splitlines()[-1] == '† Measured when these rungs still had dtype="float32": float8, cuda_graph.'
+    of_old = before("float8", dtype="float32")
+    del of_old["recipe"]["dtype"], of_old["recipe"]["loop_graph"]  # as if these fields had come later
+    text = report.table([*LADDER[:-1], of_old])
+    assert text.splitlines()[-1] == '† Measured when these rungs still had dtype="float32": float8.'

@@ -200,7 +200,7 @@ def test_draws_the_image_that_torch_compile_draws(pair: Pair, draw: Callable) ->
         pytest.param({"fused_group_norm": False}, id="native-group-norm"),
         pytest.param({"cuda_graph": False}, id="no-graph"),
         pytest.param({"modulation": "per_step", "hoisted_embeddings": False}, id="nothing-hoisted"),
-        pytest.param({"compiled_text_encoders": False}, id="eager-text-encoders"),
+        pytest.param({"compiled_text_encoders": False}, id="text-encoders-without-graphs"),
     ],
 )
 def test_decoder_of_the_whole_recipe(
