@@ -126,9 +126,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=score.PROMPTS, help="held-out prompts")
     parser.add_argument("--seeds", type=int, default=4, help="images a prompt")
     parser.add_argument("--seed", type=int, default=score.SEED, help="of the prompts and the first noise")
-    parser.add_argument(
-        "--batch", type=int, default=50, help="images drawn at once; to change nothing but rounding"
-    )
+    parser.add_argument("--batch", type=int, default=50, help="images drawn at once; to change nothing but rounding")
     arguments = parser.parse_args()
 
     def benchmark() -> None:
