@@ -25,7 +25,7 @@ def _apply(pipe: DiffusionPipeline, recipe: Recipe) -> str:
     if getattr(pipe, "vae", None) is not None:
         captured["VAE decoder"] = pipe.vae.decoder
     if recipe.compiled_text_encoders:
-        captured |= text_encoders.encoders(pipe, recipe)
+        captured |= text_encoders.encoders(pipe)
     for module in captured.values():
         forward = module.forward
         module.forward = Graphed(forward, graphs, getattr(forward, "warm_up", None))

@@ -62,9 +62,9 @@ def test_skipped_rung_is_not_inherited(name: str) -> None:
 def test_rungs_for_who_asks_for_them_are_not_inherited() -> None:
     rungs = climbed()
     assert [name for name, rung in rungs.items() if not rung.inherited] == [
-        "max_autotune", "inductor_flags", "float8_text_encoder", "loop_graph",
+        "max_autotune", "inductor_flags", "loop_graph",
     ]  # fmt: skip
-    for name in ("max_autotune", "inductor_flags", "float8_text_encoder"):
+    for name in ("max_autotune", "inductor_flags"):
         (field,) = rungs[name].recipe.differences(rungs[rungs[name].parent].recipe)
         plain = getattr(Recipe(), field)
         assert [other for other, rung in rungs.items() if getattr(rung.recipe, field) != plain] == [name]

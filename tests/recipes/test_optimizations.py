@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +13,6 @@ from torchao.quantization import Float8Tensor
 import recipes
 from recipes import FirstBlockCache, Recipe, RecipeError
 from recipes.float8 import quantized_linears
-from tiny_flux.score import held_out_prompts
 
 _QKV = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
 
@@ -119,29 +117,6 @@ def test_float8_text_encoder_quantizes_t5_and_stays_close(tiny: Callable, error_
         (t5, clip, _), (t5_plain, clip_plain, _) = (p.encode_prompt("two red circles", None) for p in (pipe, plain))
     assert torch.equal(clip, clip_plain)
     assert 1e-3 < error_of(t5, t5_plain) < 0.1
-
-
-@pytest.mark.parametrize(
-    ("device", "fields"),
-    [
-        ("cpu", {}),
-        ("cpu", {"compile_scope": "whole"}),
-        pytest.param("cuda", {"cuda_graph": True}, marks=pytest.mark.gpu),
-    ],
-)
-def test_float8_text_encoder_is_neither_compiled_nor_captured(tiny: Callable, device: str, fields: dict) -> None:
-    """So each prompt of a batch is encoded as eagerly, where else images of the last of 50 were wrong more often."""
-    eager, pipe = (tiny(torch.bfloat16, torch.device(device)) for _ in range(2))
-    in_float8 = Recipe(dtype="bfloat16", float8_text_encoder=True)
-    recipes.apply(eager, in_float8)
-    recipes.apply(pipe, replace(in_float8, execution="compile", compiled_text_encoders=True, **fields))
-    assert [name for name, module in pipe.text_encoder_2.named_modules() if "forward" in vars(module)] == []
-    assert any("forward" in vars(module) for module in pipe.text_encoder.modules()), "CLIP is compiled"
-    many = [prompt.text for prompt in held_out_prompts(50, 0)]
-    with torch.no_grad():
-        for prompts in (many[:25], many[25:]):
-            ours, plain = (one._get_t5_prompt_embeds(prompts) for one in (pipe, eager))
-            assert torch.equal(ours, plain)
 
 
 def with_transformer(pipe: object, **config: object) -> object:
