@@ -17,7 +17,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch.utils import _pytree as pytree
 
-from utils.errors import UserError
+from utils.errors import UserError, one_line
 from utils.graph_memsets import replace_memsets
 
 LIMIT = 10  # graphs of one pipeline: transformer and decoder at four sizes, and two text encoders
@@ -115,7 +115,11 @@ class Graphs(LeastRecentlyUsed["Captured"]):
 
 class Captured:
     """One graph: `function` called with arguments like `arguments`, captured on the stream `side` after `warm_up` was
-    called there with the same."""
+    called there with the same.
+
+    Raises:
+        UserError: `function` does what a graph can't hold, such as waiting for the device or compiling.
+    """
 
     def __init__(self, function: Callable, arguments: Arguments, warm_up: Callable, pool: Any, side: torch.cuda.Stream):
         self.side = side
@@ -129,9 +133,17 @@ class Captured:
                 warm_up(*args, **kwargs)
         current.wait_stream(side)
         self.graph = torch.cuda.CUDAGraph(keep_graph=True)
-        # thread_local: another thread's work, such as a compiler's, is none of this capture's business.
-        with torch.cuda.graph(self.graph, pool=pool, stream=side, capture_error_mode="thread_local"):
-            self.outputs, self.structure = pytree.tree_flatten(function(*args, **kwargs))
+        try:
+            # thread_local: another thread's work, such as a compiler's, is none of this capture's business.
+            with torch.cuda.graph(self.graph, pool=pool, stream=side, capture_error_mode="thread_local"):
+                self.outputs, self.structure = pytree.tree_flatten(function(*args, **kwargs))
+        except RuntimeError as error:  # that the capture failed; what went wrong within is its context
+            cause = error.__context__ or error
+            if isinstance(cause, torch.OutOfMemoryError):
+                raise cause from None
+            raise UserError(
+                f"cuda_graph: a call can't be captured ({one_line(cause)}): use cuda_graph=false"
+            ) from error
         replace_memsets(self.graph, side)
         self.graph.instantiate()
 

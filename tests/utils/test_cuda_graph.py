@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -10,6 +13,7 @@ import torch
 
 from utils.cuda_graph import Arguments, Graphed, Graphs, LeastRecentlyUsed
 from utils.errors import UserError
+from utils.files import ROOT
 
 
 def key(*args: object, **kwargs: object) -> object:
@@ -158,6 +162,24 @@ def test_every_kind_of_call_is_right_in_any_order() -> None:
     captured = graphed.graphs.values.values()
     assert len(captured) == 3
     assert len({one.graph.pool() for one in captured}) == 1
+
+
+@pytest.mark.gpu
+def test_what_no_graph_can_hold_is_refused_in_one_line() -> None:
+    """In a process of its own, whose random numbers a capture that failed takes with it."""
+    program = """
+import torch
+from utils.cuda_graph import Graphed, Graphs
+from utils.errors import UserError
+from utils.files import ROOT
+try:
+    Graphed(lambda x: x * x.sum().item(), Graphs(1))(torch.ones(2, device="cuda"))
+except UserError as error:
+    print(error)
+"""
+    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    (line,) = run.stdout.splitlines()
+    assert re.fullmatch(r"cuda_graph: a call can't be captured \(.*capturing.*\): use cuda_graph=false", line)
 
 
 @pytest.mark.gpu
