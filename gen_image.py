@@ -12,6 +12,7 @@ from utils.quiet import quiet
 with quiet():
     import recipes
     from export.lora import Adapter
+    from export.runtime import announce
     from recipes.dtype import torch_dtype
     from utils import checkpoints, command_line
     from utils.compile_clock import CompileClock
@@ -64,6 +65,7 @@ def main() -> None:
         lora = command_line.lora(arguments, checkpoint)
         pipe = checkpoints.load(checkpoint, torch_dtype(recipe), device)
         recipes.apply(pipe, recipe, packages)
+        announce(pipe, request)
         if lora is not None:
             Adapter(pipe, checkpoint).load(*lora)
         warn_of_cut_tokens(pipe, request)

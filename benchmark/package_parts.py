@@ -175,7 +175,8 @@ def fitting(library: Library) -> list[Entry]:
     Raises:
         UserError: there is none.
     """
-    entries = library.store.entries()
+    here = {packaged.region.name for packaged in library.packaged}
+    entries = [entry for entry in library.store.entries() if here >= {m.region for m in entry.manifest.models.values()}]
     found = [entry for entry in entries if entry.manifest.identity.refusal(library.identity, "transformer") is None]
     if not found:
         raise UserError(f"no package in {library.store.folder} fits this recipe here: measure the part `build` first")

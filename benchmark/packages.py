@@ -3,7 +3,7 @@
 RECIPE has execution=compile or aoti; packages are compared with torch.compile of it. Three parts, each in a fresh
 process with empty caches of compiled code (benchmark/package_parts.py says what each figure is):
 
-- build: all packages of a request, into an empty folder: seconds, whole and of each model, and bytes;
+- build: the package of a size, into an empty folder: seconds, whole and of each model, and bytes;
 - start: from weights in memory until a step can be replayed: packages checked, loaded and bound, CUDA graphs captured;
 - steps: times of a step from packages and from torch.compile, whole pipeline calls taking turns, and their ratio; what
   the host takes for a step; the errors of both against the eager modules.
@@ -11,7 +11,7 @@ process with empty caches of compiled code (benchmark/package_parts.py says what
 FILE is written anew after each of them. What it holds already of the same recipe, request and machine is kept: with
 --packages DIR the parts can be measured one by one, as in `--parts build`, then `--parts start,steps`.
 
-The text encoders run as they are, eager and not quantized: packages don't hold them.
+The text encoders run as they are, eager and not quantized: their package is of no size, and left out.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def parser() -> Parser:
 
 
 def packaged(recipe: Recipe) -> Recipe:
-    """`recipe` from packages, with plain text encoders and a launch for each step.
+    """`recipe` from packages, a launch for each step, with plain text encoders, whose package is of no size.
 
     Raises:
         UsageError: it is eager.

@@ -114,8 +114,8 @@ def run_build(arguments: argparse.Namespace) -> None:
         dynamic=arguments.dynamic,
         image_size=image_size(arguments.image_size) if arguments.image_size else None,
     )
-    entry, was_there = order.fill(wanted, arguments.out, device)
-    print(f"{line(entry)}{', was there already' if was_there else ''}")
+    for entry, was_there in order.fill(wanted, arguments.out, device):
+        print(f"{line(entry)}{', was there already' if was_there else ''}")
 
 
 def run_list(arguments: argparse.Namespace) -> None:

@@ -13,12 +13,31 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from export import regions
+from export import regions, text_encoders
 from export.regions import Inputs, Region
 from recipes import hoisting, ladder
+from utils.request import MULTIPLE, Request
 
 if TYPE_CHECKING:
     from export.runtime import Library
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A pipeline's call to come. resolution: HEIGHTxWIDTH in pixels; image_size: the same of the image to edit, as far
+    as it makes tokens."""
+
+    resolution: str
+    text_tokens: int
+    batch: int
+    image_size: str | None
+
+    @classmethod
+    def of(cls, request: Request) -> Sizes:
+        image = request.open_image() if request.image is not None else None
+        sides = None if image is None else (side // MULTIPLE * MULTIPLE for side in reversed(image.size))
+        size = None if sides is None else "x".join(map(str, sides))
+        return cls(f"{request.height}x{request.width}", request.max_sequence_length, request.batch, size)
 
 
 @dataclass(frozen=True)
@@ -62,27 +81,35 @@ class TransformerCall:
 def build_command(library: Library, region: Region, inputs: Inputs) -> str:
     """`python -m export build ...` for what a region's call needs; in capitals the sizes that aren't known.
 
-    They aren't of a region that is called by hand, and not as the transformer's last call would have it.
+    They aren't of a region that is called by hand, and not as the transformer's last call would have it; nor of text
+    encoders, which run before it, but where the call to come was announced.
     """
     call, pixels = library.last_call, library.pipe.vae_scale_factor
-    if region is regions.DECODER:
-        first = inputs["sample"]
-        resolution = f"{first.shape[2] * pixels}x{first.shape[3] * pixels}"
+    of_call: Sizes | TransformerCall | None = call
+    if region.component in text_encoders.COMPONENTS:  # which run before the transformer
+        of_call = coming = library.coming
+        batch, known = 1 if coming is None else coming.batch, coming is not None
+        resolution = "HEIGHTxWIDTH" if coming is None else coming.resolution
+    elif region is regions.DECODER:
+        batch, _, height, width = inputs["sample"].shape
+        resolution = f"{height * pixels}x{width * pixels}"
         known = call is not None and call.resolution == resolution
     else:
-        first = inputs["hidden_states"]
-        known = call is not None and (call.batch, call.image_tokens) == first.shape[:2]
+        batch, tokens = inputs["hidden_states"].shape[:2]
+        known = call is not None and (call.batch, call.image_tokens) == (batch, tokens)
         resolution = call.resolution if call is not None and known else "HEIGHTxWIDTH"
     options = {
         "--checkpoint": library.checkpoint,
         "--recipe": ladder.command_line_name(library.recipe),
         "--resolutions": resolution,
         "--text-lengths": "TOKENS",
-        "--batch": str(first.shape[0]),
+        "--batch": str(batch),
         "--out": str(library.store.folder),
     }
-    if call is not None and known:
-        options["--text-lengths"] = str(call.text_tokens)
-        if call.image_size not in (None, resolution):
-            options["--image-size"] = str(call.image_size)
+    if of_call is not None and known:
+        options["--text-lengths"] = str(of_call.text_tokens)
+        if of_call.image_size not in (None, resolution):
+            options["--image-size"] = str(of_call.image_size)
+    if region.component == text_encoders.T5_LAYER.component:
+        options["--text-lengths"] = str(inputs["hidden_states"].shape[1])
     return f"python -m export build {shlex.join(itertools.chain(*options.items()))}"

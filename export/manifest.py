@@ -29,38 +29,49 @@ from utils.files import ROOT
 if TYPE_CHECKING:  # recipes import export, to execute what it builds
     from recipes.recipe import Recipe
 
-SCHEMA = 2
+SCHEMA = 3
 _MISSING = object()
 
 # How a pipeline runs, and not what its graphs compute: any value of these fields takes the same package.
 _NOT_IN_THE_GRAPH = (
-    *("scheduler_sync_removal", "execution", "compiled_text_encoders", "float8_text_encoder", "cuda_graph"),
-    *("loop_graph", "cache", "device_postprocessing", "hook_search_removal", "early_preparation"),
+    *("scheduler_sync_removal", "execution", "compiled_text_encoders", "cuda_graph", "loop_graph", "cache"),
+    *("device_postprocessing", "hook_search_removal", "early_preparation"),
 )
-# Nor do these what the other component's graphs compute.
-_OF_ONE_COMPONENT = {
-    "transformer": (
+# Nor do these what other components' graphs compute than those that they are for.
+_OF_COMPONENTS = {
+    ("transformer",): (
         *("compile_scope", "attention", "quantization", "fused_kernels", "gemm_epilogues"),
         *("int8_adaln", "modulation", "hoisted_embeddings"),
     ),
-    "vae": ("channels_last", "fused_group_norm", "vae_attention"),
+    ("vae",): ("channels_last", "fused_group_norm", "vae_attention"),
+    ("transformer", "vae"): ("fused_qkv",),
+    ("text_encoder_2",): ("float8_text_encoder",),
 }
 # Sources that no graph is made of. Any other file counts, one that is added later too.
 _NOT_SHAPING = (
     *("recipes/__init__.py", "recipes/apply.py", "recipes/ladder.py", "recipes/flux_fast_flags.py"),
     *("recipes/optimization.py", "recipes/recipe.py", "recipes/execution.py", "recipes/scheduler_sync.py"),
-    *("recipes/step_cache.py", "recipes/text_encoders.py", "recipes/float8_text_encoder.py", "recipes/cuda_graph.py"),
-    *("recipes/loop_graph.py", "recipes/weights.py", "recipes/device_postprocessing.py", "recipes/guards.py"),
+    *("recipes/step_cache.py", "recipes/text_encoders.py", "recipes/cuda_graph.py", "recipes/loop_graph.py"),
+    *("recipes/weights.py", "recipes/device_postprocessing.py", "recipes/guards.py"),
     *("recipes/hook_search.py", "recipes/early_preparation.py"),
 )
 _SHAPING_OF_EXPORT = (
-    *("export/regions.py", "export/sizes.py", "export/build.py", "export/host_code.py", "export/conv_layouts.py"),
+    *("export/regions.py", "export/text_encoders.py", "export/sizes.py", "export/build.py", "export/host_code.py"),
+    *("export/conv_layouts.py",),
 )
 # What the decoder's graph depends on; the rest of the VAE's configuration is the encoder's and the pipeline's.
 _OF_DECODER = (
     *("latent_channels", "out_channels", "up_block_types", "block_out_channels", "layers_per_block", "act_fn"),
     *("norm_num_groups", "mid_block_add_attention"),
 )
+# And of a text encoder, a layer's.
+_OF_LAYER = {
+    "text_encoder": ("hidden_size", "intermediate_size", "num_attention_heads", "hidden_act", "layer_norm_eps"),
+    "text_encoder_2": (
+        *("d_model", "d_kv", "d_ff", "num_heads", "feed_forward_proj", "layer_norm_epsilon"),
+        *("relative_attention_num_buckets", "relative_attention_max_distance"),
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -110,8 +121,8 @@ class Identity:
     """What a package fits, apart from shapes; of a pipeline on a machine, what it needs.
 
     architecture: configuration fields by part of the pipeline. arch: the GPU's compute capability and the host's kind,
-    or the CPU's kind and instruction sets. triton: on a GPU only; torchao, cudnn_frontend, flash_attention: where the
-    recipe uses them. sources: a hash of the files of this repository that shape the graphs.
+    or the CPU's kind and instruction sets. triton: on a GPU only; transformers, torchao, cudnn_frontend,
+    flash_attention: where the recipe uses them. sources: a hash of the files of this repository that shape the graphs.
     """
 
     architecture: dict[str, dict[str, Any]]
@@ -122,24 +133,34 @@ class Identity:
     torch: str
     cuda: str | None
     triton: str | None
-    diffusers: str
+    diffusers: str | None
+    transformers: str | None
     torchao: str | None
     cudnn_frontend: str | None
     flash_attention: str | None
     sources: str
 
     def of(self, components: Collection[str]) -> Identity:
-        """What of it shapes the graphs of these parts of the pipeline, "transformer" and "vae"."""
-        others = [names for component, names in _OF_ONE_COMPONENT.items() if component not in components]
+        """What of it shapes the graphs of these parts of the pipeline: "transformer", "vae", "text_encoder" (CLIP) and
+        "text_encoder_2" (T5)."""
+        others = [names for theirs, names in _OF_COMPONENTS.items() if set(components).isdisjoint(theirs)]
         without = {*_NOT_IN_THE_GRAPH, *itertools.chain(*others)}
         recipe = {name: value for name, value in self.recipe.items() if name not in without}
         if recipe.get("modulation") == "offloaded":  # elsewhere, and the same in the graph
             recipe["modulation"] = "hoisted"
         architecture = {component: self.architecture.get(component, {}) for component in components}
-        part = dataclasses.replace(self, recipe=recipe, architecture=architecture)
-        if "transformer" in components:
-            return part
-        return dataclasses.replace(part, torchao=None, cudnn_frontend=None, flash_attention=None)
+        of_image = not {"transformer", "vae"}.isdisjoint(components)
+        of_text = not {"text_encoder", "text_encoder_2"}.isdisjoint(components)
+        in_torchao = recipe.get("quantization", "none") != "none" or recipe.get("float8_text_encoder", False)
+        used = {
+            "diffusers": of_image,
+            "transformers": of_text,
+            "torchao": in_torchao,
+            "cudnn_frontend": "transformer" in components,
+            "flash_attention": "transformer" in components,
+        }
+        unused: dict[str, Any] = dict.fromkeys(name for name, is_used in used.items() if not is_used)
+        return dataclasses.replace(self, recipe=recipe, architecture=architecture, **unused)
 
     def refusal(self, here: Identity, component: str) -> str | None:
         """Why a package of this identity doesn't fit `here`, naming both sides; None if it does.
@@ -265,6 +286,7 @@ def identify(pipe: DiffusionPipeline, recipe: Recipe) -> Identity:
         architecture={
             "transformer": _plain({n: v for n, v in pipe.transformer.config.items() if not n.startswith("_")}),
             "vae": {} if vae is None else _plain({name: vae.config[name] for name in _OF_DECODER}),
+            **(_of_text_encoders(pipe) if recipe.compiled_text_encoders else {}),
         },
         recipe=_plain(recipe.to_dict()),
         dtype=str(pipe.transformer.dtype).removeprefix("torch."),
@@ -274,12 +296,22 @@ def identify(pipe: DiffusionPipeline, recipe: Recipe) -> Identity:
         cuda=torch.version.cuda if cuda else None,
         triton=environment.version("triton") if cuda else None,
         diffusers=environment.version("diffusers") or "unknown",
-        torchao=environment.version("torchao") if recipe.quantization != "none" else None,
+        transformers=environment.version("transformers") if recipe.compiled_text_encoders else None,
+        torchao=environment.version("torchao") if recipe.quantization != "none" or recipe.float8_text_encoder else None,
         # attention=cudnn is PyTorch's own, which comes with torch.
         cudnn_frontend=environment.version("nvidia-cudnn-frontend") if recipe.attention == "cudnn_fp8" else None,
         flash_attention=_flash_attention() if recipe.attention.startswith("fa3") else None,
         sources=sources(),
     )
+
+
+def _of_text_encoders(pipe: DiffusionPipeline) -> dict[str, dict[str, Any]]:
+    """Of each encoder the fields that shape a layer, and the implementation of attention that transformers takes."""
+    found = {}
+    for name, fields in _OF_LAYER.items():
+        config = getattr(pipe, name).config
+        found[name] = {**{field: getattr(config, field) for field in fields}, "attention": config._attn_implementation}
+    return _plain(found)
 
 
 def _flash_attention() -> str:

@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 import recipes
+from export import text_encoders
 from export.runtime import Library, PackagedCall, library_of
 from export.store import Entry, PackageStore
 from recipes.dtype import torch_dtype
@@ -29,7 +30,8 @@ _STEPS = 2  # of the pipeline, for each shape: the second one's inputs come from
 class Order:
     """What a package is to hold. resolutions: height and width in pixels; text_lengths: T5 tokens.
 
-    dynamic: models for all sizes from the smallest to the largest; of these sizes only where that is slower.
+    dynamic: models for all sizes from the smallest to the largest; of these sizes only where that is slower, and of
+    text encoders.
     image_size: height and width in pixels of the image that Kontext edits; None: as what is drawn.
     """
 
@@ -64,8 +66,9 @@ class Order:
         ]
 
 
-def fill(order: Order, folder: Path, device: torch.device) -> tuple[Entry, bool]:
-    """Build the package of `order` in `folder`, and say whether it was there already.
+def fill(order: Order, folder: Path, device: torch.device) -> list[tuple[Entry, bool]]:
+    """Build the packages of `order` in `folder`, and say of each whether it was there already: what depends on the
+    image's size, and, where the recipe has them compiled, the text encoders.
 
     Raises:
         UserError: the checkpoint can't be loaded, the recipe can't be applied here, ...
@@ -75,8 +78,12 @@ def fill(order: Order, folder: Path, device: torch.device) -> tuple[Entry, bool]
     check_target(folder)
     pipe, library = pipeline(order.checkpoint, order.recipe, folder, device)
     calls = called(pipe, library, requests, order.image_size)
+    by_kind: dict[bool, list[PackagedCall]] = {False: [], True: []}
+    for call in calls:
+        by_kind[call[0].region.component in text_encoders.COMPONENTS].append(call)
     with CompileClock(progress=True):
-        return library.build(calls, order.embed_weights, order.dynamic)
+        built = [library.build(by_kind[False], order.embed_weights, order.dynamic)]
+        return [*built, library.build(by_kind[True])] if by_kind[True] else built
 
 
 def called(
@@ -94,7 +101,7 @@ def called(
 
 def pipeline(checkpoint: str, recipe: Recipe, folder: Path, device: torch.device) -> tuple[DiffusionPipeline, Library]:
     """The pipeline with the recipe's packages from `folder`, and nothing that isn't in their graphs."""
-    plain = replace(recipe, cuda_graph=False, loop_graph=False, compiled_text_encoders=False)
+    plain = replace(recipe, cuda_graph=False, loop_graph=False)
     recipes.check(plain, device)
     pipe = checkpoints.load(checkpoint, torch_dtype(plain), device, progress=False)
     pipe.set_progress_bar_config(disable=True)

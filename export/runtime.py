@@ -1,4 +1,4 @@
-"""Run a pipeline's transformer and VAE decoder from packages: find them, check them, bind the weights, call them."""
+"""Run a pipeline's models from packages: find them, check them, bind the weights, call them."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from export import build, regions, sizes, weights
+from export import build, regions, sizes, text_encoders, weights
 from export.build import Call
-from export.build_command import TransformerCall, build_command
+from export.build_command import Sizes, TransformerCall, build_command
 from export.checks import check_file
 from export.manifest import Identity, Manifest, content_key, identify
 from export.regions import Inputs, Key, Region
@@ -27,6 +27,7 @@ from recipes.kernels import cuda_kernel
 from utils import checkpoints
 from utils.errors import UserError
 from utils.moving import when_moved
+from utils.request import Request
 
 if TYPE_CHECKING:  # recipes import export, to execute what it builds
     from recipes.recipe import Recipe
@@ -100,7 +101,8 @@ class Library:
 
     identity: what a package must be to fit. options: Inductor's, for packages that have to be built. checkpoint: what
     the pipeline was loaded from, as `--checkpoint` takes it. packaged: all that packages stand in for. recorded: while
-    calls are recorded instead of packages run, the first one of each kind. last_call: of the transformer.
+    calls are recorded instead of packages run, the first one of each kind. last_call: of the transformer. coming: what
+    was announced of the next call.
     """
 
     pipe: DiffusionPipeline
@@ -112,6 +114,7 @@ class Library:
     packaged: list[PackagedRegion] = field(default_factory=list)
     recorded: dict[tuple[Region, Key], PackagedCall] | None = None
     last_call: TransformerCall | None = None
+    coming: Sizes | None = None
 
     def __post_init__(self) -> None:
         self._whole: set[tuple[Path, str]] = set()  # files that were checked, with their sha256
@@ -219,8 +222,7 @@ class Library:
                 stack.enter_context(region.unpackaged())
             models = build.planned(planned.values(), embed_weights)
             components = {call.region.component for call in planned.values()}
-            kind = regions.DECODER.name if components == {regions.DECODER.component} else "transformer"
-            name = f"{kind}-{content_key(self.identity, components, models)}"
+            name = f"{_kind(components)}-{content_key(self.identity, components, models)}"
 
             def make(path: Path) -> Manifest:
                 checkpoint = checkpoints.public_name(self.checkpoint)
@@ -296,7 +298,8 @@ class WholeTransformer:
 
 
 def attach(pipe: DiffusionPipeline, recipe: Recipe, options: dict[str, Any], packages: PackageStore) -> str:
-    """Let packages do the work of `pipe.transformer` and `pipe.vae.decoder`; the pipeline is called as before."""
+    """Let packages do the work of `pipe.transformer`, `pipe.vae.decoder` and, where the recipe says so, of the text
+    encoders' layers; the pipeline is called as before."""
     library = Library(pipe, recipe, identify(pipe, recipe), options, packages, checkpoints.name(pipe))
 
     def note(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -308,7 +311,13 @@ def attach(pipe: DiffusionPipeline, recipe: Recipe, options: dict[str, Any], pac
         module.forward = library.packaged[-1]
         module.requires_grad_(False)
     decoders = [region.module for region in library.packaged if region.region is regions.DECODER]
-    for module in (pipe.transformer, *decoders):
+    encoders = [pipe.text_encoder, pipe.text_encoder_2] if recipe.compiled_text_encoders else []
+    for encoder in encoders:
+        encoder.requires_grad_(False)
+    for region, module, layer in text_encoders.layers(pipe) if encoders else ():
+        library.packaged.append(packaged := PackagedRegion(region, module, library))
+        layer.forward = text_encoders.PackagedLayer(region, packaged)
+    for module in (pipe.transformer, *decoders, *encoders):
         when_moved(module, library.unbind)
     if recipe.compile_scope == "whole":
         pipe.transformer.forward = WholeTransformer(library.packaged[0])
@@ -317,6 +326,20 @@ def attach(pipe: DiffusionPipeline, recipe: Recipe, options: dict[str, Any], pac
     pipe.transformer.forward = PackagedTransformer(library, before, after)
     what = "the transformer's blocks, what surrounds them" + (", and the VAE's decoder" if decoders else "")
     return f"torch.export + AOTInductor, {what}"
+
+
+def _kind(components: Collection[str]) -> str:
+    """What a package's file is called after."""
+    if set(components) <= set(text_encoders.COMPONENTS):
+        return "text_encoders"
+    return regions.DECODER.name if set(components) == {regions.DECODER.component} else "transformer"
+
+
+def announce(pipe: DiffusionPipeline, request: Request) -> None:
+    """Let what is refused at a call's text encoders, which know nothing of an image, name the sizes of `request`."""
+    library = getattr(without_graph(pipe.transformer), "packages", None)
+    if library is not None:
+        library.coming = Sizes.of(request)
 
 
 def library_of(pipe: DiffusionPipeline) -> Library:

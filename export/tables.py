@@ -38,7 +38,7 @@ def _drawn(manifest: Manifest) -> str:
 def description(entry: Entry) -> str:
     """All that a package's manifest says but the weights' names, in lines."""
     manifest, identity, built = entry.manifest, entry.manifest.identity, entry.manifest.built
-    versions = ("torch", "cuda", "triton", "diffusers", "torchao", "cudnn_frontend", "flash_attention")
+    versions = ("torch", "cuda", "triton", "diffusers", "transformers", "torchao", "cudnn_frontend", "flash_attention")
     lines = [
         f"{entry.path}",
         f"  {entry.beside.size} bytes, sha256 {entry.beside.sha256}",

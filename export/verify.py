@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch.utils import _pytree as pytree
 
-from export import regions, sizes
+from export import regions, sizes, text_encoders
 from export.manifest import Model
 from export.regions import Inputs
 from export.sizes import Specs
 from export.store import Entry
 from recipes.attention_backends import FLOAT8
 from recipes.gemm_epilogues import turns
+from utils.errors import UserError
 from utils.relative_error import relative_error
 
 if TYPE_CHECKING:  # it verifies what it builds
@@ -80,16 +81,21 @@ def verify(entry: Entry, library: Library, among: Iterable[PackagedRegion] | Non
         UserError: the package doesn't fit the library's pipeline.
     """
     recipe = entry.manifest.identity.recipe
-    in_float8 = recipe["quantization"] != "none" or recipe["attention"] in FLOAT8
+    in_float8 = {
+        "transformer": recipe["quantization"] != "none" or recipe["attention"] in FLOAT8,
+        text_encoders.T5_LAYER.component: recipe["float8_text_encoder"],
+    }
     dtype = entry.manifest.identity.dtype
-    plain = TOLERANCE[dtype]
     device = library.pipe.transformer.device
     regions_here = library.packaged if among is None else list(dict.fromkeys(among))
     errors = []
     for name, model in entry.manifest.models.items():
-        is_decoder = model.region == regions.DECODER.name  # which a float8 recipe leaves as it is
-        tolerance = TOLERANCE_FLOAT8 if in_float8 and not is_decoder else plain
+        is_decoder = model.region == regions.DECODER.name
         standing_in = [region for region in regions_here if region.region.name == model.region]
+        if not standing_in:
+            raise UserError(f"{entry.path} has a {model.region}, which this recipe doesn't run from packages")
+        component = standing_in[0].region.component
+        tolerance = TOLERANCE_FLOAT8 if in_float8.get(component, False) else TOLERANCE[dtype]
         calls = [(region, random_inputs(specs, device)) for specs in tried(model) for region in standing_in]
         worst = max((_error(library, entry, name, *call) for call in calls), key=_nan_first)
         over_eager = None

@@ -1,4 +1,5 @@
-"""How the transformer and the VAE's decoder run: eagerly, compiled at the first call, or from packages built ahead."""
+"""How the transformer and the VAE's decoder run: eagerly, compiled at the first call, or from packages built ahead, as
+the text encoders then may."""
 
 from __future__ import annotations
 

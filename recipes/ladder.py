@@ -149,7 +149,7 @@ def loop_graph(parent: Recipe) -> Recipe:
 
 
 def aoti(parent: Recipe) -> Recipe:
-    """Ahead-of-time compiled packages instead of compiling at the first call; CLIP and T5, which they lack, eager."""
+    """Ahead-of-time compiled packages instead of compiling at the first call."""
     return replace(parent, execution="aoti")
 
 

@@ -113,8 +113,7 @@ class Recipe:
         if self.execution == "eager":
             idle = [name for name in COMPILER_FIELDS if getattr(self, name) != default(name)]
             if idle:
-                others = "" if idle[0] == "compiled_text_encoders" else " or aoti"
-                raise RecipeError(f"{idle[0]} has no effect with execution=eager: use execution=compile{others}")
+                raise RecipeError(f"{idle[0]} has no effect with execution=eager: use execution=compile or aoti")
         if self.cache is not None and self.execution != "eager":
             raise RecipeError("cache needs execution=eager: its decision at each step can't be compiled into one graph")
         if self.cache is not None and self.hook_search_removal:

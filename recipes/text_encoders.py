@@ -6,8 +6,7 @@ compiled again. So it is whatever `compile_scope` says: of T5 in float8 as one g
 rows back which other warps of it have just written, and waits for none of them (pytorch/pytorch issue 190517,
 triton-lang/triton issue 10924); some prompts of a batch of 50 then got embeddings that were far off.
 
-Under execution=aoti they stay eager, for nobody who has packages is to wait for a compiler, and packages hold the
-transformer and the VAE's decoder alone. With `cuda_graph` they are graphs all the same, which is most of the gain.
+Under execution=aoti they run from packages (`export.text_encoders`), a layer at a time as well.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ def encoders(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
 
 def _apply(pipe: DiffusionPipeline, recipe: Recipe) -> str:
     if recipe.execution == "aoti":
-        return "CLIP and T5 eager: no package holds them, and nothing is compiled at the first call"
+        return "CLIP's and T5's layers from packages"  # which `execution` puts there
     inductor = {**ROUND_AS_EAGER, **inductor_options(recipe, pipe.device)}  # T5's first layer holds an embedding
     for encoder in encoders(pipe).values():
         for layer in encoder.modules():
@@ -41,9 +40,9 @@ def _apply(pipe: DiffusionPipeline, recipe: Recipe) -> str:
 
 OPTIMIZATION = Optimization(
     field="compiled_text_encoders",
-    needs=lambda recipe: Needs(compiler=recipe.execution != "aoti"),
+    needs=lambda recipe: Needs(compiler=True),
     lossless=lambda recipe: True,
     apply=_apply,
     components=("text_encoder", "text_encoder_2"),
-    replaces_forward=lambda recipe: recipe.execution != "aoti",
+    replaces_forward=lambda recipe: True,
 )

@@ -137,7 +137,10 @@ class Captured:
             # thread_local: another thread's work, such as a compiler's, is none of this capture's business.
             with torch.cuda.graph(self.graph, pool=pool, stream=side, capture_error_mode="thread_local"):
                 self.outputs, self.structure = pytree.tree_flatten(function(*args, **kwargs))
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:  # that the capture failed; what went wrong within is its context
+            torch.cuda.set_stream(current)  # where the capture's end fails, it leaves the other one
             cause = error.__context__ or error
             if isinstance(cause, torch.OutOfMemoryError):
                 raise cause from None

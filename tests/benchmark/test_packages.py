@@ -188,7 +188,7 @@ def test_bad_usage(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_packages_do_not_hold_is_left_out() -> None:
+def test_what_is_no_part_of_a_size_is_left_out() -> None:
     plain = recipes.parse("compiled,cuda_graph=true")
     whole = replace(plain, compiled_text_encoders=True, float8_text_encoder=True, loop_graph=True)
     assert packages.packaged(whole) == replace(plain, execution="aoti")

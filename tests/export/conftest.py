@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 def package(tmp_path_factory: pytest.TempPathFactory) -> Entry:
     """The package of tiny in float32 for `draw` of one image."""
     wanted = Order("tiny", AOTI, resolutions=((64, 64),), batches=(1,), text_lengths=(64,))
-    entry, was_there = order.fill(wanted, tmp_path_factory.mktemp("packages"), CPU)
+    ((entry, was_there),) = order.fill(wanted, tmp_path_factory.mktemp("packages"), CPU)
     assert not was_there
     return entry
 

@@ -37,7 +37,7 @@ def make_package(folder: Path, name: str = NAME, code: bytes = b"\0code" * 1000)
             architecture={"transformer": {"num_layers": 2}, "vae": {"act_fn": "silu"}},
             recipe=json.loads(json.dumps(Recipe(execution="aoti").to_dict())),
             **dict.fromkeys(("dtype", "device", "arch", "torch", "diffusers", "sources"), "some"),
-            **dict.fromkeys(("cuda", "triton", "torchao", "cudnn_frontend", "flash_attention")),
+            **dict.fromkeys(("cuda", "triton", "transformers", "torchao", "cudnn_frontend", "flash_attention")),
         ),
         models={"after-1": Model("after", {"hidden_states": spec}, {}, {"norm.weight": spec}, ("norm.weight",), None)},
         built=Built("python -m export build --checkpoint tiny", "tiny", 2.0, "2025-01-01"),

@@ -133,16 +133,6 @@ def test_close_to_eager_without_compiling(tiny: Callable, draw: Callable, packag
 
 
 @pytest.mark.slow
-def test_nor_are_text_encoders_compiled(tiny: Callable, draw: Callable, package: Entry) -> None:
-    pipe, recipe = tiny(), replace(AOTI, compiled_text_encoders=True)
-    applied = recipes.apply(pipe, recipe, PackageStore(package.path.parent, build=False))
-    assert applied["compiled_text_encoders"].startswith("CLIP and T5 eager")
-    with CompileClock() as clock:
-        draw(pipe, steps=2)
-    assert clock.compilations == 0
-
-
-@pytest.mark.slow
 def test_callbacks_are_called_and_may_change_the_latents(
     tiny: Callable, draw: Callable, packaged: DiffusionPipeline
 ) -> None:

@@ -142,7 +142,8 @@ def test_every_field_of_the_manifest_beside(refuse: Callable, damaged: Path) -> 
         refuse(damaged.parent)
 
 
-IDENTITY = [field.name for field in fields(Identity) if field.name not in ("architecture", "recipe")]
+OF_OTHERS = ("transformers", "torchao")  # of text encoders and of quantized weights, which this package has none of
+IDENTITY = [field.name for field in fields(Identity) if field.name not in ("architecture", "recipe", *OF_OTHERS)]
 
 
 @pytest.mark.parametrize("name", IDENTITY)
@@ -151,6 +152,15 @@ def test_package_of_another_machine_or_version(refuse: Callable, damaged: Path, 
     here = getattr(library.identity, name)
     what = "other sources of this repository" if name == "sources" else name
     assert f"was built for {what} other-1, this is {'null' if here is None else here[:40]}" in refuse(damaged.parent)
+
+
+@pytest.mark.parametrize("name", OF_OTHERS)
+def test_versions_that_shape_none_of_its_graphs_do_not_count(
+    damaged: Path, name: str, library: Library, after: PackagedRegion
+) -> None:
+    forge(damaged, lambda manifest: manifest["identity"].update({name: "other-1"}))
+    fresh = replace(library, store=PackageStore(damaged.parent, build=False))
+    assert fresh.find(after.region, inputs_of_after()) is not None
 
 
 def test_package_of_another_architecture(refuse: Callable, damaged: Path) -> None:

@@ -158,7 +158,7 @@ def relying_on_even_sizes(graph: torch.fx.GraphModule, *arguments: Any, **option
 def ordered(tmp_path_factory: pytest.TempPathFactory) -> Entry:
     """The package of tiny in float32 from 48x64 to 80x64 and from 32 to 64 text tokens."""
     wanted = Order("tiny", AOTI, ((48, 64), (80, 64)), batches=(1,), text_lengths=(32, 64), dynamic=True)
-    entry, was_there = order.fill(wanted, tmp_path_factory.mktemp("ranges"), CPU)
+    ((entry, was_there),) = order.fill(wanted, tmp_path_factory.mktemp("ranges"), CPU)
     assert not was_there
     return entry
 

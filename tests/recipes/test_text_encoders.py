@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from torch._inductor.utils import run_and_get_code
 
 import recipes
+from export.store import PackageStore
 from recipes import Recipe
 from recipes.text_encoders import encoders
 from tests.recipes.triton_code import reading_back
@@ -66,15 +68,16 @@ def prompts(count: int) -> list[list[str]]:
         pytest.param("cuda", {}, marks=pytest.mark.gpu),
         pytest.param("cuda", CAPTURED, marks=pytest.mark.gpu),
         pytest.param("cuda", {**CAPTURED, "compile_scope": "whole"}, marks=pytest.mark.gpu),
+        pytest.param("cuda", {**CAPTURED, "execution": "aoti"}, marks=pytest.mark.gpu),
     ],
 )
 def test_float8_t5_encodes_each_prompt_of_a_batch_as_eagerly(
-    tiny: Callable, error_of: Callable, device: str, fields: dict
+    tiny: Callable, error_of: Callable, tmp_path: Path, device: str, fields: dict
 ) -> None:
     """Every time the same, too; as one graph, T5 encoded some prompts anew at each call."""
     eager, pipe = (tiny(torch.bfloat16, torch.device(device)) for _ in range(2))
     recipes.apply(eager, Recipe(dtype="bfloat16", float8_text_encoder=True))
-    recipes.apply(pipe, replace(IN_FLOAT8, **fields))
+    recipes.apply(pipe, replace(IN_FLOAT8, **fields), PackageStore(tmp_path))
 
     def encoded(one: object, texts: list[str]) -> torch.Tensor:
         with torch.no_grad():

@@ -15,9 +15,15 @@ def reading_back(code: str) -> list[str]:
 
     Triton may have another warp load than the one that stored (triton-lang/triton issue 10924), and PyTorch 2.11 to
     2.13 put no barrier there (pytorch/pytorch issue 190517): such a kernel now and then reads what was there before.
+
+    Raises:
+        ValueError: there is no kernel.
     """
+    kernels = _KERNEL.findall(code)
+    if not kernels:
+        raise ValueError("no Triton kernel in this code, or none that is recognised")
     found = []
-    for name, body in _KERNEL.findall(code):
+    for name, body in kernels:
         stored: set[str] = set()
         for line in body.splitlines():
             if _WAITS.search(line):
