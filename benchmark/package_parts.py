@@ -51,7 +51,8 @@ _IN_A_ROW = 8  # steps: an H200 took 9 graphs of dev's before the host had to wa
 
 @dataclass(frozen=True)
 class Part(Argument):
-    """What a fresh process measures. recipe: with execution=aoti; folder: of the packages; output: the result file.
+    """What a fresh process measures. recipe: with execution=aoti, and plain text encoders; with_text_encoders: the same
+    with theirs; folder: of the packages; output: the result file.
 
     command: what the user typed, for the record.
     """
@@ -60,6 +61,7 @@ class Part(Argument):
     checkpoint: str
     device: str
     recipe: Recipe
+    with_text_encoders: Recipe
     request: Request
     calls: int
     folder: Path
@@ -79,18 +81,30 @@ class Part(Argument):
 
 
 def build(part: Part) -> None:
-    """One package with every model that the request needs, into an empty folder, with empty caches.
+    """One package with every model that an image of the request's size needs, into an empty folder, with empty caches.
 
     seconds: from the regions' calls to the file that lies there whole. of_models: those of export and compiler alone.
 
     Raises:
         UserError: the package was there.
     """
+    _build(part, part.recipe, of_text=False)
+
+
+def text_encoders(part: Part) -> None:
+    """One package with the text encoders' layers, which fits every size, into the same folder, with empty caches.
+
+    As `build`.
+    """
+    _build(part, part.with_text_encoders, of_text=True)
+
+
+def _build(part: Part, recipe: Recipe, of_text: bool) -> None:
     request, device = part.request, torch.device(part.device)
     size = ((request.height, request.width),)
-    ordered = Order(part.checkpoint, part.recipe, size, (request.batch,), (request.max_sequence_length,))
-    pipe, library = order.pipeline(part.checkpoint, part.recipe, part.folder, device)
-    calls = order.called(pipe, library, ordered.requests())
+    ordered = Order(part.checkpoint, recipe, size, (request.batch,), (request.max_sequence_length,))
+    pipe, library = order.pipeline(part.checkpoint, recipe, part.folder, device)
+    calls = order.apart(order.called(pipe, library, ordered.requests()))[of_text]
     with CompileClock(progress=True) as clock:
         started = time.perf_counter()
         entry, was_there = library.build(calls)
@@ -335,7 +349,12 @@ def model_errors(library: Library) -> list[dict[str, Any]]:
     return [asdict(error) for entry in fitting(library) for error in verify.verify(entry, library)]
 
 
-PARTS: dict[str, Callable[[Part], None]] = {"build": build, "start": start, "steps": steps}
+PARTS: dict[str, Callable[[Part], None]] = {
+    "build": build,
+    "text_encoders": text_encoders,
+    "start": start,
+    "steps": steps,
+}
 
 
 def main() -> None:

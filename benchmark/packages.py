@@ -1,9 +1,10 @@
 """Ahead-of-time packages in figures: `python -m benchmark.packages RECIPE --checkpoint random/flux-dev --output FILE`.
 
-RECIPE has execution=compile or aoti; packages are compared with torch.compile of it. Three parts, each in a fresh
+RECIPE has execution=compile or aoti; packages are compared with torch.compile of it. Four parts, each in a fresh
 process with empty caches of compiled code (benchmark/package_parts.py says what each figure is):
 
 - build: the package of a size, into an empty folder: seconds, whole and of each model, and bytes;
+- text_encoders: the same of theirs, which fits every size, where RECIPE has compiled_text_encoders=true;
 - start: from weights in memory until a step can be replayed: packages checked, loaded and bound, CUDA graphs captured;
 - steps: times of a step from packages and from torch.compile, whole pipeline calls taking turns, and their ratio; what
   the host takes for a step; the errors of both against the eager modules.
@@ -11,7 +12,7 @@ process with empty caches of compiled code (benchmark/package_parts.py says what
 FILE is written anew after each of them. What it holds already of the same recipe, request and machine is kept: with
 --packages DIR the parts can be measured one by one, as in `--parts build`, then `--parts start,steps`.
 
-The text encoders run as they are, eager and not quantized: their package is of no size, and left out.
+In the other parts text encoders run as they are, eager and not quantized.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def parser() -> Parser:
 
 
 def packaged(recipe: Recipe) -> Recipe:
-    """`recipe` from packages, a launch for each step, with plain text encoders, whose package is of no size.
+    """`recipe` from packages, a launch for each step, with plain text encoders, whose package is a part of its own.
 
     Raises:
         UsageError: it is eager.
@@ -77,14 +78,21 @@ def parts(arguments: argparse.Namespace) -> list[str]:
         raise UsageError(f"--parts {arguments.parts}: there is no {unknown[0]!r}, but {', '.join(PARTS)}")
     if "build" not in asked and arguments.packages is None:
         raise UsageError(f"--parts {arguments.parts}: give the folder that `build` filled with --packages DIR")
-    return [name for name in PARTS if name in asked]
+    if asked == ["text_encoders"] and not _of_text(arguments):
+        raise UsageError("--parts text_encoders: for recipes with compiled_text_encoders=true")
+    return [name for name in PARTS if name in asked and (name != "text_encoders" or _of_text(arguments))]
+
+
+def _of_text(arguments: argparse.Namespace) -> bool:
+    return recipes.parse(arguments.recipe).compiled_text_encoders
 
 
 def measure(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     """The result file's contents, and what went wrong."""
     begun = time.monotonic()
     device = command_line.device(arguments)
-    recipe, request = packaged(recipes.parse(arguments.recipe)), step_clock.request(arguments)
+    chosen, request = recipes.parse(arguments.recipe), step_clock.request(arguments)
+    recipe = packaged(chosen)
     if request.steps < 2:
         raise UsageError(f"--steps {request.steps}: give at least 2, the first one of a call being apart")
     asked = parts(arguments)
@@ -115,6 +123,7 @@ def measure(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
                 arguments.checkpoint,
                 str(device),
                 recipe,
+                replace(recipe, compiled_text_encoders=True, float8_text_encoder=chosen.float8_text_encoder),
                 request,
                 arguments.calls,
                 folder,
@@ -158,11 +167,12 @@ def table(found: dict[str, Any]) -> str:
         for why in ("failed", "skipped"):
             if why in part:
                 rows.append((name, f"{why}: {part[why]}"))
-    build, start, steps = (found.get(name, {}) for name in PARTS)
-    if "seconds" in build:
-        rows.append(("build, s", f"{build['seconds']:.1f}"))
-        rows += [(f"build, {name}, s", f"{seconds:.1f}") for name, seconds in build["of_models"].items()]
-        rows.append((f"{build['models']} models, MB", f"{build['bytes'] / 1e6:.2f}"))
+    build, of_text, start, steps = (found.get(name, {}) for name in PARTS)
+    for what, built in (("build", build), ("build, text encoders", of_text)):
+        if "seconds" in built:
+            rows.append((f"{what}, s", f"{built['seconds']:.1f}"))
+            rows += [(f"build, {name}, s", f"{seconds:.1f}") for name, seconds in built["of_models"].items()]
+            rows.append((f"{built['models']} models, MB", f"{built['bytes'] / 1e6:.2f}"))
     if "seconds" in start:
         first = start["first_call_s"]
         what = "warm-up and capture" if start["captured"] else "first call"

@@ -78,12 +78,18 @@ def fill(order: Order, folder: Path, device: torch.device) -> list[tuple[Entry, 
     check_target(folder)
     pipe, library = pipeline(order.checkpoint, order.recipe, folder, device)
     calls = called(pipe, library, requests, order.image_size)
-    by_kind: dict[bool, list[PackagedCall]] = {False: [], True: []}
-    for call in calls:
-        by_kind[call[0].region.component in text_encoders.COMPONENTS].append(call)
+    of_image, of_text = apart(calls)
     with CompileClock(progress=True):
-        built = [library.build(by_kind[False], order.embed_weights, order.dynamic)]
-        return [*built, library.build(by_kind[True])] if by_kind[True] else built
+        built = [library.build(of_image, order.embed_weights, order.dynamic)]
+        return [*built, library.build(of_text)] if of_text else built
+
+
+def apart(calls: list[PackagedCall]) -> tuple[list[PackagedCall], list[PackagedCall]]:
+    """The calls of what depends on the image's size, and those of text encoders: a package each."""
+    kinds: tuple[list[PackagedCall], list[PackagedCall]] = ([], [])
+    for call in calls:
+        kinds[call[0].region.component in text_encoders.COMPONENTS].append(call)
+    return kinds
 
 
 def called(

@@ -62,8 +62,13 @@ def test_build_start_steps_host_and_error(measured: Run) -> None:
     assert build["models"] == 5
     assert all(seconds > 0.5 for seconds in build["of_models"].values())
     assert sum(build["of_models"].values()) < build["seconds"]
-    assert build["files"] == {path.name: path.stat().st_size for path in measured.folder.glob("[!.]*")}
     assert build["bytes"] == sum(build["files"].values())
+    text = found["text_encoders"]
+    layers = ["clip_layer", "t5_first_layer", "t5_layer"]
+    assert [name.rsplit("-", 1)[0] for name in text["of_models"]] == layers
+    assert sum(text["of_models"].values()) < text["seconds"]
+    there = {path.name: path.stat().st_size for path in measured.folder.glob("[!.]*")}
+    assert {**build["files"], **text["files"]} == there
 
     start = found["start"]
     assert start["captured"] is False, "there is no CUDA graph on a CPU"
@@ -105,7 +110,9 @@ def test_table_and_progress(measured: Run) -> None:
     assert blank == ""
     assert {line.count("|") for line in table} == {3}
     text = measured.out
-    for row in ("| build, s |", "| 5 models, MB |", "| start, s |", "| step, packages / compiled, 95 % |"):
+    for row in ("| build, s |", "| 5 models, MB |", "| build, text encoders, s |", "| 3 models, MB |"):
+        assert row in text
+    for row in ("| start, s |", "| step, packages / compiled, 95 % |"):
         assert row in text
     for row in (
         "| host a step, packages, ms |",
@@ -165,7 +172,8 @@ def test_a_part_that_fails_keeps_the_others(measured: Run, tmp_path: Path) -> No
         (("bf16",), "bf16 compiles nothing: give a recipe with execution=compile or aoti"),
         (("compiled", "--steps", "1"), "--steps 1: give at least 2"),
         (("compiled", "--calls", "0"), "--calls 0: give at least 1"),
-        (("compiled", "--parts", "build,stop"), "there is no 'stop', but build, start, steps"),
+        (("compiled", "--parts", "build,stop"), "there is no 'stop', but build, text_encoders, start, steps"),
+        (("compiled", "--parts", "text_encoders", "--packages", "p"), "for recipes with compiled_text_encoders=true"),
         (("compiled", "--parts", "start"), "give the folder that `build` filled with --packages DIR"),
         (("compiled", "--checkpoint", "random/flux-kontext-dev"), "edits an image"),
         (("compiled,cuda_graph=true",), "cuda_graph=True needs a cuda device"),
