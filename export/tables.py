@@ -8,6 +8,7 @@ from export import sizes
 from export.manifest import Manifest, Model
 from export.regions import DECODER
 from export.store import Entry
+from export.text_encoders import COMPONENTS, T5_FIRST_LAYER, T5_LAYER, TEXT_REGIONS
 from recipes.ladder import command_line_name
 from recipes.recipe import Recipe, RecipeError
 from utils.request import MULTIPLE
@@ -23,7 +24,15 @@ def line(entry: Entry) -> str:
     return (
         f"{entry.path}: {entry.beside.size / 1e6:.2f} MB, {manifest.built.seconds:.0f} s to build, "
         f"{recipe_name(entry)}, {manifest.identity.device} {manifest.identity.arch}: {models}{_drawn(manifest)}"
+        f"{_encoded(manifest)}"
     )
+
+
+def _encoded(manifest: Manifest) -> str:
+    """The numbers of text tokens that it has T5's layers for."""
+    t5 = [model for model in manifest.models.values() if model.region in (T5_FIRST_LAYER.name, T5_LAYER.name)]
+    lengths = sorted({model.inputs["hidden_states"].shape[1] for model in t5})
+    return f"; encodes {', '.join(map(str, lengths))} text tokens" if lengths else ""
 
 
 def _drawn(manifest: Manifest) -> str:
@@ -48,7 +57,10 @@ def description(entry: Entry) -> str:
         + ", ".join(f"{name} {getattr(identity, name)}" for name in versions if getattr(identity, name)),
         f"  sources {identity.sources[:12]}",
     ]
+    of_text = {model.region for model in manifest.models.values()} <= {region.name for region in TEXT_REGIONS}
     for part, fields in identity.architecture.items():
+        if (part in COMPONENTS) != of_text:
+            continue
         lines.append(f"  {part}: " + ", ".join(f"{name}={value}" for name, value in fields.items()))
     for name, model in manifest.models.items():
         of_ranges = "".join(f", {sizes.words(size, one)}" for size, one in model.ranges.items())

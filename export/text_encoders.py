@@ -21,6 +21,7 @@ from utils.errors import UserError
 CLIP_LAYER = Region("clip_layer", "text_encoder", ("hidden_states",))
 T5_FIRST_LAYER = Region("t5_first_layer", "text_encoder_2", ("hidden_states",))
 T5_LAYER = Region("t5_layer", "text_encoder_2", ("hidden_states", "position_bias"))
+TEXT_REGIONS = (CLIP_LAYER, T5_FIRST_LAYER, T5_LAYER)
 COMPONENTS = (CLIP_LAYER.component, T5_LAYER.component)
 
 # What comes after the hidden states where a layer is called by position; but for the bias, an encoder has none of it.

@@ -110,7 +110,7 @@ def _spans(title: str, report: Report, spans: tuple[Span, ...]) -> Table:
     if not spans:
         notes.append(f"There is no range {report.marker} in the trace.")
     if spans and spans == report.steps and report.median_step is not None:
-        notes.append(f"The median step is {report.median_step}.")
+        notes.append(f"The median step is number {report.median_step}.")
     notes += [reason for part, reason in _reasons(report).items() if part == "steps"]
     return _table(title, header, rows, 1, tuple(notes))
 

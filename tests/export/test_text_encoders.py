@@ -13,7 +13,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 import recipes
-from export import order
+from export import order, tables
 from export.manifest import content_key, identify
 from export.order import Order
 from export.runtime import announce, library_of
@@ -66,6 +66,9 @@ def test_a_package_of_three_small_models(built: list[tuple[Entry, bool]]) -> Non
     assert text.path.name.startswith("text_encoders-")
     assert text.beside.size < 2e6
     assert all(model.weights_sha256 is None for model in text.manifest.models.values()), "no weights in it"
+    assert tables.line(text).endswith(": clip_layer, t5_first_layer, t5_layer; encodes 64 text tokens")
+    assert re.findall(r"^  (\w+): \w+=", tables.description(text), re.M) == ["text_encoder", "text_encoder_2"]
+    assert re.findall(r"^  (\w+): \w+=", tables.description(image), re.M) == ["transformer", "vae"]
     identity = text.manifest.identity
     assert identity.transformers == environment.version("transformers")
     assert identity.architecture["text_encoder_2"]["d_model"] == 256
