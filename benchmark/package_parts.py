@@ -32,7 +32,6 @@ with quiet():
     from benchmark.step_clock import StepClock, latents, numbered
     from export import order, regions, verify
     from export.order import Order
-    from export.regions import REGIONS
     from export.runtime import Library, library_of, without_graph
     from export.store import Entry, PackageStore
     from recipes.dtype import torch_dtype
@@ -51,8 +50,8 @@ _IN_A_ROW = 8  # steps: an H200 took 9 graphs of dev's before the host had to wa
 
 @dataclass(frozen=True)
 class Part(Argument):
-    """What a fresh process measures. recipe: with execution=aoti, and plain text encoders; with_text_encoders: the same
-    with theirs; folder: of the packages; output: the result file.
+    """What a fresh process measures. recipe: with execution=aoti, and plain text encoders; whole: the same with those
+    that the recipe asked for has; folder: of the packages; output: the result file.
 
     command: what the user typed, for the record.
     """
@@ -61,7 +60,7 @@ class Part(Argument):
     checkpoint: str
     device: str
     recipe: Recipe
-    with_text_encoders: Recipe
+    whole: Recipe
     request: Request
     calls: int
     folder: Path
@@ -96,7 +95,7 @@ def text_encoders(part: Part) -> None:
 
     As `build`.
     """
-    _build(part, part.with_text_encoders, of_text=True)
+    _build(part, part.whole, of_text=True)
 
 
 def _build(part: Part, recipe: Recipe, of_text: bool) -> None:
@@ -125,9 +124,9 @@ def start(part: Part) -> None:
     """From weights in memory until a step can be replayed, in a process in which nothing was loaded before.
 
     apply_s: the recipe's work on the weights (fused, quantized), which is none of the packages'. bind_s: packages
-    found, checked and loaded, weights bound, for every module. first_call_s: what the first call of a denoising step
-    and of the decoder takes longer than the second: with cuda_graph the warm-up calls and the capture, and in any case
-    what the device loads at first use. seconds: bind_s and first_call_s.
+    found, checked and loaded, weights bound, for every module. first_call_s: what the first call of the text encoders,
+    of a denoising step and of the decoder takes longer than the second: with cuda_graph the warm-up calls and the
+    capture, and in any case what the device loads at first use. seconds: bind_s and first_call_s.
 
     Raises:
         UserError: something was compiled, or bound later.
@@ -135,7 +134,7 @@ def start(part: Part) -> None:
     device = torch.device(part.device)
     pipe = part.load()
     store = PackageStore(part.folder, build=False)
-    apply_s = timed(lambda: recipes.apply(pipe, part.recipe, store), device)
+    apply_s = timed(lambda: recipes.apply(pipe, part.whole, store), device)
     library = library_of(pipe)
     request = replace(part.request, steps=2)
     calls: list[dict[str, list[float]]] = []
@@ -151,13 +150,13 @@ def start(part: Part) -> None:
         raise UserError(f"{clock.compilations} graphs were compiled at the start, which packages should spare")
     if bound(library) != models:
         raise UserError(f"the pipeline called {bound(library) - models} models that the packages were not read for")
-    stages = {"transformer": "denoising_step", "vae_decoder": "decoding"}
+    stages = {"text_encoders": "prompt_encoding", "transformer": "denoising_step", "vae_decoder": "decoding"}
     firsts = {name: calls[0][stage][0] - calls[1][stage][0] for name, stage in stages.items()}
     part.save(
         seconds=round(bind_s + sum(firsts.values()), 3),
         bind_s=round(bind_s, 3),
         first_call_s={name: round(seconds, 3) for name, seconds in firsts.items()},
-        captured=part.recipe.cuda_graph,
+        captured=part.whole.cuda_graph,
         bound=models,
         apply_s=round(apply_s, 3),
     )
@@ -167,12 +166,12 @@ def bind_all(library: Library) -> Callable[[], None]:
     """Binds each model that fits to every module that it stands in for, as the first call would."""
     device = library.pipe.transformer.device
     models = [model for entry in fitting(library) for model in entry.manifest.models.values()]
-    kinds = [(REGIONS[model.region], verify.random_inputs(model.inputs, device)) for model in models]
+    kinds = [(model.region, verify.random_inputs(model.inputs, device)) for model in models]
 
     def bind() -> None:
         for region, inputs in kinds:
             for packaged in library.packaged:
-                if packaged.region is region:
+                if packaged.region.name == region:
                     packaged.bound[regions.key(inputs)] = library.bind(packaged, inputs)
 
     return bind
@@ -189,9 +188,15 @@ def fitting(library: Library) -> list[Entry]:
     Raises:
         UserError: there is none.
     """
-    here = {packaged.region.name for packaged in library.packaged}
-    entries = [entry for entry in library.store.entries() if here >= {m.region for m in entry.manifest.models.values()}]
-    found = [entry for entry in entries if entry.manifest.identity.refusal(library.identity, "transformer") is None]
+    components = {packaged.region.name: packaged.region.component for packaged in library.packaged}
+
+    def fits(entry: Entry) -> bool:
+        names = {model.region for model in entry.manifest.models.values()}
+        return names <= components.keys() and not any(
+            entry.manifest.identity.refusal(library.identity, components[name]) for name in names
+        )
+
+    found = [entry for entry in library.store.entries() if fits(entry)]
     if not found:
         raise UserError(f"no package in {library.store.folder} fits this recipe here: measure the part `build` first")
     return found

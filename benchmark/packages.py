@@ -5,14 +5,15 @@ process with empty caches of compiled code (benchmark/package_parts.py says what
 
 - build: the package of a size, into an empty folder: seconds, whole and of each model, and bytes;
 - text_encoders: the same of theirs, which fits every size, where RECIPE has compiled_text_encoders=true;
-- start: from weights in memory until a step can be replayed: packages checked, loaded and bound, CUDA graphs captured;
+- start: from weights in memory until a call can be replayed: packages checked, loaded and bound, CUDA graphs captured,
+  the text encoders' too where RECIPE has them from packages;
 - steps: times of a step from packages and from torch.compile, whole pipeline calls taking turns, and their ratio; what
   the host takes for a step; the errors of both against the eager modules.
 
 FILE is written anew after each of them. What it holds already of the same recipe, request and machine is kept: with
 --packages DIR the parts can be measured one by one, as in `--parts build`, then `--parts start,steps`.
 
-In the other parts text encoders run as they are, eager and not quantized.
+In `build` and `steps` text encoders are as they are, eager and not quantized.
 """
 
 from __future__ import annotations
@@ -93,6 +94,8 @@ def measure(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     device = command_line.device(arguments)
     chosen, request = recipes.parse(arguments.recipe), step_clock.request(arguments)
     recipe = packaged(chosen)
+    of_text = {name: getattr(chosen, name) for name in ("compiled_text_encoders", "float8_text_encoder")}
+    whole = replace(recipe, **of_text)
     if request.steps < 2:
         raise UsageError(f"--steps {request.steps}: give at least 2, the first one of a call being apart")
     asked = parts(arguments)
@@ -123,7 +126,7 @@ def measure(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
                 arguments.checkpoint,
                 str(device),
                 recipe,
-                replace(recipe, compiled_text_encoders=True, float8_text_encoder=chosen.float8_text_encoder),
+                whole,
                 request,
                 arguments.calls,
                 folder,

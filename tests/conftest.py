@@ -71,17 +71,18 @@ def draw() -> Callable[..., np.ndarray]:
 
 @pytest.fixture(scope="session")
 def predict() -> Callable[..., torch.Tensor]:
-    """predict(pipe, batch, side, seed): one call of the transformer on random inputs of that seed; [batch, side * side
-    tokens, 64] float32."""
+    """predict(pipe, batch, side, seed, text_tokens): one call of the transformer on random inputs of that seed; [batch,
+    side * side tokens, 64] float32."""
 
-    def call(pipe: DiffusionPipeline, batch: int = 1, side: int = 4, seed: int = 0) -> torch.Tensor:
+    def call(
+        pipe: DiffusionPipeline, batch: int = 1, side: int = 4, seed: int = 0, text_tokens: int = 8
+    ) -> torch.Tensor:
         random = torch.Generator().manual_seed(seed)
         transformer = pipe.transformer
 
         def normal(*shape: int) -> torch.Tensor:
             return torch.randn(*shape, generator=random).to(transformer.device, transformer.dtype)
 
-        text_tokens = 8
         ids = torch.zeros(side * side, 3, device=transformer.device)
         ids[:, 1], ids[:, 2] = torch.arange(side * side) // side, torch.arange(side * side) % side
         with torch.no_grad():

@@ -72,7 +72,8 @@ def test_build_start_steps_host_and_error(measured: Run) -> None:
 
     start = found["start"]
     assert start["captured"] is False, "there is no CUDA graph on a CPU"
-    assert start["bound"] == 3 + blocks()
+    assert start["bound"] == 3 + blocks() + text_layers()
+    assert list(start["first_call_s"]) == ["text_encoders", "transformer", "vae_decoder"]
     assert 0 < start["bind_s"] < build["seconds"] / 2, "it spares the compiler"
     assert start["seconds"] == pytest.approx(start["bind_s"] + sum(start["first_call_s"].values()), abs=0.01)
 
@@ -101,6 +102,12 @@ def blocks() -> int:
     return config["num_layers"] + config["num_single_layers"]
 
 
+def text_layers() -> int:
+    folder = ROOT / "assets" / "tiny-flux"
+    clip, t5 = (json.loads((folder / name / "config.json").read_text()) for name in ("text_encoder", "text_encoder_2"))
+    return clip["num_hidden_layers"] + t5["num_layers"]
+
+
 @pytest.mark.slow
 def test_table_and_progress(measured: Run) -> None:
     assert "compiling double_block-" in measured.err
@@ -126,12 +133,12 @@ def test_table_and_progress(measured: Run) -> None:
 @pytest.mark.slow
 def test_graphs_are_captured_at_the_start(tmp_path: Path) -> None:
     output = tmp_path / "packages.json"
-    recipe = "bf16,execution=aoti,cuda_graph=true,scheduler_sync_removal=true"
+    recipe = "bf16,execution=aoti,cuda_graph=true,scheduler_sync_removal=true,compiled_text_encoders=true"
     done = command(recipe, *SMALL, "--output", output)
     assert done.returncode == 0, done.stderr
     found = json.loads(output.read_text())
     assert found["start"]["captured"] is True
-    assert found["start"]["first_call_s"]["transformer"] > 0
+    assert all(found["start"]["first_call_s"][name] > 0 for name in ("text_encoders", "transformer"))
     assert "| start, warm-up and capture of the transformer, s |" in done.stdout
     for name in ("packages", "compiled"):
         for host in (found["steps"]["host_ms"][name], found["steps"]["host_ms"][name]["in_a_row"]):

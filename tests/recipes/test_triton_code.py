@@ -80,6 +80,7 @@ def test_blocks_of_full_width(tiny: Callable, predict: Callable, recipe: Recipe,
     wide = {**pipe.transformer.config, "num_layers": 1, "num_single_layers": 1, "num_attention_heads": 24}
     pipe.register_modules(transformer=FluxTransformer2DModel.from_config(wide).to(CUDA, torch.bfloat16))
     recipes.apply(pipe, replace(recipe, compile_scope=scope))
-    graphs, found = kernels_reading_back(partial(predict, pipe, side=32))
+    # Of 8 rows and 12288 columns cuBLAS multiplies nothing in float8.
+    graphs, found = kernels_reading_back(partial(predict, pipe, side=32, text_tokens=64))
     assert graphs == (2 if scope == "regional" else 1)
     assert found == []
