@@ -24,7 +24,7 @@ _LONG = 40  # characters of a cell that stay on one line
 _COLOURS = {
     **dict.fromkeys((f"gemm {dtype}" for dtype in ("bf16", "fp16", "fp32")), "#4269d0"),
     "gemm fp8": "#2a9d8f",
-    "gemm int8": "#2a9d8f",
+    "gemm int8": "#7cb518",
     "gemm": "#6c8be0",
     "attention": "#efb118",
     "convolution": "#8a5cc7",

@@ -50,7 +50,8 @@ class Rates:
     """gpu, peak_source: None for a GPU without published peaks in the table.
 
     floor_ns: of all steps together, of the covered operators; kernels_above: those operators' kernels' time over it;
-    steps_above: the steps' windows over it, with all that isn't covered and all idle in them.
+    steps_above: the steps' windows over it, with all that isn't covered and all idle in them; None where most isn't
+    covered, as with CUDA graphs: it would say nothing.
     covered: share of the steps' kernel time (0 to 1). shapes_from: the trace that the shapes were joined from.
     """
 
@@ -139,7 +140,7 @@ def rates(kinds: KernelKinds, found: Priced, mine: np.ndarray, windows_ns: int) 
         rows=tuple(sorted(rows, key=lambda row: (-row.time_ns, row.operator, row.shape, row.dtype or ""))),
         floor_ns=floor if floored else None,
         kernels_above=covered / floor if floor else None,
-        steps_above=windows_ns / floor if floor else None,
+        steps_above=windows_ns / floor if floor and covered > total / 2 else None,
         covered=covered / total if total else 0.0,
         shapes_from=found.shapes_from,
     )

@@ -183,10 +183,11 @@ def _rates(report: Report, where: str, reasons: dict[str, str]) -> Table:
         notes.append(
             f"Peaks of {gpu}: {rates.peak_source}." if rates.peak_source else f"{gpu}: no published peak known."
         )
-        if rates.floor_ns is not None and rates.kernels_above is not None and rates.steps_above is not None:
+        if rates.floor_ns is not None and rates.kernels_above is not None:
+            whole = "" if rates.steps_above is None else f", the whole steps {rates.steps_above:.2f} times"
             notes.append(
                 f"Floor of what is covered ({percent(rates.covered)} of the kernels' time): {ms(rates.floor_ns)} ms; "
-                f"its kernels took {rates.kernels_above:.2f} times that, the whole steps {rates.steps_above:.2f} times."
+                f"its kernels took {rates.kernels_above:.2f} times that{whole}."
             )
         if any(row.at_most for row in rates.rows[:_ROWS]):
             notes.append(

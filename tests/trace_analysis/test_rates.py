@@ -198,6 +198,16 @@ def test_rate_against_the_gpus_peak(writer) -> None:
     assert rates.covered == pytest.approx(0.8)
 
 
+def test_kernels_that_are_few_say_nothing_of_the_steps(writer) -> None:
+    large_gemm(writer)
+    writer.kernel("elementwise", 45, 1050, 700)
+    report = writer.analyse().report
+    assert report.rates.covered == pytest.approx(800 / 1700)
+    assert (report.rates.kernels_above is None, report.rates.steps_above) == (False, None)
+    text = markdown.document("x", tables.report_tables(report))
+    assert f"its kernels took {report.rates.kernels_above:.2f} times that.\n" in text
+
+
 def memory_bound(writer, operator: str, kernel: str, duration: float, start: float = 60) -> None:
     """One call on two tensors of 4608 x 3072 in bfloat16, 56.6 MB: 17 us of an H100's memory."""
     inputs = {"Input Dims": [[4608, 3072], [4608, 3072]], "Input type": ["c10::BFloat16"] * 2}
