@@ -37,7 +37,7 @@ from recipes import (
     text_encoders,
     vae_attention,
 )
-from recipes.ladder import Rung, climb, command_line_name
+from recipes.ladder import Rung, climb, command_line_name, named
 from recipes.optimization import Optimization
 from recipes.recipe import Recipe, RecipeError
 from utils.errors import advising
@@ -131,8 +131,9 @@ def check(recipe: Recipe, device: torch.device, pipe: DiffusionPipeline | None =
     """Raise RecipeError, with the nearest recipe that can, unless `recipe` can be applied on `device`, to `pipe`."""
     reason = refusal(recipe, device, pipe)
     if reason is not None:
-        name = shlex.quote(command_line_name(nearest(recipe, device, pipe)))
-        raise RecipeError(f"{reason}; the nearest recipe that runs here: --recipe {name}")
+        name, instead = command_line_name(recipe), shlex.quote(command_line_name(nearest(recipe, device, pipe)))
+        rung = f"{name}: " if name in named() else ""
+        raise RecipeError(f"{rung}{reason}; the nearest recipe that runs here: --recipe {instead}")
 
 
 def refusal(recipe: Recipe, device: torch.device, pipe: DiffusionPipeline | None = None) -> str | None:

@@ -116,17 +116,20 @@ def waiting_is_an_error() -> Callable[[], AbstractContextManager]:
 
 @pytest.fixture
 def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
-    """pretend_gpu((8, 0), name): from here on recipes are told of such a GPU, with every package and kernel there.
+    """pretend_gpu((8, 0), name, without): from here on recipes are told of such a GPU, with every package and kernel
+    there but the packages `without`.
 
     Of packages that no recipe asks for (peft looks for bitsandbytes, and remembers) they are told the truth.
     """
     needed = {"triton", "torchao", "cudnn", "cuda", "cuda.bindings", "kernels", "flash_attn_interface"}
     find_spec = importlib.util.find_spec
 
-    def found(package: str, *parent: str) -> object:
-        return object() if package in needed else find_spec(package, *parent)
+    def tell(capability: tuple[int, int], name: str = "a GPU", without: tuple[str, ...] = ()) -> None:
+        def found(package: str, *parent: str) -> object:
+            if package in needed:
+                return None if package in without else object()
+            return find_spec(package, *parent)
 
-    def tell(capability: tuple[int, int], name: str = "a GPU") -> None:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
         monkeypatch.setattr(importlib.util, "find_spec", found)

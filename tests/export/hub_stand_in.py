@@ -43,7 +43,9 @@ class Repository:
 
 @dataclass
 class Hub:
-    """cut: bytes of a file's body after which its next download is cut off. hang: those after which it stands still."""
+    """cut: bytes of a file's body after which its next download is cut off. hang: those after which it stands still.
+    failing: what a request's path holds if the Hub fails at it.
+    """
 
     repositories: dict[str, Repository] = field(default_factory=dict)
     stored: dict[str, bytes] = field(default_factory=dict)
@@ -52,7 +54,7 @@ class Hub:
     hang: dict[str, int] = field(default_factory=dict)
     hanging: threading.Event = field(default_factory=threading.Event)
     released: threading.Event = field(default_factory=threading.Event)
-    failing: bool = False
+    failing: str | None = None
     url: str = ""
 
     def __enter__(self) -> Hub:
@@ -95,7 +97,7 @@ class _Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         self.hub.requests.append((self.command, path, self.headers.get("Range")))
         try:
-            if self.hub.failing:
+            if self.hub.failing is not None and self.hub.failing in path:
                 raise _RefusedError(500)
             self._answer(path.strip("/").split("/"), body)
         except _RefusedError as refused:

@@ -244,7 +244,7 @@ def test_push_without_the_right_to(
 def test_no_network(
     hub: Hub, held: str, export: Callable, package: Entry, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hub.failing = True
+    hub.failing = "/"
     assert (
         "the Hub failed on someone/packages: Server error '500"
         in export("pull", REPO, "--revision", held, "--out", out).error()
@@ -371,6 +371,34 @@ def test_target_that_is_not_writable(hub: Hub, held: str, export: Callable) -> N
     )
 
 
+def in_a_child(hub: Hub, home: Path, *arguments: object) -> subprocess.Popen[str]:
+    """`python -m export ...` in a process of its own, which takes HF_ENDPOINT from its environment; it shows progress."""
+    own = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "TQDM_POSITION": "-1"}
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGINGFACE_"))}
+    environment = {**inherited, **own, "HF_TOKEN": TOKEN}
+    command = [sys.executable, "-m", "export", *map(str, arguments)]
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def test_push_goes_on_where_it_was_broken_off(hub: Hub, package: Entry, tmp_path: Path) -> None:
+    """What was sent before the Hub failed isn't sent again."""
+    hub.failing = "/commit/"
+    push = ("push", package.path, "--repo", REPO)
+    child = in_a_child(hub, tmp_path / "home", *push)
+    _, shown = child.communicate()
+    assert child.returncode == 1
+    assert "the Hub failed on someone/packages" in shown
+    assert re.search(rf"{NAME}\.pt2: +100%\|", shown), shown
+    assert list(hub.stored.values()) == [package.path.read_bytes()]
+    assert list(hub.repositories[REPO].commits[hub.repositories[REPO].head]) == [".gitattributes"]
+    hub.failing = None
+    child = in_a_child(hub, tmp_path / "home", *push)
+    _, shown = child.communicate()
+    assert child.returncode == 0, shown
+    assert len([path for method, path, _ in hub.requests if method == "PUT"]) == 1
+    assert {f"{NAME}.pt2", f"{NAME}.json"} < hub.repositories[REPO].commits[hub.repositories[REPO].head].keys()
+
+
 def test_connection_cut_in_the_middle(hub: Hub, held: str, export: Callable, out: Path, tmp_path: Path) -> None:
     """The client writes 10 MiB at a time, and goes on from what it has written."""
     mebibyte = 2**20
@@ -385,12 +413,8 @@ def test_connection_cut_in_the_middle(hub: Hub, held: str, export: Callable, out
 
 
 def test_killed_in_the_middle(hub: Hub, held: str, export: Callable, package: Entry, out: Path, tmp_path: Path) -> None:
-    """In a process of its own, which takes HF_ENDPOINT from the environment and shows a progress bar."""
     hub.hang[f"{NAME}.pt2"] = 2000
-    command = [sys.executable, "-m", "export", "pull", REPO, "--revision", held, "--out", str(out)]
-    own = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1", "TQDM_POSITION": "-1"}
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGINGFACE_"))}
-    child = subprocess.Popen(command, cwd=ROOT, env={**inherited, **own}, stderr=subprocess.PIPE, text=True)
+    child = in_a_child(hub, tmp_path / "home", "pull", REPO, "--revision", held, "--out", out)
     assert hub.hanging.wait(60)
     child.kill()
     _, shown = child.communicate()
@@ -398,5 +422,8 @@ def test_killed_in_the_middle(hub: Hub, held: str, export: Callable, package: En
     assert re.search(rf"{NAME}\.json: +100%\|", shown), shown
     assert not PackageStore(out).entries()
     assert not list(out.glob("[!.]*"))
-    assert export("pull", REPO, "--revision", held, "--out", out).code == 0
+    child = in_a_child(hub, tmp_path / "home", "pull", REPO, "--revision", held, "--out", out)
+    _, shown = child.communicate()
+    assert child.returncode == 0, shown
+    assert re.search(rf"{NAME}\.pt2: +100%\|", shown), shown
     assert contents(out) == contents(package.path.parent), "and nothing of the killed one is left"

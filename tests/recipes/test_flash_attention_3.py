@@ -65,8 +65,10 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, torch.Tensor]]:
         sm_margin=0,
     ):
         calls.append({"q": q, "k": k, "v": v, "q_descale": q_descale, "k_descale": k_descale, "v_descale": v_descale})
-        assert softmax_scale is None
-        assert not causal
+        # All else as published; a scale of None is that of head_dim.
+        others = (softmax_scale, causal, qv, tuple(window_size), attention_chunk, softcap, num_splits, pack_gqa)
+        assert others == (None, False, None, (-1, -1), 0, 0.0, 1, None)
+        assert (deterministic, sm_margin) == (False, 0)
         # The kernel reads head_dim values in a row, and takes three descales or none.
         assert all(x.stride(-1) == 1 for x in (q, k, v))
         ones = torch.ones(q.shape[0], q.shape[2])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
+from torch._dynamo.testing import AotEagerAndRecordGraphs
 from torchao.quantization import Float8Tensor
 
 import recipes
@@ -93,7 +95,9 @@ def test_float8_quantizes_the_blocks_and_stays_close(
     tiny: Callable, predict: Callable, error_of: Callable, quantization: str, fused: bool
 ) -> None:
     plain, pipe = tiny(torch.bfloat16), tiny(torch.bfloat16)
+    configuration = copy.deepcopy(torch._inductor.config.get_config_copy())
     applied = recipes.apply(pipe, Recipe(dtype="bfloat16", fused_qkv=fused, quantization=quantization))
+    assert torch._inductor.config.get_config_copy() == configuration, "which torchao would change"
     weights = {n: m.weight for n, m in pipe.transformer.named_modules() if isinstance(m, torch.nn.Linear)}
     assert {n for n, w in weights.items() if isinstance(w, Float8Tensor)} == quantized_names(fused)
     assert applied["quantization"] == f"{quantization}, {len(quantized_names(fused))} Linears"
@@ -102,6 +106,23 @@ def test_float8_quantizes_the_blocks_and_stays_close(
     assert one.scale.shape == ((one.shape[0], 1) if quantization == "float8_per_row" else (1, 1))
     # Quantizing to 3 mantissa bits is 2.6 % of rounding a weight and an activation; the residual stream carries less.
     assert 1e-4 < error_of(predict(pipe), predict(plain)) < 0.1
+
+
+@pytest.mark.parametrize("quantization", ["float8_per_row", "float8_per_tensor"])
+def test_float8_is_plain_scaled_mm(tiny: Callable, quantization: str) -> None:
+    """One for each Linear, in the graph that compilers get, and no operator of torchao's."""
+    pipe = tiny(torch.bfloat16)
+    recipes.apply(pipe, Recipe(dtype="bfloat16", fused_qkv=True, quantization=quantization))
+    block, graphs = pipe.transformer.single_transformer_blocks[0], AotEagerAndRecordGraphs()
+    width = pipe.transformer.inner_dim
+    image, text, temb = (torch.randn(*shape, width).to(torch.bfloat16) for shape in ((1, 8), (1, 4), (1,)))
+    with torch.no_grad():
+        compiled = torch.compile(block, backend=graphs, fullgraph=True)
+        compiled(image, text, temb, (torch.ones(12, 128), torch.ones(12, 128)))
+    (graph,) = graphs.fw_graphs
+    operators = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+    assert operators.count("aten._scaled_mm.default") == 3, "query, key and value; the MLP; what comes after both"
+    assert not [operator for operator in operators if "torchao" in operator]
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -90,6 +90,41 @@ def test_what_is_named_instead_of_a_rung_runs(pretend_gpu: Callable, name: str) 
     assert set(instead.differences(Recipe())) == kept, "all else is as it was asked for"
 
 
+# What each package is needed for, on an H100.
+COMPILING = {"execution=compile", "execution=aoti", "compiled_text_encoders=True"}
+NEEDED_FOR = {
+    ("torchao",): {"quantization=float8_per_row", "quantization=float8_per_tensor", "float8_text_encoder=True"},
+    ("cudnn",): {"attention=cudnn_fp8"},
+    ("flash_attn_interface", "kernels"): {"attention=fa3", "attention=fa3_fp8"},
+    ("triton",): {"fused_kernels=True", "fused_group_norm=True", "attention=triton_fp8", *COMPILING},
+    ("cuda.bindings",): {"attention=wgmma_fp8"},
+}
+
+
+@pytest.mark.parametrize("packages", NEEDED_FOR, ids=" or ".join)
+def test_words_where_a_package_is_missing(pretend_gpu: Callable, packages: tuple[str, ...]) -> None:
+    pretend_gpu((9, 0), "NVIDIA H100 80GB HBM3", without=packages)
+    reasons = {reason for recipe in every_value() if (reason := recipes.refusal(recipe, CUDA))}
+    assert {reason.partition(" needs ")[0] for reason in reasons} == NEEDED_FOR[packages]
+    lacking = f"needs the package {' or '.join(packages)}, not installed"
+    if packages == ("cuda.bindings",):
+        lacking = "package cuda-bindings, which comes with PyTorch's CUDA builds and isn't installed"
+    assert all(lacking in reason for reason in reasons)
+
+
+def test_a_rung_is_named_with_what_it_lacks(pretend_gpu: Callable) -> None:
+    pretend_gpu((9, 0), "NVIDIA H100 80GB HBM3", without=("torchao",))
+    with pytest.raises(RecipeError) as raised:
+        recipes.check(recipes.parse("float8,attention=native"), CUDA)
+    assert str(raised.value).startswith("quantization=float8_per_row needs the package torchao, not installed ")
+    with pytest.raises(RecipeError) as raised:
+        recipes.check(recipes.parse("float8_attention"), CUDA)
+    assert str(raised.value).startswith("float8_attention: quantization=float8_per_row needs the package torchao, not ")
+    instead = recipes.parse(shlex.split(str(raised.value).partition("--recipe ")[2])[0])
+    recipes.check(instead, CUDA)
+    assert instead.attention == "cudnn_fp8"
+
+
 @pytest.mark.parametrize("attention", ["fa3", "fa3_fp8"])
 def test_flash_attention_3_is_for_hopper_alone(pretend_gpu: Callable, attention: str) -> None:
     pretend_gpu((10, 0), "NVIDIA B200")
