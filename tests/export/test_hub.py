@@ -372,7 +372,7 @@ def test_target_that_is_not_writable(hub: Hub, held: str, export: Callable) -> N
 
 
 def in_a_child(hub: Hub, home: Path, *arguments: object) -> subprocess.Popen[str]:
-    """`python -m export ...` in a process of its own, which takes HF_ENDPOINT from its environment; it shows progress."""
+    """`python -m export ...` in a process of its own, which takes HF_ENDPOINT from its environment; with progress."""
     own = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "TQDM_POSITION": "-1"}
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGINGFACE_"))}
     environment = {**inherited, **own, "HF_TOKEN": TOKEN}

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from PIL import Image
 
 import recipes
 from export import regions
@@ -231,6 +232,30 @@ def test_several_shapes_in_one_package_chosen_by_the_inputs(tiny: Callable, tmp_
         torch.testing.assert_close(after(**call), expected, atol=1e-5, rtol=1e-4)
     with pytest.raises(UserError, match=r"takes hidden_states float32\[1, 16, 256\]"):
         after(hidden_states=torch.randn(2, 16, 256), temb=torch.randn(2, 256))
+
+
+@pytest.mark.slow
+def test_kontext_edits_as_eagerly(kontext: Path, tmp_path: Path, error_of: Callable) -> None:
+    """An image of another size than what is drawn; its tokens count with those."""
+    image, other = tmp_path / "in.png", tmp_path / "black.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (67, 50, 3), dtype=np.uint8)).save(image)
+    Image.new("RGB", (50, 67)).save(other)
+    request = Request("a red circle", 64, 96, 2, 0.0, 64, image=image)
+    eager, packaged = (
+        checkpoints.load(str(kontext), torch.float32, torch.device("cpu"), progress=False) for _ in range(2)
+    )
+    recipe = Recipe(execution="aoti", modulation="hoisted", hoisted_embeddings=True)
+    recipes.apply(packaged, recipe, PackageStore(tmp_path))
+
+    def latents(pipe: DiffusionPipeline, request: Request) -> torch.Tensor:
+        return pipe(**request.arguments(pipe), output_type="latent").images
+
+    expected = latents(eager, request)
+    assert error_of(latents(packaged, request), expected) < TOLERANCE["float32"]
+    assert error_of(latents(packaged, replace(request, image=other)), expected) > 0.01, "the image matters"
+    (entry,) = PackageStore(tmp_path).entries()
+    (double,) = [model for model in entry.manifest.models.values() if model.region == "double_block"]
+    assert double.inputs["hidden_states"].shape == (1, 24 + 12, 256)
 
 
 @pytest.mark.slow
