@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from export import regions, text_encoders
+from export import build, regions, text_encoders
 from export.regions import Inputs, Region
 from recipes import hoisting, ladder
 from utils.request import MULTIPLE, Request
@@ -79,17 +79,48 @@ class TransformerCall:
 
 
 def build_command(library: Library, region: Region, inputs: Inputs) -> str:
-    """`python -m export build ...` for what a region's call needs; in capitals the sizes that aren't known.
+    """`python -m export build ...` for what a region's call needs; in capitals the sizes that aren't known."""
+    options = {
+        "--checkpoint": library.checkpoint,
+        "--recipe": ladder.command_line_name(library.recipe),
+        **{"--resolutions": "HEIGHTxWIDTH", "--text-lengths": "TOKENS"},
+        "--batch": "1",
+        "--out": str(library.store.folder),
+        **_sizes(library, region, inputs),
+    }
+    return f"python -m export build {shlex.join(itertools.chain(*options.items()))}"
+
+
+def in_words(library: Library, region: Region, inputs: Inputs) -> str:
+    """What a package would have to do for a region's call: "draws 64x96, batch 1, 64 text tokens"; of sizes that aren't
+    known, what the region is called with."""
+    if region.component in text_encoders.COMPONENTS:
+        return f"encodes {inputs['hidden_states'].shape[1]} text tokens (it would need the {region.name})"
+    sizes = _sizes(library, region, inputs)
+    if "--resolutions" not in sizes:
+        specs = list(build.input_specs(inputs).items())[:2]
+        return f"has the {region.name} for {', '.join(f'{n} {spec.dtype}{list(spec.shape)}' for n, spec in specs)}"
+    words = [sizes["--resolutions"], f"batch {sizes['--batch']}"]
+    if "--text-lengths" in sizes:
+        words.append(f"{sizes['--text-lengths']} text tokens")
+    if "--image-size" in sizes:
+        words.append(f"an image of {sizes['--image-size']} to edit")
+    return f"draws {', '.join(words)} (it would need the {region.name})"
+
+
+def _sizes(library: Library, region: Region, inputs: Inputs) -> dict[str, str]:
+    """The options of `build` that say for which sizes, as far as they are known.
 
     They aren't of a region that is called by hand, and not as the transformer's last call would have it; nor of text
     encoders, which run before it, but where the call to come was announced.
     """
     call, pixels = library.last_call, library.pipe.vae_scale_factor
     of_call: Sizes | TransformerCall | None = call
+    resolution: str | None
     if region.component in text_encoders.COMPONENTS:  # which run before the transformer
         of_call = coming = library.coming
-        batch, known = 1 if coming is None else coming.batch, coming is not None
-        resolution = "HEIGHTxWIDTH" if coming is None else coming.resolution
+        batch, resolution = (1, None) if coming is None else (coming.batch, coming.resolution)
+        known = coming is not None
     elif region is regions.DECODER:
         batch, _, height, width = inputs["sample"].shape
         resolution = f"{height * pixels}x{width * pixels}"
@@ -97,19 +128,13 @@ def build_command(library: Library, region: Region, inputs: Inputs) -> str:
     else:
         batch, tokens = inputs["hidden_states"].shape[:2]
         known = call is not None and (call.batch, call.image_tokens) == (batch, tokens)
-        resolution = call.resolution if call is not None and known else "HEIGHTxWIDTH"
-    options = {
-        "--checkpoint": library.checkpoint,
-        "--recipe": ladder.command_line_name(library.recipe),
-        "--resolutions": resolution,
-        "--text-lengths": "TOKENS",
-        "--batch": str(batch),
-        "--out": str(library.store.folder),
-    }
+        resolution = call.resolution if call is not None and known else None
+    found = {} if resolution is None else {"--resolutions": resolution}
+    found["--batch"] = str(batch)
     if of_call is not None and known:
-        options["--text-lengths"] = str(of_call.text_tokens)
+        found["--text-lengths"] = str(of_call.text_tokens)
         if of_call.image_size not in (None, resolution):
-            options["--image-size"] = str(of_call.image_size)
+            found["--image-size"] = str(of_call.image_size)
     if region.component == text_encoders.T5_LAYER.component:
-        options["--text-lengths"] = str(inputs["hidden_states"].shape[1])
-    return f"python -m export build {shlex.join(itertools.chain(*options.items()))}"
+        found["--text-lengths"] = str(inputs["hidden_states"].shape[1])
+    return found

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from export import build, regions, sizes, text_encoders, weights
 from export.build import Call
-from export.build_command import Sizes, TransformerCall, build_command
+from export.build_command import Sizes, TransformerCall, build_command, in_words
 from export.checks import check_file
 from export.manifest import Identity, Manifest, content_key, identify
 from export.regions import Inputs, Key, Region
@@ -193,9 +193,8 @@ class Library:
                 nearest = rank, f" ({entry.path.name} {reason or next(iter(other_inputs.values()))})"
         if for_range is not None or self.store.build:
             return for_range
-        inputs_here = ", ".join(f"{name} {spec.dtype}{list(spec.shape)}" for name, spec in list(wanted.items())[:2])
         raise UserError(
-            f"no package in {self.store.folder} has the {region.name} for {inputs_here}: build it with "
+            f"no package in {self.store.folder} {in_words(self, region, inputs)}: build one with "
             f"`{build_command(self, region, inputs)}`, or {self.store.to_build}{nearest[1]}"
         )
 

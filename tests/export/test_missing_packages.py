@@ -26,7 +26,7 @@ from utils import command_line
 from utils.files import ROOT
 
 AOTI = ("--checkpoint", "tiny", "--recipe", "fp32,execution=aoti", "--steps", 1)
-MISSING = "has the before for hidden_states float32[1, 24, 64], encoder_hidden_states float32[1, 64, 256]"
+MISSING = "draws 64x96, batch 1, 64 text tokens (it would need the before)"
 EXPORT = "python -m export"
 BUILD = f"{EXPORT} build --checkpoint tiny --recipe fp32,execution=aoti --resolutions 64x96 --text-lengths 64"
 CACHED, BUILDING = "--use-cached-model", "--build-packages"
@@ -63,7 +63,7 @@ def test_a_named_recipe_is_refused_with_both_ways_on(
     cache, output = tmp_path / "cache", tmp_path / "a.png"
     size = ("--height", 64, "--width", 96, "--cache-dir", cache, "--output", output)
     done = main("gen_image", *AOTI, *size, *options)
-    refusal = f"error: no package in {cache} {MISSING}: build it with `{BUILD} --batch 1 --out {cache}`, {way_on}"
+    refusal = f"error: no package in {cache} {MISSING}: build one with `{BUILD} --batch 1 --out {cache}`, {way_on}"
     assert done.error() == refusal
     assert done.code == 1
     assert os.listdir(tmp_path) == []
@@ -115,7 +115,7 @@ def test_the_image_that_kontext_edits_has_a_size_of_its_own(main: Callable, kont
     size = ("--image", image, "--height", 64, "--width", 96, "--steps", 1, "--cache-dir", folder)
     run = ("gen_image", "--checkpoint", kontext, "--recipe", RECIPES[1], "--output", tmp_path / "a.png")
     error = main(*run, *size).error()
-    assert "hidden_states float32[1, 36, 64]" in error, "24 tokens to draw and 12 to edit"
+    assert "draws 64x96, batch 1, 64 text tokens, an image of 64x48 to edit (it would need the before)" in error
     assert "--resolutions 64x96 --text-lengths 64 --batch 1 " in error
     assert f"--out {folder} --image-size 64x48`" in error
     pipe, library = order.pipeline(str(kontext), parse(RECIPES[1]), folder, torch.device("cpu"))

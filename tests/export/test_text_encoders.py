@@ -116,14 +116,17 @@ def test_float8_built_at_the_first_call(tiny: Callable, error_of: Callable, tmp_
     assert {error.tolerance for error in errors} == {2e-2, 1e-1}
     # Of another image's recipe CLIP's fits, T5's in bfloat16 doesn't.
     other = applied(tiny, replace(AOTI, fused_qkv=True), PackageStore(tmp_path, build=False))
-    with pytest.raises(UserError, match=r"has the t5_first_layer .* was built for float8_text_encoder=true"):
+    with pytest.raises(
+        UserError,
+        match=r"encodes 64 text tokens \(it would need the t5_first_layer\).* was built for float8_text_encoder=true",
+    ):
         encoded(other, PROMPTS)
 
 
 def test_missing_ones_are_refused_with_the_sizes_of_what_was_announced(tiny: Callable, tmp_path: Path) -> None:
     pipe = applied(tiny, AOTI, PackageStore(tmp_path, build=False))
     words = (
-        r"no package in \S+ has the clip_layer for hidden_states bfloat16\[1, 77, 256\]: build it with `python -m "
+        r"no package in \S+ encodes 77 text tokens \(it would need the clip_layer\): build one with `python -m "
         r"export build --checkpoint tiny --recipe \S+ --resolutions {} --out \S+`, or .*"
     )
     for sizes in ("HEIGHTxWIDTH --text-lengths TOKENS --batch 1", "64x96 --text-lengths 32 --batch 2"):
