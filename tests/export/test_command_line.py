@@ -123,6 +123,7 @@ def test_damaged_file(export: Callable, damaged: Path) -> None:
         assert done.code == 1
 
 
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 LAST_LAYERS = "a package of the transformer's last layers"
 
 
@@ -136,8 +137,9 @@ def compiler(tmp_path: Path, more: str) -> str:
 
 
 @pytest.mark.slow
-def test_doctor_where_all_is_well(export: Callable) -> None:
-    done = export("doctor")
+@pytest.mark.parametrize("device", DEVICES)
+def test_doctor_where_all_is_well(export: Callable, device: str) -> None:
+    done = export("doctor", "--device", device)
     assert done.code == 0, done.out
     assert done.out.splitlines()[-1] == f"ok    {LAST_LAYERS}: compiled, loaded, run, and right"
     assert "WRONG" not in done.out
@@ -168,11 +170,12 @@ def test_doctors_package_is_one_of_ours(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("device", DEVICES)
 def test_doctor_finds_a_compiler_that_links_its_library_statically(
-    export: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    export: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str
 ) -> None:
     monkeypatch.setenv("CXX", compiler(tmp_path, "-static-libstdc++"))
-    done = export("doctor")
+    done = export("doctor", "--device", device)
     assert "links libstdc++ statically, and every package crashes" in done.error()
     assert done.code == 1
 

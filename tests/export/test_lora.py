@@ -297,6 +297,7 @@ EPILOGUES = replace(IN_A_GRAPH, fused_kernels=True, attention="wgmma_fp8", gemm_
         pytest.param(IN_A_GRAPH, id="aoti-graph", marks=pytest.mark.gpu),
         pytest.param(replace(IN_A_GRAPH, fused_kernels=True), id="aoti-graph-kernels", marks=pytest.mark.gpu),
         pytest.param(EPILOGUES, id="aoti-graph-epilogues", marks=pytest.mark.gpu),
+        pytest.param(replace(EPILOGUES, int8_adaln=True), id="aoti-graph-int8", marks=pytest.mark.gpu),
     ],
 )
 def test_nothing_is_compiled_anew(
