@@ -95,17 +95,19 @@ def in_words(library: Library, region: Region, inputs: Inputs) -> str:
     """What a package would have to do for a region's call: "draws 64x96, batch 1, 64 text tokens"; of sizes that aren't
     known, what the region is called with."""
     if region.component in text_encoders.COMPONENTS:
-        return f"encodes {inputs['hidden_states'].shape[1]} text tokens (it would need the {region.name})"
+        return f"encodes {inputs['hidden_states'].shape[1]} text tokens (region {region.name})"
     sizes = _sizes(library, region, inputs)
     if "--resolutions" not in sizes:
         specs = list(build.input_specs(inputs).items())[:2]
-        return f"has the {region.name} for {', '.join(f'{n} {spec.dtype}{list(spec.shape)}' for n, spec in specs)}"
+        return (
+            f"has the region {region.name} for {', '.join(f'{n} {spec.dtype}{list(spec.shape)}' for n, spec in specs)}"
+        )
     words = [sizes["--resolutions"], f"batch {sizes['--batch']}"]
     if "--text-lengths" in sizes:
         words.append(f"{sizes['--text-lengths']} text tokens")
     if "--image-size" in sizes:
         words.append(f"an image of {sizes['--image-size']} to edit")
-    return f"draws {', '.join(words)} (it would need the {region.name})"
+    return f"draws {', '.join(words)} (region {region.name})"
 
 
 def _sizes(library: Library, region: Region, inputs: Inputs) -> dict[str, str]:
@@ -124,7 +126,8 @@ def _sizes(library: Library, region: Region, inputs: Inputs) -> dict[str, str]:
     elif region is regions.DECODER:
         batch, _, height, width = inputs["sample"].shape
         resolution = f"{height * pixels}x{width * pixels}"
-        known = call is not None and call.resolution == resolution
+        of_call = next((one for one in (call, library.coming) if one and one.resolution == resolution), None)
+        known = of_call is not None
     else:
         batch, tokens = inputs["hidden_states"].shape[:2]
         known = call is not None and (call.batch, call.image_tokens) == (batch, tokens)

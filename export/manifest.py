@@ -86,8 +86,12 @@ class TensorSpec:
     def of(cls, tensor: torch.Tensor, stride: tuple[int, ...] | None = None) -> TensorSpec:
         return cls(tuple(tensor.shape), stride or tuple(tensor.stride()), str(tensor.dtype).removeprefix("torch."))
 
+    @property
+    def short(self) -> str:
+        return f"{self.dtype}{list(self.shape)}"
+
     def __str__(self) -> str:
-        return f"{self.dtype}{list(self.shape)} with strides {list(self.stride)}"
+        return f"{self.short} with strides {list(self.stride)}"
 
 
 @dataclass(frozen=True)

@@ -335,10 +335,21 @@ def _kind(components: Collection[str]) -> str:
 
 
 def announce(pipe: DiffusionPipeline, request: Request) -> None:
-    """Let what is refused at a call's text encoders, which know nothing of an image, name the sizes of `request`."""
+    """Tell of a call to come, so that what is refused before its sizes are seen can name them.
+
+    Raises:
+        UserError: no package has the decoder that the call would end with, and none may be built.
+    """
     library = getattr(without_graph(pipe.transformer), "packages", None)
-    if library is not None:
-        library.coming = Sizes.of(request)
+    if library is None:
+        return
+    library.coming = Sizes.of(request)
+    vae = getattr(pipe, "vae", None)
+    if vae is None or library.store.build:
+        return
+    sides = (request.height // pipe.vae_scale_factor, request.width // pipe.vae_scale_factor)
+    sample = torch.empty(request.batch, vae.config.latent_channels, *sides, dtype=vae.dtype, device=vae.device)
+    library.find(regions.DECODER, regions.DECODER.arguments((sample,), {}))
 
 
 def library_of(pipe: DiffusionPipeline) -> Library:

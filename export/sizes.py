@@ -106,8 +106,13 @@ def refusal(model: Model, wanted: Specs) -> str | None:
                 return f"takes {words(name, one)}, it comes with {here.get(name, 'none')}"
         there = at(there, {**here, **of(there), **{name: here[name] for name in model.ranges}})
     for name in (*wanted, *there):
-        if there.get(name) != wanted.get(name):
-            return f"takes {name} {there.get(name, 'not at all')}, it comes {wanted.get(name, 'not at all')}"
+        taken, given = there.get(name), wanted.get(name)
+        if taken is None or given is None:
+            if taken is not given:
+                return f"takes {name} {taken or 'not at all'}, it comes {given or 'not at all'}"
+        elif taken != given:
+            alike = taken.short == given.short
+            return f"takes {name} {taken if alike else taken.short}, it comes {given if alike else given.short}"
     return None
 
 

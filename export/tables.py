@@ -21,18 +21,16 @@ def line(entry: Entry) -> str:
     manifest = entry.manifest
     kinds = Counter(model.region for model in manifest.models.values())
     models = ", ".join(name if count == 1 else f"{count} {name}" for name, count in kinds.items())
-    return (
-        f"{entry.path}: {entry.beside.size / 1e6:.2f} MB, {manifest.built.seconds:.0f} s to build, "
-        f"{recipe_name(entry)}, {manifest.identity.device} {manifest.identity.arch}: {models}{_drawn(manifest)}"
-        f"{_encoded(manifest)}"
-    )
+    built = f"{entry.beside.size / 1e6:.2f} MB, {manifest.built.seconds:.0f} s to build"
+    here = f"{manifest.identity.device} {manifest.identity.arch}"
+    return f"{entry.path}: {_drawn(manifest)}{_encoded(manifest)}{built}, {here}, {recipe_name(entry)}: {models}"
 
 
 def _encoded(manifest: Manifest) -> str:
     """The numbers of text tokens that it has T5's layers for."""
     t5 = [model for model in manifest.models.values() if model.region in (T5_FIRST_LAYER.name, T5_LAYER.name)]
     lengths = sorted({model.inputs["hidden_states"].shape[1] for model in t5})
-    return f"; encodes {', '.join(map(str, lengths))} text tokens" if lengths else ""
+    return f"encodes {', '.join(map(str, lengths))} text tokens; " if lengths else ""
 
 
 def _drawn(manifest: Manifest) -> str:
@@ -41,7 +39,7 @@ def _drawn(manifest: Manifest) -> str:
     latents = [spec.shape[-2:] for model in decoders if not model.ranges for spec in model.inputs.values()]
     texts = ["x".join(str(side * _OF_LATENT) for side in sides) for sides in latents]
     texts += [sizes.words(name, one) for model in decoders for name, one in model.ranges.items()]
-    return f"; draws {', '.join(texts)}" if texts else ""
+    return f"draws {', '.join(texts)}; " if texts else ""
 
 
 def description(entry: Entry) -> str:

@@ -101,7 +101,7 @@ def _timeline(analysis: Analysis) -> str:
     report, device = analysis.report, analysis.device
     step = None if report.median_step is None else report.steps[report.median_step]
     if step is None or step.device is None or device is None:
-        return "<h2>One denoising step</h2><p>n/a: there is no step with work on a GPU that can be trusted.</p>"
+        return f"<h2>One denoising step</h2><p>n/a: {_without(report)}.</p>"
     zero = int(analysis.trace.start[0])
     begin = zero + step.device.window_start_ns
     finish = begin + step.device.window_ns
@@ -119,6 +119,11 @@ def _timeline(analysis: Analysis) -> str:
         drawn = chart(threads, milliseconds, _CAUSE_COLOURS)
         parts.append(f"<p>The threads that launch, at the same time, by what they do</p>{drawn}")
     return "\n".join(parts)
+
+
+def _without(report: Report) -> str:
+    """Why there is no step to draw."""
+    return "there is no step with work on a GPU that can be trusted" if report.has_gpu else "the trace has no GPU in it"
 
 
 def _streams(analysis: Analysis, begin: int, finish: int) -> list[Line]:
@@ -161,7 +166,7 @@ def _bars(report: Report) -> str:
     """Each step's window: time by kind and idle, stacked."""
     steps = [step for step in report.steps if step.device is not None][:_BARS]
     if not steps:
-        return "<h2>Every step</h2><p>n/a: there is no step with work on a GPU that can be trusted.</p>"
+        return f"<h2>Every step</h2><p>n/a: {_without(report)}.</p>"
     parts = [_parts(step) for step in steps]
     longest = max(1, *(sum(times.values()) for times in parts))
     lines = []

@@ -91,14 +91,13 @@ def _reasons(report: Report) -> dict[str, str]:
 
 
 def _spans(title: str, report: Report, spans: tuple[Span, ...]) -> Table:
-    header = (
-        "range", "host start ms", "host ms", "operators ms", "window ms", "busy ms", "idle ms", "overlap ms",
-        "kernels", "launches", "graphs", "copies",
-    )  # fmt: skip
+    header: tuple[str, ...] = ("range", "host start ms", "host ms", "operators ms")
+    if report.has_gpu:
+        header += ("window ms", "busy ms", "idle ms", "overlap ms", "kernels", "launches", "graphs", "copies")
     rows = []
     for span in spans:
         time = span.device
-        gpu: tuple[str, ...] = (NOT_AVAILABLE,) * 8
+        gpu: tuple[str, ...] = (NOT_AVAILABLE,) * (len(header) - 4)
         if time is not None:
             gpu = (
                 ms(time.window_ns), ms(time.busy_ns), ms(time.idle_ns), ms(time.overlap_ns), str(time.kernels),
@@ -111,6 +110,8 @@ def _spans(title: str, report: Report, spans: tuple[Span, ...]) -> Table:
         notes.append(f"There is no range {report.marker} in the trace.")
     if spans and spans == report.steps and report.median_step is not None:
         notes.append(f"The median step is number {report.median_step}.")
+    if spans == report.steps and not report.has_gpu:
+        notes.append("There is no GPU in this trace. What of host ms isn't operators ms went to Python.")
     notes += [reason for part, reason in _reasons(report).items() if part == "steps"]
     return _table(title, header, rows, 1, tuple(notes))
 

@@ -88,9 +88,8 @@ def test_second_build_finds_the_first(export: Callable, package: Entry) -> None:
 @pytest.mark.slow
 def test_list_inspect_verify(export: Callable, package: Entry) -> None:
     (line,) = export("list", package.path.parent).out.splitlines()
-    assert line.startswith(f"{package.path}: ")
-    assert "fp32,execution=aoti, cpu" in line
-    assert line.endswith("vae_decoder; draws 64x64")
+    assert line.startswith(f"{package.path}: draws 64x64; {package.beside.size / 1e6:.2f} MB, ")
+    assert line.endswith(", fp32,execution=aoti: before, double_block, single_block, after, vae_decoder")
     seen = export("inspect", package.path).out
     for words in (package.beside.sha256, "num_layers=2", "torch 2.", "106 of 106 weights bound", "float32[1, 16, 256]"):
         assert words in seen
@@ -251,7 +250,7 @@ def test_package_of_another_version(
         assert done.code == 1
         assert "is of another version of this program (its schema is 1, this program reads " in done.error()
     inputs = inputs_of_after()
-    with pytest.raises(UserError, match=r"no package in .* has the after for hidden_states float32\["):
+    with pytest.raises(UserError, match=r"no package in .* has the region after for hidden_states float32\["):
         replace(library, store=store).find(after.region, inputs)
     # Beside one that fits it is in nobody's way.
     shutil.copy(package.path, damaged.parent / "fits.pt2")

@@ -24,9 +24,10 @@ from export.store import Entry, PackageStore
 from recipes import command_line_name, loop_graph, parse
 from utils import command_line
 from utils.files import ROOT
+from utils.request import Request
 
 AOTI = ("--checkpoint", "tiny", "--recipe", "fp32,execution=aoti", "--steps", 1)
-MISSING = "draws 64x96, batch 1, 64 text tokens (it would need the before)"
+MISSING = "draws 64x96, batch 1, 64 text tokens (region vae_decoder)"
 EXPORT = "python -m export"
 BUILD = f"{EXPORT} build --checkpoint tiny --recipe fp32,execution=aoti --resolutions 64x96 --text-lengths 64"
 CACHED, BUILDING = "--use-cached-model", "--build-packages"
@@ -75,9 +76,20 @@ def test_one_that_does_not_fit_is_refused_and_not_built_beside(main: Callable, p
     before = sorted(os.listdir(folder))
     size = ("--height", 64, "--width", 96, "--cache-dir", folder, "--output", tmp_path / "a.png")
     error = main("gen_image", *AOTI, *size).error()
-    assert f"({package.path.name} takes hidden_states float32[1, 16, 64] with strides [1024, 64, 1], it comes " in error
+    assert f"({package.path.name} takes sample float32[1, 16, 8, 8], it comes float32[1, 16, 8, 12])" in error
     assert f"`{BUILD} --batch 1 --out {folder}`, or add --build-packages" in error
     assert sorted(os.listdir(folder)) == before
+
+
+@pytest.mark.slow
+def test_what_only_the_decoder_lacks_is_refused_before_any_step(
+    main: Callable, package: Entry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """32x128 makes as many tokens as 64x64."""
+    monkeypatch.setattr(Request, "run", lambda request, pipe: pytest.fail("it was drawn"))
+    size = ("--height", 32, "--width", 128, "--cache-dir", package.path.parent, "--output", tmp_path / "a.png")
+    error = main("gen_image", *AOTI, *size, CACHED).error()
+    assert "draws 32x128, batch 1, 64 text tokens (region vae_decoder): build one with " in error
 
 
 HOISTED = "hoisted_embeddings=true,modulation=hoisted"
@@ -115,7 +127,7 @@ def test_the_image_that_kontext_edits_has_a_size_of_its_own(main: Callable, kont
     size = ("--image", image, "--height", 64, "--width", 96, "--steps", 1, "--cache-dir", folder)
     run = ("gen_image", "--checkpoint", kontext, "--recipe", RECIPES[1], "--output", tmp_path / "a.png")
     error = main(*run, *size).error()
-    assert "draws 64x96, batch 1, 64 text tokens, an image of 64x48 to edit (it would need the before)" in error
+    assert "draws 64x96, batch 1, 64 text tokens, an image of 64x48 to edit (region vae_decoder)" in error
     assert "--resolutions 64x96 --text-lengths 64 --batch 1 " in error
     assert f"--out {folder} --image-size 64x48`" in error
     pipe, library = order.pipeline(str(kontext), parse(RECIPES[1]), folder, torch.device("cpu"))

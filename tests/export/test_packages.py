@@ -206,8 +206,8 @@ def test_shape_that_no_package_has(draw: Callable, packaged: DiffusionPipeline, 
     with pytest.raises(UserError) as raised:
         draw(packaged, width=96)
     (line,) = str(raised.value).splitlines()
-    assert "the before for hidden_states float32[1, 24, 64]" in line
-    assert f"{package.path.name} takes hidden_states float32[1, 16, 64] with strides [1024, 64, 1]" in line
+    assert "draws 64x96, batch 1, 64 text tokens (region before): build one with" in line
+    assert f"{package.path.name} takes hidden_states float32[1, 16, 64], it comes float32[1, 24, 64]" in line
     assert (
         "python -m export build --checkpoint tiny --recipe fp32,execution=aoti --resolutions 64x96 --text-lengths 64 "
         f"--batch 1 --out {package.path.parent}"

@@ -67,8 +67,8 @@ def test_sizes_within_the_ranges_are_taken(image: int, text: int) -> None:
         ({"image": 21}, "takes 4 to 20 image tokens, it comes with 21"),
         ({"image": 3}, "takes 4 to 20 image tokens, it comes with 3"),
         ({"text": 9}, "takes 2 to 8 text tokens, it comes with 9"),
-        ({"batch": 2}, "takes hidden_states float32[1, 12, 256] with strides [3072, 256, 1], it comes float32[2, 12"),
-        ({"dtype": torch.bfloat16}, "takes hidden_states float32[1, 12, 256] with strides [3072, 256, 1], it comes bf"),
+        ({"batch": 2}, "takes hidden_states float32[1, 12, 256], it comes float32[2, 12"),
+        ({"dtype": torch.bfloat16}, "takes hidden_states float32[1, 12, 256], it comes bf"),
     ],
 )
 def test_other_inputs_are_refused(given: dict[str, Any], words: str) -> None:
@@ -78,7 +78,7 @@ def test_other_inputs_are_refused(given: dict[str, Any], words: str) -> None:
 def test_inputs_that_disagree_about_a_size_are_refused() -> None:
     """The model would read beyond the shorter one."""
     wanted = {**of_block(image=16), "image_rotary_emb.0": of_block(image=12)["image_rotary_emb.0"]}
-    reason = "takes image_rotary_emb.0 float32[24, 128] with strides [128, 1], it comes float32[20, 128]"
+    reason = "takes image_rotary_emb.0 float32[24, 128], it comes float32[20, 128]"
     assert (sizes.refusal(model(TOKENS), wanted) or "").startswith(reason)
     without = {name: spec for name, spec in of_block().items() if name != "temb"}
     assert (sizes.refusal(model(TOKENS), without) or "").endswith("it comes not at all")
@@ -217,7 +217,7 @@ def test_sizes_between_are_drawn_as_eager_draws_them(
         ({"height": 32}, "takes 12 to 20 image tokens, it comes with 8", "32x64"),
         ({"max_sequence_length": 16}, "takes 32 to 64 text tokens, it comes with 16", "64x64"),
         ({"width": 32, "height": 96}, "takes 6 to 10 latent height, it comes with 12", "96x32"),
-        ({"batch": 2}, "takes hidden_states float32[1, 16, 64] with strides [1024, 64, 1], it comes", "64x64"),
+        ({"batch": 2}, "takes hidden_states float32[1, 16, 64], it comes", "64x64"),
     ],
     ids=["large", "small", "text", "decoder", "batch"],
 )
@@ -321,7 +321,7 @@ def test_damaged_ranges_beside(library: Library, forged: Path, change: str, monk
         (lambda one: one["ranges"]["image_tokens"].update(smallest=30), "takes 30 to 20 image tokens"),
         (lambda one: one["ranges"].update(lines={"smallest": 1, "largest": 9}), "takes 1 to 9 lines, it comes with no"),
         (lambda one: one["ranges"].update(text_tokens={"smallest": 1, "largest": 9}), "takes 1 to 9 text tokens, it"),
-        (lambda one: one["inputs"]["hidden_states"].update(shape=[1]), "takes hidden_states float32[1] with"),
+        (lambda one: one["inputs"]["hidden_states"].update(shape=[1]), "takes hidden_states float32[1], it comes"),
         (lambda one: one["inputs"]["hidden_states"].update(shape=[2, 20, 256]), "takes hidden_states float32[2, 16, "),
         (lambda one: one.update(ranges={}), "takes hidden_states float32[1, 20, 256]"),
     ],

@@ -66,7 +66,8 @@ def test_a_package_of_three_small_models(built: list[tuple[Entry, bool]]) -> Non
     assert text.path.name.startswith("text_encoders-")
     assert text.beside.size < 2e6
     assert all(model.weights_sha256 is None for model in text.manifest.models.values()), "no weights in it"
-    assert tables.line(text).endswith(": clip_layer, t5_first_layer, t5_layer; encodes 64 text tokens")
+    assert tables.line(text).startswith(f"{text.path}: encodes 64 text tokens; ")
+    assert tables.line(text).endswith(": clip_layer, t5_first_layer, t5_layer")
     assert re.findall(r"^  (\w+): \w+=", tables.description(text), re.M) == ["text_encoder", "text_encoder_2"]
     assert re.findall(r"^  (\w+): \w+=", tables.description(image), re.M) == ["transformer", "vae"]
     identity = text.manifest.identity
@@ -118,7 +119,7 @@ def test_float8_built_at_the_first_call(tiny: Callable, error_of: Callable, tmp_
     other = applied(tiny, replace(AOTI, fused_qkv=True), PackageStore(tmp_path, build=False))
     with pytest.raises(
         UserError,
-        match=r"encodes 64 text tokens \(it would need the t5_first_layer\).* was built for float8_text_encoder=true",
+        match=r"encodes 64 text tokens \(region t5_first_layer\).* was built for float8_text_encoder=true",
     ):
         encoded(other, PROMPTS)
 
@@ -126,14 +127,15 @@ def test_float8_built_at_the_first_call(tiny: Callable, error_of: Callable, tmp_
 def test_missing_ones_are_refused_with_the_sizes_of_what_was_announced(tiny: Callable, tmp_path: Path) -> None:
     pipe = applied(tiny, AOTI, PackageStore(tmp_path, build=False))
     words = (
-        r"no package in \S+ encodes 77 text tokens \(it would need the clip_layer\): build one with `python -m "
+        r"no package in \S+ encodes 77 text tokens \(region clip_layer\): build one with `python -m "
         r"export build --checkpoint tiny --recipe \S+ --resolutions {} --out \S+`, or .*"
     )
     for sizes in ("HEIGHTxWIDTH --text-lengths TOKENS --batch 1", "64x96 --text-lengths 32 --batch 2"):
         with pytest.raises(UserError) as raised:
             encoded(pipe, PROMPTS)
         assert re.fullmatch(words.format(sizes), str(raised.value))
-        announce(pipe, Request("a red circle", 64, 96, 2, 0.0, 32, 2))
+        with pytest.raises(UserError, match=r"draws 64x96, batch 2, 32 text tokens \(region vae_decoder\)"):
+            announce(pipe, Request("a red circle", 64, 96, 2, 0.0, 32, 2))
 
 
 def test_what_packages_take_no_account_of_is_refused(tiny: Callable, tmp_path: Path) -> None:

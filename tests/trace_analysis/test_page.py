@@ -112,10 +112,14 @@ def test_without_a_gpu_or_what_can_be_trusted(writer, two_steps) -> None:
     two_steps.call("cudaGraphLaunch", 150, 5)
     blank = page(two_steps.analyse())
     assert blank.count("<svg") == 0
+    assert blank.count("n/a: there is no step with work on a GPU that can be trusted.") == 2
     assert "left blank: 1 of 1 CUDA graph launches have no kernels" in blank
     two_steps.events = [event for event in two_steps.events if event["cat"] == "user_annotation"]
     text = page(two_steps.analyse())
-    assert text.count("n/a: there is no step with work on a GPU") == 2
+    assert text.count("n/a: the trace has no GPU in it.") == 2
+    assert "There is no GPU in this trace. " in text
+    assert "window ms" not in text
+    assert "window ms" in blank
 
 
 def test_visible_intervals() -> None:
