@@ -214,7 +214,7 @@ def test_what_shapes_a_components_graph(library: Library) -> None:
 @pytest.mark.parametrize("inputs", [{"batch": 2}, {"tokens": 24}])
 def test_other_shapes(refuse: Callable, package: Entry, inputs: dict[str, int]) -> None:
     line = refuse(package.path.parent, **inputs_of_after(**inputs))
-    assert re.search(r"takes hidden_states float32\[1, 16, 256\] .*, it comes float32\[", line)
+    assert re.search(r"takes hidden_states float32\[1, 16, 256\], it comes float32\[", line)
 
 
 def test_other_dtype_and_other_inputs(refuse: Callable, package: Entry) -> None:
