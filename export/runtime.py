@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+import sys
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from diffusers import DiffusionPipeline
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import nn
 from torch.utils import _pytree as pytree
+from tqdm import tqdm
 
 from export import build, regions, sizes, text_encoders, weights
 from export.build import Call
@@ -127,7 +129,7 @@ class Library:
         """
         found = self.find(region.region, inputs)
         if found is None:
-            self.build([(region, inputs)])
+            self.build_missing([(region, inputs)])
             found = self.find(region.region, inputs)
             assert found is not None
         known = [model for model in region.bound.values() if model.source == found]
@@ -197,6 +199,13 @@ class Library:
             f"no package in {self.store.folder} {in_words(self, region, inputs)}: build one with "
             f"`{build_command(self, region, inputs)}`, or {self.store.to_build}{nearest[1]}"
         )
+
+    def build_missing(self, calls: Sequence[PackagedCall]) -> None:
+        """`build` in the middle of a call, which then takes a minute or more, and says why."""
+        region, inputs = calls[0]
+        why = f"no package in {self.store.folder} {in_words(self, region.region, inputs)}"
+        tqdm.write(f"{why}: building one", file=sys.stderr)  # between progress bars
+        self.build(calls)
 
     def build(
         self,
@@ -279,7 +288,7 @@ class PackagedTransformer:
             self._run(named)
         missing = [call for (region, _), call in calls.items() if self.packages.find(region, call[1]) is None]
         if missing:
-            self.packages.build(missing)
+            self.packages.build_missing(missing)
 
     def _run(self, named: dict[str, Any]) -> Any:
         return hoisting.run(self.packages.pipe.transformer, self.before, self.after, **named)

@@ -179,13 +179,18 @@ def test_two_options_that_contradict_each_other(main: Callable, tmp_path: Path) 
 def test_built_when_told_to_and_found_the_next_time(main: Callable, tmp_path: Path) -> None:
     cache, output = tmp_path / "cache", tmp_path / "a.png"
     size = ("--height", 64, "--width", 64, "--cache-dir", cache, "--output", output)
-    assert main("gen_image", *AOTI, *size, BUILDING).code == 0
+    done = main("gen_image", *AOTI, *size, BUILDING)
+    assert done.code == 0, done.err
+    for region in ("before", "vae_decoder"):
+        what = f"draws 64x64, batch 1, 64 text tokens (region {region})"
+        assert f"no package in {cache} {what}: building one\n" in done.err
     built = sorted(entry.path.name for entry in PackageStore(cache).entries())
     assert [name.partition("-")[0] for name in built] == ["transformer", "vae_decoder"]
     output.unlink()
     done = main("gen_image", *AOTI, *size)
     assert done.code == 0, done.err
     assert "compiling 0.0 s" in done.out
+    assert "building" not in done.err
     assert Image.open(output).size == (64, 64)
     assert sorted(entry.path.name for entry in PackageStore(cache).entries()) == built
 
