@@ -94,8 +94,7 @@ def measure(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     device = command_line.device(arguments)
     chosen, request = recipes.parse(arguments.recipe), step_clock.request(arguments)
     recipe = packaged(chosen)
-    of_text = {name: getattr(chosen, name) for name in ("compiled_text_encoders", "float8_text_encoder")}
-    whole = replace(recipe, **of_text)
+    whole = replace(chosen, execution="aoti", loop_graph=False)
     if request.steps < 2:
         raise UsageError(f"--steps {request.steps}: give at least 2, the first one of a call being apart")
     asked = parts(arguments)

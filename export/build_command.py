@@ -83,7 +83,8 @@ def build_command(library: Library, region: Region, inputs: Inputs) -> str:
     options = {
         "--checkpoint": library.checkpoint,
         "--recipe": ladder.command_line_name(library.recipe),
-        **{"--resolutions": "HEIGHTxWIDTH", "--text-lengths": "TOKENS"},
+        "--resolutions": "HEIGHTxWIDTH",
+        "--text-lengths": "TOKENS",
         "--batch": "1",
         "--out": str(library.store.folder),
         **_sizes(library, region, inputs),
