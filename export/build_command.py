@@ -99,10 +99,8 @@ def in_words(library: Library, region: Region, inputs: Inputs) -> str:
         return f"encodes {inputs['hidden_states'].shape[1]} text tokens (region {region.name})"
     sizes = _sizes(library, region, inputs)
     if "--resolutions" not in sizes:
-        specs = list(build.input_specs(inputs).items())[:2]
-        return (
-            f"has the region {region.name} for {', '.join(f'{n} {spec.dtype}{list(spec.shape)}' for n, spec in specs)}"
-        )
+        first = [f"{name} {spec.short}" for name, spec in build.input_specs(inputs).items()][:2]
+        return f"has the region {region.name} for {', '.join(first)}"
     words = [sizes["--resolutions"], f"batch {sizes['--batch']}"]
     if "--text-lengths" in sizes:
         words.append(f"{sizes['--text-lengths']} text tokens")
@@ -117,28 +115,25 @@ def _sizes(library: Library, region: Region, inputs: Inputs) -> dict[str, str]:
     They aren't of a region that is called by hand, and not as the transformer's last call would have it; nor of text
     encoders, which run before it, but where the call to come was announced.
     """
-    call, pixels = library.last_call, library.pipe.vae_scale_factor
-    of_call: Sizes | TransformerCall | None = call
-    resolution: str | None
-    if region.component in text_encoders.COMPONENTS:  # which run before the transformer
-        of_call = coming = library.coming
-        batch, resolution = (1, None) if coming is None else (coming.batch, coming.resolution)
-        known = coming is not None
+    last, coming, pixels = library.last_call, library.coming, library.pipe.vae_scale_factor
+    call: Sizes | TransformerCall | None
+    if region.component in text_encoders.COMPONENTS:
+        call, batch = coming, 1 if coming is None else coming.batch
+        resolution = None if coming is None else coming.resolution
     elif region is regions.DECODER:
         batch, _, height, width = inputs["sample"].shape
         resolution = f"{height * pixels}x{width * pixels}"
-        of_call = next((one for one in (call, library.coming) if one and one.resolution == resolution), None)
-        known = of_call is not None
+        call = next((one for one in (last, coming) if one and one.resolution == resolution), None)
     else:
         batch, tokens = inputs["hidden_states"].shape[:2]
-        known = call is not None and (call.batch, call.image_tokens) == (batch, tokens)
-        resolution = call.resolution if call is not None and known else None
+        call = last if last and (last.batch, last.image_tokens) == (batch, tokens) else None
+        resolution = None if call is None else call.resolution
     found = {} if resolution is None else {"--resolutions": resolution}
     found["--batch"] = str(batch)
-    if of_call is not None and known:
-        found["--text-lengths"] = str(of_call.text_tokens)
-        if of_call.image_size not in (None, resolution):
-            found["--image-size"] = str(of_call.image_size)
+    if call is not None:
+        found["--text-lengths"] = str(call.text_tokens)
+        if call.image_size not in (None, resolution):
+            found["--image-size"] = str(call.image_size)
     if region.component == text_encoders.T5_LAYER.component:
         found["--text-lengths"] = str(inputs["hidden_states"].shape[1])
     return found
