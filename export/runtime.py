@@ -254,7 +254,10 @@ class Library:
 
     @contextmanager
     def recording(self) -> Iterator[dict[tuple[Region, Key], PackagedCall]]:
-        """Run the modules as they were, and record how they are called: one call of each kind."""
+        """Run the modules as they were, and record how they are called: one call of each kind.
+
+        For a pipeline without CUDA graphs, which captured now would hold the modules as they were from then on.
+        """
         recorded: dict[tuple[Region, Key], PackagedCall] = {}
         self.recorded = recorded
         try:

@@ -347,12 +347,15 @@ def test_float8_in_a_package(tiny: Callable, predict: Callable, error_of: Callab
 @pytest.mark.slow
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_whole_model_with_its_weights_inside(tiny: Callable, predict: Callable, tmp_path: Path, device: str) -> None:
-    recipe = Recipe(execution="aoti", compile_scope="whole", cuda_graph=device == "cuda")
-    pipe = tiny(device=torch.device(device))
-    recipes.apply(pipe, recipe, PackageStore(tmp_path))
-    library = library_of(pipe)
+    plain = Recipe(execution="aoti", compile_scope="whole")
+    recipe = replace(plain, cuda_graph=device == "cuda")
+    pipes = [tiny(device=torch.device(device)) for _ in range(3)]
+    for pipe, one in zip(pipes, (plain, recipe, recipe), strict=True):
+        recipes.apply(pipe, one, PackageStore(tmp_path))
+    builder, pipe, other = pipes
+    library = library_of(builder)
     with library.recording() as calls:
-        expected = predict(pipe)
+        expected = predict(builder)
     entry, _ = library.build(calls.values(), embed_weights=True)
     (model,) = entry.manifest.models.values()
     assert (model.region, model.bound) == ("transformer", ())
@@ -363,9 +366,7 @@ def test_whole_model_with_its_weights_inside(tiny: Callable, predict: Callable, 
     factors = Factors(torch.zeros(4, 256), torch.zeros(256, 4), 1.0)
     with pytest.raises(UserError, match="weights inside, which a LoRA can't reach"):
         Adapter(pipe, "tiny").load(LoRA("file", {"single_transformer_blocks.0.attn.to_q": factors}))
-    other = tiny(device=torch.device(device))
     other.transformer.proj_out.weight.data.mul_(2)
-    recipes.apply(other, recipe, PackageStore(tmp_path))
     with pytest.raises(UserError, match="holds weights with sha256"):
         predict(other)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from contextlib import nullcontext as nothing
 from dataclasses import replace
@@ -365,6 +366,7 @@ def test_offloading_needs_a_gpu(tiny: Callable) -> None:
 def test_on_a_gpu(tiny: Callable, draw: Callable, waiting_is_an_error: Callable, modulation: str) -> None:
     cuda = torch.device("cuda")
     plain, hoisted = tiny(device=cuda), tiny(device=cuda)
+    gc.collect()  # pipelines of other tests
     before = torch.cuda.memory_allocated()
     applied = recipes.apply(
         hoisted, Recipe(modulation=modulation, hoisted_embeddings=True, scheduler_sync_removal=True)

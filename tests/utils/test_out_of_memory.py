@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -135,9 +136,11 @@ def test_a_command_ends_on_it(error: Exception, line: str, capsys: pytest.Captur
 
 @pytest.fixture
 def little_memory() -> Iterator[None]:
-    """1 % of the GPU's memory for this process."""
+    """800 MB of the GPU's memory for the test, besides what others hold in this process."""
+    gc.collect()
     torch.cuda.empty_cache()
-    torch.cuda.set_per_process_memory_fraction(0.01)
+    allowed = torch.cuda.memory_reserved() + 800e6
+    torch.cuda.set_per_process_memory_fraction(allowed / torch.cuda.get_device_properties(0).total_memory)
     yield
     torch.cuda.set_per_process_memory_fraction(1.0)
     torch.cuda.empty_cache()
