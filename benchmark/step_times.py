@@ -33,6 +33,7 @@ with quiet():
     import recipes
     from benchmark import prompts, step_clock
     from benchmark.memory import peak_bytes, reset_peak
+    from benchmark.runner import command_text
     from benchmark.step_clock import StepClock, latents, numbered
     from export.store import PackageStore
     from recipes.dtype import torch_dtype
@@ -126,6 +127,7 @@ def main() -> None:
             "calls": arguments.calls,
             "cold_caches": arguments.cold,
             "environment": environment.capture(device, arguments.commit),
+            "command": command_text(),
         }
         rows: list[dict[str, Any]] = []
         table = [HEADER]

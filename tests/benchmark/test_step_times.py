@@ -46,6 +46,7 @@ def test_every_recipe_is_timed_and_compared(run: Callable, tmp_path: Path) -> No
     assert found["cold_caches"] is False
     assert found["request"]["width"] == 48
     assert found["environment"]["torch"]
+    assert " ".join(recipes) in found["command"]
     rows = {row["recipe"]["name"]: row for row in found["recipes"]}
     assert list(rows) == [recipes[0], recipes[1], recipes[2], recipes[3]]
     refused = rows.pop("bf16,cuda_graph=true")
