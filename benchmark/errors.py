@@ -1,15 +1,17 @@
 """What recipes round: `python -m benchmark.errors RECIPE... --checkpoint random/flux-dev --output FILE`.
 
-Relative errors (the L2 norm of the difference over that of the float32 result) of two things, for `--prompts` prompts
+Relative errors (the L2 norm of the difference over that of the float32 result) of three things, for `--prompts` prompts
 with a seed each:
 
 - `step`: what the transformer gives at its first call, all recipes called with the same numbers: noise, and prompt
   embeddings that the float32 text encoders made, both rounded to bfloat16 once. The text encoders' error is not in it.
 - `latents`: the final latents of a whole call, from the same noise. All of the recipe's errors are in it, the text
   encoders' too.
+- `decoded`: what the VAE's decoder gives, all recipes' with the same numbers: float32's final latents, rounded to
+  bfloat16 once.
 
 float32 means the checkpoint's bfloat16 weights in float32, run eagerly without TF32; `ratio` is a recipe's mean error
-over that of the rung bf16, also eager. A lossless recipe is held to 1.1 in both. Each recipe loads the checkpoint anew,
+over that of the rung bf16, also eager. A lossless recipe is held to 1.1 in all. Each recipe loads the checkpoint anew,
 and only its results, on the CPU, outlive it: at full size float32 takes 68 GB of the device. FILE is written anew after
 every recipe.
 """
@@ -18,7 +20,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any
 
@@ -40,9 +42,12 @@ with quiet():
 
 EXACT, BASELINE = "fp32", "bf16"
 LIMIT = 1.1
-MEASURED = ("step", "latents")
+MEASURED = ("step", "latents", "decoded")
 
-HEADER = "| recipe | step: error | x bf16 | latents: error | x bf16 | at most 1.1 |\n|---|--:|--:|--:|--:|---|"
+HEADER = (
+    f"| recipe | {' | '.join(f'{name}: error | x bf16' for name in MEASURED)} | at most {LIMIT} |\n"
+    f"|---|{'--:|--:|' * len(MEASURED)}---|"
+)
 
 
 @dataclass(frozen=True)
@@ -50,13 +55,14 @@ class Inputs:
     """What a call starts from, on the CPU: float32 whose values are bfloat16's, so that no recipe rounds them further.
 
     noise [1, image tokens, 64]; prompt_embeds [1, text tokens, features] by T5 and pooled_prompt_embeds [1, features]
-    by CLIP.
+    by CLIP. latents, to be decoded, [1, image tokens, 64]; until they are known, a call's own.
     """
 
     request: Request
     noise: torch.Tensor
     prompt_embeds: torch.Tensor
     pooled_prompt_embeds: torch.Tensor
+    latents: torch.Tensor | None = None
 
     @classmethod
     def of(cls, pipe: DiffusionPipeline, request: Request) -> Inputs:
@@ -66,7 +72,11 @@ class Inputs:
                 request.prompt, None, pipe.device, max_sequence_length=request.max_sequence_length
             )
         first = noise(pipe, request.height, request.width, [request.seed])
-        return cls(request, *(x.cpu().bfloat16().float() for x in (first, embeds, pooled)))
+        return cls(request, *(_rounded(x) for x in (first, embeds, pooled)))
+
+
+def _rounded(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.cpu().bfloat16().float()
 
 
 def load(checkpoint: str, device: torch.device) -> DiffusionPipeline:
@@ -97,11 +107,23 @@ def results(pipe: DiffusionPipeline, dtype: torch.dtype, inputs: Inputs) -> dict
         finally:
             hook.remove()
         latents = pipe(**arguments).images.float().cpu()
-    found = dict(zip(MEASURED, (given[0], latents), strict=True))
+        decoded = _decode(
+            pipe, on_device(_rounded(latents) if inputs.latents is None else inputs.latents), inputs.request
+        )
+    found = dict(zip(MEASURED, (given[0], latents, decoded), strict=True))
     for name, tensor in found.items():
         if not tensor.isfinite().all():
             raise UserError(f"{name}: {int((~tensor.isfinite()).sum())} of {tensor.numel()} values are not finite")
     return found
+
+
+@torch.no_grad()
+def _decode(pipe: DiffusionPipeline, latents: torch.Tensor, request: Request) -> torch.Tensor:
+    """An image [1, 3, height, width], float32 on the CPU, as the pipeline decodes latents [1, image tokens, 64]."""
+    unpacked = pipe._unpack_latents(latents, request.height, request.width, pipe.vae_scale_factor)
+    config = pipe.vae.config
+    unpacked = unpacked / config.scaling_factor + config.shift_factor
+    return pipe.vae.decode(unpacked, return_dict=False)[0].float().cpu()
 
 
 @dataclass
@@ -132,6 +154,8 @@ class Comparison:
         row: dict[str, Any] = {"applied": applied, "peak_memory_bytes": peak_bytes(self.device)}
         if exact:
             self._exact = found
+            pairs = zip(self._inputs, found, strict=True)
+            self._inputs = [replace(one, latents=_rounded(result["latents"])) for one, result in pairs]
             return row
         errors = {
             name: [relative_error(one[name], other[name]) for one, other in zip(found, self._exact, strict=True)]
@@ -154,9 +178,9 @@ def against(baseline: dict[str, float], errors: dict[str, float], lossless: bool
 def line(row: dict[str, Any]) -> str:
     name = row["recipe"]["name"]
     if "applied" not in row:
-        return f"| {name} |"
+        return f"| {name} |{' |' * (2 * len(MEASURED) + 1)}"
     if "ratio" not in row:
-        return f"| {name} | 0, by definition | | 0, by definition | | |"
+        return f"| {name} |{' 0, by definition | |' * len(MEASURED)} |"
     cells = [f"{x:.3g} | {row['ratio'][m]:.2f}" for m in MEASURED for x in (fmean(row["relative_error"][m]),)]
     verdict = {True: "yes", False: "no", None: "lossy"}[row["within_limit"]]
     return f"| {name} | {' | '.join(cells)} | {verdict} |"

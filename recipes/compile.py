@@ -20,10 +20,11 @@ from recipes.recipe import Recipe
 # with fullgraph=True the ninth is an error; 256 is its limit for all the compilations of one function.
 SHAPES = 256
 
-# mode="max-autotune" of torch.compile without its CUDA graphs, written out because a call takes a mode or options.
+# mode="max-autotune" of torch.compile, written out because a call takes a mode or options, without its CUDA graphs and
+# without coordinate descent, which is a flag by itself (recipe.InductorFlags): on an H100 it took 109 of dev's 187 s of
+# compiling and gave the steps nothing.
 MAX_AUTOTUNE = {
     "max_autotune": True,
-    "coordinate_descent_tuning": True,
     "autotune_num_choices_displayed": 0,  # no tables of candidates on stderr
 }
 

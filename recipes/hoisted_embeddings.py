@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from recipes.hoisting import Hoisted, Remembered, Rotary, hoist, rotary_table
+from recipes.hoisting import Hoisted, Remembered, Rotary, end_with_call, hoist, rotary_table
 from recipes.optimization import Needs, Optimization
 from recipes.recipe import Recipe
 
@@ -33,6 +33,7 @@ def _apply(pipe: DiffusionPipeline, recipe: Recipe) -> str:
         return {**arguments, "context": context, "rotary": rotary}
 
     hoist(transformer, replace, [embedded], [hoisted])
+    end_with_call(pipe)
     return "rotary table and context embedding once a call"
 
 

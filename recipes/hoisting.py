@@ -13,20 +13,23 @@ import functools
 import inspect
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from types import MethodType
 from typing import Any, Generic, TypeVar
 
 import torch
-from diffusers import FluxTransformer2DModel
+from diffusers import DiffusionPipeline, FluxTransformer2DModel
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from torch.utils import _pytree as pytree
 
 from utils.errors import UserError
+from utils.mixin import mix_in
 
 Result = TypeVar("Result")
 Rotary = tuple[torch.Tensor, ...]
 Replace = Callable[[dict[str, Any]], dict[str, Any]]
-_REMEMBERED, _HOISTED = "_remembered", "_hoisted"
+_REMEMBERED, _HOISTED, _CALL = "_remembered", "_hoisted", "_ends_with_call"
 
 
 class Remembered(Generic[Result]):
@@ -90,6 +93,38 @@ def hoist(
 
     transformer.forward = MethodType(step, transformer)
     transformer.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def end_with_call(pipe: DiffusionPipeline) -> None:
+    """Let what is hoisted last for a call of the pipeline, whatever it is called in and however it ends.
+
+    A call that is broken off leaves its loop as one that ends does: diffusers would keep its current timestep, by which
+    a call of the transformer by hand is told from one of the loop. In inference mode, whose tensors count no versions,
+    nothing would be remembered from one step to the next: there a call runs without gradients instead.
+    """
+    if _CALL in vars(pipe):
+        return
+    setattr(pipe, _CALL, True)
+    kind = type(pipe)
+
+    @functools.wraps(kind.__call__)
+    def call(self: DiffusionPipeline, *args: Any, **kwargs: Any) -> Any:
+        with ExitStack() as stack:
+            if torch.is_inference_mode_enabled():
+                stack.enter_context(torch.inference_mode(False))
+                stack.enter_context(torch.no_grad())
+                args, kwargs = pytree.tree_map_only(torch.Tensor, _countable, (args, kwargs))
+            try:
+                return kind.__call__(self, *args, **kwargs)
+            finally:
+                self._current_timestep = None
+
+    mix_in(pipe, __call__=call)
+
+
+def _countable(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor whose versions are counted, with the same values."""
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 def hoisted(transformer: FluxTransformer2DModel) -> list[Hoisted]:

@@ -11,7 +11,6 @@ left out or come in any order.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -19,10 +18,9 @@ import torch.nn.functional as F
 from diffusers import DiffusionPipeline, FluxTransformer2DModel
 from torch import nn
 
-from recipes.hoisting import Hoisted, Remembered, conditioning, hoist, modulated
+from recipes.hoisting import Hoisted, Remembered, conditioning, end_with_call, hoist, modulated
 from recipes.optimization import Needs, Optimization
 from recipes.recipe import Recipe
-from utils.mixin import mix_in
 
 
 class Precomputed(nn.Module):
@@ -102,23 +100,6 @@ class HoistedModulation:
         return self.rows(timesteps.flatten(), everyone, prompts).unflatten(0, timesteps.shape)
 
 
-def _end_loop_with_call(pipe: DiffusionPipeline) -> None:
-    """Let a call that is broken off leave its loop as one that ends does.
-
-    diffusers would keep its current timestep, by which a call of the transformer by hand is told from one of the loop.
-    """
-    kind = type(pipe)
-
-    @functools.wraps(kind.__call__)
-    def call(self: DiffusionPipeline, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return kind.__call__(self, *args, **kwargs)
-        finally:
-            self._current_timestep = None
-
-    mix_in(pipe, __call__=call)
-
-
 def _precompute(transformer: FluxTransformer2DModel) -> list[tuple[Precomputed, ...]]:
     """Put `Precomputed` in place of every AdaLN's Linear, and nothing in place of the SiLU before it."""
     names = {id(linear): name for name, linear in transformer.named_modules() if isinstance(linear, nn.Linear)}
@@ -176,7 +157,7 @@ def _apply(pipe: DiffusionPipeline, recipe: Recipe) -> str:
     # Weights that come from the host each time stay out of graphs, whose memory is kept.
     on_device = [] if recipe.modulation == "offloaded" else [hoisted.rows_of_steps]
     hoist(pipe.transformer, hoisted.replace, [hoisted.table], on_device)
-    _end_loop_with_call(pipe)
+    end_with_call(pipe)
     # FluxImg2ImgPipeline and others tell nobody which step they are at; to the transformer, each is a call by hand.
     when = "once a call for all its steps" if hasattr(type(pipe), "current_timestep") else "at each step"
     done = f"{len(hoisted.linears)} Linears {when}"

@@ -17,9 +17,12 @@ def call(library: Any, name: str, *args: Any, what: str) -> tuple:
     newer.
 
     Raises:
+        MemoryError: the GPU's memory didn't suffice.
         UserError: it failed. The message begins with `what`.
     """
     status, *results = getattr(library, f"{name}_v2", getattr(library, name))(*args)
+    if status.name == "CUDA_ERROR_OUT_OF_MEMORY":
+        raise MemoryError(f"{what}: {name} failed with {status.name}")
     if status.value != 0:
         raise UserError(f"{what}: {name} failed with {status.name}")
     return tuple(results)

@@ -17,7 +17,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch.utils import _pytree as pytree
 
-from utils.errors import UserError, one_line
+from utils.errors import UserError, one_line, ran_out_of_memory, refused
 from utils.graph_memsets import replace_memsets
 
 LIMIT = 10  # graphs of one pipeline: transformer and decoder at four sizes, and two text encoders
@@ -133,6 +133,7 @@ class Captured:
                 warm_up(*args, **kwargs)
         current.wait_stream(side)
         self.graph = torch.cuda.CUDAGraph(keep_graph=True)
+        before = refused()
         try:
             # thread_local: another thread's work, such as a compiler's, is none of this capture's business.
             with torch.cuda.graph(self.graph, pool=pool, stream=side, capture_error_mode="thread_local"):
@@ -142,7 +143,7 @@ class Captured:
         except RuntimeError as error:  # that the capture failed; what went wrong within is its context
             torch.cuda.set_stream(current)  # where the capture's end fails, it leaves the other one
             cause = error.__context__ or error
-            if isinstance(cause, torch.OutOfMemoryError):
+            if ran_out_of_memory(cause, before):
                 raise cause from None
             raise UserError(
                 f"cuda_graph: a call can't be captured ({one_line(cause)}): use cuda_graph=false"

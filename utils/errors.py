@@ -10,9 +10,11 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from tqdm import tqdm
+
+_IN_WORDS = re.compile(r"DefaultCPUAllocator|CUDA out of memory|CUDA error: out of memory|_STATUS_ALLOC_FAILED")
 
 
 class UserError(Exception):
@@ -65,17 +67,32 @@ def run_command(main: Callable[[], None], debug: bool) -> None:
             traceback.print_exc()
         if isinstance(error, UserError):
             _fail(str(error), error.exit_code)
-        if is_out_of_memory(error):
+        if ran_out_of_memory(error):
             _fail(f"out of memory{_peak()}{'' if debug else ' (--debug shows where)'}", 1)
         hint = "" if debug else " (--debug shows the traceback)"
         _fail(f"{type(error).__name__}: {one_line(error)}{hint}", 1)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """PyTorch has no class of its own for a CPU allocation that fails. It is asked only where it was imported."""
+    """Whether an error says that memory ran out, by its class or in words: PyTorch has no class of its own for a CPU
+    allocation that fails, and none for one that CUDA's libraries make. It is asked only where it was imported."""
     torch = sys.modules.get("torch")
     on_device = torch is not None and isinstance(error, torch.OutOfMemoryError)
-    return on_device or isinstance(error, (MemoryError, OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
+    return on_device or isinstance(error, (MemoryError, OutOfMemoryError)) or _IN_WORDS.search(str(error)) is not None
+
+
+def ran_out_of_memory(error: BaseException, refused_before: int = 0) -> bool:
+    """Whether memory ran out, whatever `error` says: code compiled ahead of time tells only which call of its failed.
+
+    refused_before: `refused()` before what failed began.
+    """
+    return is_out_of_memory(error) or (isinstance(error, RuntimeError) and refused() > refused_before)
+
+
+def refused() -> int:
+    """How many allocations PyTorch had to refuse on the current GPU since the process began."""
+    torch = _torch_on_gpu()
+    return 0 if torch is None else torch.cuda.memory_stats_as_nested_dict().get("num_ooms", 0)
 
 
 @contextmanager
@@ -85,18 +102,25 @@ def advising(moment: str, advice: Callable[[], str]) -> Iterator[None]:
     Raises:
         OutOfMemoryError: memory ran out. What other bodies inside this one said of it stays.
     """
+    before = refused()
     try:
         yield
     except Exception as error:
-        if not is_out_of_memory(error) or isinstance(error, OutOfMemoryError):
+        if isinstance(error, OutOfMemoryError) or not ran_out_of_memory(error, before):
             raise
         raise OutOfMemoryError(f"out of memory {moment}{_peak()}: {advice()}") from error
 
 
+def _torch_on_gpu() -> Any:
+    """PyTorch, where it was imported and has used a GPU; else None."""
+    torch = sys.modules.get("torch")
+    return torch if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized() else None
+
+
 def _peak() -> str:
     """What PyTorch held of the GPU at most, in parentheses; nothing where there is none."""
-    torch = sys.modules.get("torch")
-    if torch is None or not (torch.cuda.is_available() and torch.cuda.is_initialized()):
+    torch = _torch_on_gpu()
+    if torch is None:
         return ""
     return f" (peak {torch.cuda.max_memory_reserved() / 2**30:.1f} GiB on {torch.cuda.get_device_name()})"
 

@@ -38,14 +38,16 @@ def test_float8_loses_more_than_bfloat16_and_float32_nothing(measured: Callable)
     rows = measured(exact, float8, f"bf16,{text}=true")
     assert list(rows) == ["fp32", "bf16", exact, float8, f"bf16,{text}=true"]
     assert "relative_error" not in rows["fp32"]
-    assert rows[exact]["relative_error"] == {"step": [0, 0], "latents": [0, 0]}
+    assert rows[exact]["relative_error"] == {"step": [0, 0], "latents": [0, 0], "decoded": [0, 0]}
     assert rows[exact]["within_limit"] is True
-    assert rows["bf16"]["ratio"] == {"step": 1, "latents": 1}
+    assert rows["bf16"]["ratio"] == {"step": 1, "latents": 1, "decoded": 1}
     assert rows["bf16"]["within_limit"] is True
     of_bf16 = rows["bf16"]["relative_error"]
     assert all(1e-3 < error < 0.05 for of_kind in of_bf16.values() for error in of_kind)
     assert of_bf16["step"][0] != of_bf16["step"][1]
-    for kind, ratio in rows[float8]["ratio"].items():
+    assert rows[float8]["ratio"]["decoded"] == 1, "the decoder is not quantized"
+    for kind in ("step", "latents"):
+        ratio = rows[float8]["ratio"][kind]
         assert ratio > 2
         assert ratio == pytest.approx(sum(rows[float8]["relative_error"][kind]) / sum(of_bf16[kind]))
     assert rows[float8]["within_limit"] is None
@@ -55,19 +57,23 @@ def test_float8_loses_more_than_bfloat16_and_float32_nothing(measured: Callable)
 
 
 def test_a_lossless_recipe_that_is_wrong_is_found_out(measured: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One of the transformer's weights is 5 % off after the recipe was applied."""
+    """One of the transformer's weights, or of the decoder's, is 5 % off after the recipe was applied."""
     apply = recipes.apply
 
     def apply_wrongly(pipe: DiffusionPipeline, recipe: Recipe) -> dict[str, str]:
         done = apply(pipe, recipe)
         if recipe.fused_qkv:
             pipe.transformer.proj_out.weight.data.mul_(1.05)
+        if recipe.channels_last:
+            pipe.vae.decoder.conv_out.weight.data.mul_(1.05)
         return done
 
     monkeypatch.setattr(recipes, "apply", apply_wrongly)
-    rows = measured("bf16,fused_qkv=true", "bf16,modulation=hoisted,hoisted_embeddings=true")
-    assert rows["bf16,fused_qkv=true"]["within_limit"] is False
-    assert all(ratio > 3 for ratio in rows["bf16,fused_qkv=true"]["ratio"].values())
+    in_step, in_decoder = "bf16,fused_qkv=true", "bf16,channels_last=true"
+    rows = measured(in_step, in_decoder, "bf16,modulation=hoisted,hoisted_embeddings=true")
+    for wrong, where in ((in_step, {"step", "latents"}), (in_decoder, {"decoded"})):
+        assert rows[wrong]["within_limit"] is False
+        assert {kind for kind, ratio in rows[wrong]["ratio"].items() if ratio > 3} == where
     assert rows["bf16,modulation=hoisted,hoisted_embeddings=true"]["within_limit"] is True
 
 
@@ -81,12 +87,13 @@ def test_a_compiled_recipe_errs_about_as_much_as_eager(measured: Callable) -> No
     assert row["within_limit"] is (max(row["ratio"].values()) <= 1.1)
 
 
-def test_both_results_are_at_most_1_1() -> None:
-    baseline = {"step": 0.01, "latents": 0.02}
-    assert errors.against(baseline, {"step": 0.0109, "latents": 0.0219}, lossless=True)["within_limit"] is True
-    assert errors.against(baseline, {"step": 0.0109, "latents": 0.0221}, lossless=True)["within_limit"] is False
-    assert errors.against(baseline, {"step": 0.0111, "latents": 0.02}, lossless=True)["within_limit"] is False
-    assert errors.against(baseline, {"step": 1.0, "latents": 1.0}, lossless=False)["within_limit"] is None
+def test_all_results_are_at_most_1_1() -> None:
+    baseline = {"step": 0.01, "latents": 0.02, "decoded": 0.03}
+    most = {"step": 0.0109, "latents": 0.0219, "decoded": 0.0329}
+    assert errors.against(baseline, most, lossless=True)["within_limit"] is True
+    for name in errors.MEASURED:
+        assert errors.against(baseline, {**most, name: 0.04}, lossless=True)["within_limit"] is False
+    assert errors.against(baseline, dict.fromkeys(most, 1.0), lossless=False)["within_limit"] is None
 
 
 def test_weights_and_inputs_are_the_same_numbers_in_both_dtypes(tiny: Callable[..., DiffusionPipeline]) -> None:

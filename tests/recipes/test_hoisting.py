@@ -6,6 +6,7 @@ import gc
 from collections.abc import Callable
 from contextlib import nullcontext as nothing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from PIL import Image
 import recipes
 from export.store import PackageStore
 from recipes import Recipe
-from recipes.hoisting import Remembered, modulated
+from recipes.hoisting import Remembered, hoisted, modulated
 from recipes.modulation import Precomputed, _at, _found, _position
 from utils.compile_clock import CompileClock
 from utils.errors import UserError
@@ -354,6 +355,26 @@ def test_remembered_by_the_objects_themselves() -> None:
         remembered(x, None)
         x.add_(1)
         assert remembered(x, None).item() == 1
+
+
+@ALL
+@pytest.mark.parametrize("own", [False, True], ids=["prompt", "own-embeddings"])
+def test_in_inference_mode_once_a_call_too(
+    tiny: Callable, draw: Callable, recipe: Recipe, own: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, pipe = tiny(), tiny()
+    recipes.apply(pipe, recipe)
+    calls: list[str] = []
+    for one in hoisted(pipe.transformer):
+        monkeypatch.setattr(
+            one, "function", partial(lambda name, f, *a: calls.append(name) or f(*a), one.name, one.function)
+        )
+    with torch.inference_mode():
+        given = own_embeddings(plain) if own else {}
+        expected = draw(plain, steps=4, **given)
+        got = draw(pipe, steps=4, **given)
+    np.testing.assert_allclose(got, expected, atol=1e-3)
+    assert sorted(calls) == sorted(one.name for one in hoisted(pipe.transformer))
 
 
 def test_offloading_needs_a_gpu(tiny: Callable) -> None:

@@ -6,13 +6,17 @@ import gc
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 import recipes
+from export.store import PackageStore
 from recipes import Recipe, float8
-from utils import checkpoints
+from utils import checkpoints, cuda_bindings, errors
 from utils.errors import OutOfMemoryError, UserError, advising, is_out_of_memory, run_command
 from utils.request import Request
 
@@ -113,6 +117,45 @@ def test_the_innermost_moment_is_told() -> None:
 
 
 @pytest.mark.parametrize(
+    "words",
+    [
+        EMPTY,
+        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory",
+    ],
+)
+def test_memory_that_others_than_pytorch_ask_for(words: str) -> None:
+    with pytest.raises(OutOfMemoryError, match=r"^out of memory here: this$"), advising("here", lambda: "this"):
+        raise RuntimeError(words)
+
+
+CALL = "aoti_torch_empty_strided(2, ints, ints, dtype, device, 0, &handle) API call failed at a.cpp, line 7"
+
+
+@pytest.mark.parametrize("before", [0, 2])
+def test_a_package_says_only_which_call_failed(monkeypatch: pytest.MonkeyPatch, before: int) -> None:
+    refused = iter((before, before + 1, before, before))
+    monkeypatch.setattr(errors, "refused", lambda: next(refused))
+    with pytest.raises(OutOfMemoryError, match=r"^out of memory here: this$"), advising("here", lambda: "this"):
+        raise RuntimeError(CALL)
+    with pytest.raises(RuntimeError, match="API call failed"), advising("here", lambda: "this"):
+        raise RuntimeError(CALL)  # for another reason
+
+
+def test_a_drivers_call_for_want_of_memory() -> None:
+    class Driver:
+        @staticmethod
+        def load(code: bytes) -> tuple[Any, None]:
+            return SimpleNamespace(name=code.decode(), value=2), None
+
+    with pytest.raises(MemoryError, match=r"^a kernel: load failed with CUDA_ERROR_OUT_OF_MEMORY$"):
+        cuda_bindings.call(Driver, "load", b"CUDA_ERROR_OUT_OF_MEMORY", what="a kernel")
+    with pytest.raises(UserError, match=r"^a kernel: load failed with CUDA_ERROR_NO_DEVICE$"):
+        cuda_bindings.call(Driver, "load", b"CUDA_ERROR_NO_DEVICE", what="a kernel")
+
+
+@pytest.mark.parametrize(
     ("error", "line"),
     [
         (
@@ -135,24 +178,48 @@ def test_a_command_ends_on_it(error: Exception, line: str, capsys: pytest.Captur
 
 
 @pytest.fixture
-def little_memory() -> Iterator[None]:
-    """800 MB of the GPU's memory for the test, besides what others hold in this process."""
-    gc.collect()
-    torch.cuda.empty_cache()
-    allowed = torch.cuda.memory_reserved() + 800e6
-    torch.cuda.set_per_process_memory_fraction(allowed / torch.cuda.get_device_properties(0).total_memory)
-    yield
+def little_memory() -> Iterator[Callable[[float], None]]:
+    """little_memory(bytes): so much of the GPU's memory is left to this process, besides what it holds."""
+
+    def leave(size: float) -> None:
+        gc.collect()
+        torch.cuda.empty_cache()
+        allowed = torch.cuda.memory_reserved() + size
+        torch.cuda.set_per_process_memory_fraction(allowed / torch.cuda.get_device_properties(0).total_memory)
+
+    yield leave
     torch.cuda.set_per_process_memory_fraction(1.0)
     torch.cuda.empty_cache()
 
 
 @pytest.mark.gpu
-def test_peak_on_a_gpu(tiny: Callable, little_memory: None) -> None:
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        BF16,
+        replace(BF16, scheduler_sync_removal=True, cuda_graph=True),
+        pytest.param(replace(BF16, execution="aoti"), marks=pytest.mark.slow),
+        pytest.param(
+            replace(BF16, scheduler_sync_removal=True, cuda_graph=True, execution="aoti"), marks=pytest.mark.slow
+        ),
+    ],
+    ids=["eager", "graph", "packages", "packages-graph"],
+)
+def test_peak_on_a_gpu(tiny: Callable, little_memory: Callable, tmp_path: Path, recipe: Recipe) -> None:
+    large = Request("a red circle", 1024, 1024, 1, 0.0, 64, batch=4)
+    if recipe.execution == "aoti":
+        pipe = tiny(torch.bfloat16, CUDA)
+        recipes.apply(pipe, replace(recipe, cuda_graph=False), PackageStore(tmp_path))
+        for request in (large, SMALLEST):
+            request.run(pipe)
+        del pipe
     pipe = tiny(torch.bfloat16, CUDA)
-    recipes.apply(pipe, BF16)
+    recipes.apply(pipe, recipe, PackageStore(tmp_path, build=False))
     words = (
         r"^out of memory while drawing \(peak \d+\.\d GiB on .+\): use a smaller --batch or --height or --width, or a"
     )
+    little_memory(100e6)
     with pytest.raises(OutOfMemoryError, match=words):
-        Request("a red circle", 2048, 2048, 1, 0.0, 64, batch=8).run(pipe)
+        large.run(pipe)
+    little_memory(800e6)
     assert len(SMALLEST.run(pipe)) == 1, "the pipeline is as it was"
