@@ -219,6 +219,58 @@ def test_readme_and_ladder_files_are_what_the_results_give() -> None:
         assert path.read_text() == report.tables(path.parent), f"{path}: run `python -m benchmark.report`"
 
 
+DEV, SCHNELL, KONTEXT = "random-flux-dev/", "random-flux-schnell/", "random-flux-kontext-dev/alone/"
+DEV_28 = [f"{DEV}{name}@1024x1024-b1-s28" for name in ("bf16", "int8_adaln", "loop_graph", "aoti")]
+SCHNELL_4 = [f"{SCHNELL}{name}@1024x1024-b1-s4" for name in ("bf16", "int8_adaln", "loop_graph", "aoti")]
+KONTEXT_28 = [name and f"{KONTEXT}{name}@1024x1024-b1-s28" for name in ("bf16", "int8_adaln", None, "aoti")]
+OF_DEV, OF_SCHNELL = f"{DEV}alone/int8_adaln", f"{SCHNELL}alone/int8_adaln"
+
+
+@pytest.mark.parametrize(
+    ("row", "files", "figure", "unit"),
+    [
+        ("dev, 28 steps", [DEV_28[0], DEV_28[3]], "latency_s", "s"),
+        ("schnell, 4 steps", [SCHNELL_4[0], SCHNELL_4[1]], "latency_s", "s"),
+        ("Kontext-dev, 28 steps", [KONTEXT_28[0], KONTEXT_28[1]], "latency_s", "s"),
+        ("dev, 28 steps end to end", DEV_28, "latency_s", "s"),
+        ("dev, one of these steps", DEV_28, "denoise_step_ms", "ms"),
+        ("schnell, 4 steps end to end", SCHNELL_4, "latency_s", "s"),
+        ("schnell, one of these steps", SCHNELL_4, "denoise_step_ms", "ms"),
+        ("Kontext, 28 steps, an image of 1024x1024 edited", KONTEXT_28, "latency_s", "s"),
+        ("dev, 4 images at once", [None, f"{OF_DEV}@1024x1024-b4-s28"], "latency_s", "s"),
+        (
+            "dev with the modulation's weights in host memory",
+            [None, f"{OF_DEV},modulation=offloaded@1024x1024-b1-s28"],
+            *("latency_s", "s"),
+        ),
+        (
+            "dev, 768x1344",
+            [None, f"{OF_DEV}@768x1344-b1-s28", None, f"{DEV}alone/aoti@768x1344-b1-s28"],
+            *("latency_s", "s"),
+        ),
+        ("schnell, 4 images at once", [None, f"{OF_SCHNELL}@1024x1024-b4-s4"], "latency_s", "s"),
+        ("schnell, 768x1344", [None, f"{OF_SCHNELL}@768x1344-b1-s4"], "latency_s", "s"),
+        (
+            "schnell with the modulation's weights in host memory",
+            [None, f"{OF_SCHNELL},modulation=offloaded@1024x1024-b1-s4"],
+            *("latency_s", "s"),
+        ),
+    ],
+    ids=lambda value: value.replace(" ", "-") if isinstance(value, str) and "," in value else "",
+)
+def test_readmes_own_tables_are_what_the_results_give(
+    row: str, files: list[str | None], figure: str, unit: str
+) -> None:
+    (line,) = [line for line in report.README.read_text().splitlines() if line.startswith(f"| {row} |")]
+    cells = [cell.strip() for cell in line.split("|")[2:]]
+    for cell, file in zip(cells, files, strict=False):
+        if file is None:
+            assert cell == ""
+            continue
+        median = results.read(results.RESULTS / f"h100-sxm-700w-torch2.11/{file}.json")[figure]["median"]
+        assert cell.replace("**", "").startswith(f"{median:.{3 if unit == 's' else 1}f} {unit}"), file
+
+
 def test_sizes_have_a_table_and_pictures_each(tmp_path: Path) -> None:
     batch = {**REQUEST, "batch": 4}
     alone = {**REQUEST, "steps": 9}

@@ -4,7 +4,8 @@ What a rung rounds is compared with what plain diffusers rounds in bfloat16, bot
 that the decoder gets and in the image's bytes, means over some images.
 
 On a GPU all rungs that it can run. On a CPU those without packages (which tests/export has), and what is compiled goes
-through Dynamo alone: Inductor's C++ takes minutes a rung there (test_compile.py has some of it).
+through Dynamo alone: Inductor's C++ takes minutes a rung there (test_compile.py has some of it). Kontext, whose calls
+have an image's tokens behind the noise's, has the topmost of them.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 from unittest.mock import patch
@@ -20,7 +22,8 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, FluxKontextPipeline
+from PIL import Image
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
 
@@ -37,6 +40,10 @@ SQUARE = [Request(text, 64, 64, 2, 0.0, 64, seed=seed) for seed in range(3) for 
 # Two images a call and another size at once: compiled once more, and not twice.
 WIDE_PAIRS = [Request(text, 64, 96, 2, 0.0, 64, batch=2, seed=10 + i) for i, text in enumerate(PROMPTS)]
 MEASURED = ("latents", "image")
+OF_KONTEXT = {
+    "cpu": ("hoisted_embeddings",),
+    "cuda": ("compiled", "float8_attention", "int8_adaln", "loop_graph", "aoti"),
+}
 
 # A search over kernels of minutes at each compilation, or five packages of half a minute for each size.
 SLOWEST = ("max_autotune", "inductor_flags", "aoti")
@@ -76,8 +83,44 @@ def errors(drawn: list[Drawn], exact: list[Drawn]) -> dict[str, float]:
 
 
 @dataclass(frozen=True)
+class Requests:
+    """SQUARE and WIDE_PAIRS, of a pipeline that draws or, with an image, of Kontext that edits it."""
+
+    image: Path | None
+
+    @property
+    def square(self) -> list[Request]:
+        return [replace(request, image=self.image) for request in SQUARE]
+
+    @property
+    def wide(self) -> list[Request]:
+        return [replace(request, image=self.image) for request in WIDE_PAIRS]
+
+
+@pytest.fixture(scope="module")
+def to_edit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("image") / "gradient.png"
+    Image.radial_gradient("L").resize((48, 80)).convert("RGB").save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def load(tiny: Callable) -> Callable[..., DiffusionPipeline]:
+    """load(dtype, device, kontext)"""
+
+    def pipeline(dtype: torch.dtype, device: torch.device, kontext: bool) -> DiffusionPipeline:
+        pipe = tiny(dtype, device)
+        if kontext:
+            pipe = FluxKontextPipeline(**pipe.components)
+            pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    return pipeline
+
+
+@dataclass(frozen=True)
 class Plain:
-    """Plain diffusers on a device, images one by one, of SQUARE and WIDE_PAIRS: float32, and bfloat16's errors."""
+    """Plain diffusers on a device, images one by one, of `Requests`: float32, and bfloat16's errors."""
 
     square: list[Drawn]
     square_rounding: dict[str, float]
@@ -86,18 +129,22 @@ class Plain:
 
 
 @pytest.fixture(scope="module")
-def plain(tiny: Callable) -> Callable[[torch.device], Plain]:
-    """plain(device)"""
+def plain(load: Callable) -> Callable[[torch.device, Requests], Plain]:
+    """plain(device, requests)"""
 
     @functools.cache
-    def on(device: torch.device) -> Plain:
-        exact, rounded = tiny(torch.float32, device), tiny(torch.bfloat16, device)
-        square, wide = [draw(exact, one) for one in SQUARE], [one_by_one(exact, pair) for pair in WIDE_PAIRS]
+    def on(device: torch.device, requests: Requests) -> Plain:
+        kontext = requests.image is not None
+        exact, rounded = load(torch.float32, device, kontext), load(torch.bfloat16, device, kontext)
+        square, wide = (
+            [draw(exact, one) for one in requests.square],
+            [one_by_one(exact, pair) for pair in requests.wide],
+        )
         return Plain(
             square,
-            errors([draw(rounded, one) for one in SQUARE], square),
+            errors([draw(rounded, one) for one in requests.square], square),
             wide,
-            errors([one_by_one(rounded, pair) for pair in WIDE_PAIRS], wide),
+            errors([one_by_one(rounded, pair) for pair in requests.wide], wide),
         )
 
     return on
@@ -107,12 +154,14 @@ def plain(tiny: Callable) -> Callable[[torch.device], Plain]:
 class Climbed:
     """A rung's recipe on a pipeline that has drawn once.
 
-    compilations: that this took. whole_graphs: of each call of torch.compile, whether it was asked for no graph break.
+    requests: what it draws. compilations: that the first took. whole_graphs: of each call of torch.compile, whether it
+    was asked for no graph break.
     """
 
     name: str
     recipe: Recipe
     device: torch.device
+    requests: Requests
     pipe: DiffusionPipeline
     compilations: int
     whole_graphs: list[bool]
@@ -127,7 +176,9 @@ def places() -> Iterator[Any]:
         for name in (change.__name__ for change in LADDER):
             marks = [pytest.mark.slow, *([pytest.mark.gpu] if device == "cuda" else [])]
             marks += [pytest.mark.timeout(3600)] if name in SLOWEST else []
-            yield pytest.param((torch.device(device), name), marks=marks, id=f"{device}-{name}")
+            yield pytest.param((torch.device(device), name, False), marks=marks, id=f"{device}-{name}")
+            if name in OF_KONTEXT[device]:
+                yield pytest.param((torch.device(device), name, True), marks=marks, id=f"{device}-{name}-kontext")
 
 
 def not_here(name: str, device: torch.device) -> str | None:
@@ -140,8 +191,11 @@ def not_here(name: str, device: torch.device) -> str | None:
 
 
 @pytest.fixture(scope="module", params=places())
-def rung(request: pytest.FixtureRequest, tiny: Callable, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Climbed]:
-    device, name = request.param
+def rung(
+    request: pytest.FixtureRequest, load: Callable, to_edit: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Climbed]:
+    device, name, kontext = request.param
+    requests = Requests(to_edit if kontext else None)
     (found,) = (r for r in recipes.climb(lambda r: recipes.refusal(r.recipe, device)) if r.name == name)
     if reason := found.skipped or not_here(name, device):
         pytest.skip(reason)
@@ -156,13 +210,13 @@ def rung(request: pytest.FixtureRequest, tiny: Callable, tmp_path_factory: pytes
 
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    pipe = tiny(torch.float32, device)
+    pipe = load(torch.float32, device, kontext)
     with CompileClock() as clock:
         with pytest.MonkeyPatch.context() as patched:
             patched.setattr(torch, "compile", compile_noting)
             recipes.apply(pipe, found.recipe, PackageStore(tmp_path_factory.mktemp(name)))
-        draw(pipe, SQUARE[0])
-    yield Climbed(name, found.recipe, device, pipe, clock.compilations, whole_graphs)
+        draw(pipe, requests.square[0])
+    yield Climbed(name, found.recipe, device, requests, pipe, clock.compilations, whole_graphs)
     torch._dynamo.reset()
 
 
@@ -172,9 +226,9 @@ def assert_exact(rung: Climbed, found: dict[str, float], rounding: dict[str, flo
 
 
 def test_as_exact_as_it_says(rung: Climbed, plain: Callable) -> None:
-    exact = plain(rung.device)
+    exact = plain(rung.device, rung.requests)
     assert all(1e-3 < rounding < 0.1 for rounding in exact.square_rounding.values()), "there is something to compare"
-    found = errors([draw(rung.pipe, one) for one in SQUARE], exact.square)
+    found = errors([draw(rung.pipe, one) for one in rung.requests.square], exact.square)
     assert_exact(rung, found, exact.square_rounding)
     if not recipes.is_lossless(rung.recipe):
         assert found["latents"] > exact.square_rounding["latents"], "float8 is on"
@@ -188,8 +242,8 @@ def test_whole_graphs_compiled_once(rung: Climbed) -> None:
     assert (rung.compilations > 0) == (rung.recipe.execution != "eager")
     graphs = rung.cuda_graphs
     with CompileClock() as clock, torch._dynamo.config.patch(error_on_recompile=True):
-        for other in SQUARE[1:4]:
-            assert other.prompt != SQUARE[0].prompt
+        for other in rung.requests.square[1:4]:
+            assert other.prompt != rung.requests.square[0].prompt
             draw(rung.pipe, replace(other, seed=other.seed + 100))
     assert clock.compilations == 0
     assert rung.cuda_graphs == graphs
@@ -197,27 +251,27 @@ def test_whole_graphs_compiled_once(rung: Climbed) -> None:
 
 def test_two_images_of_another_size(rung: Climbed, plain: Callable) -> None:
     """Each of a call's two images is the one that a call of its own gives, up to rounding."""
-    exact = plain(rung.device)
-    found = errors([draw(rung.pipe, pair) for pair in WIDE_PAIRS], exact.wide)
+    exact = plain(rung.device, rung.requests)
+    found = errors([draw(rung.pipe, pair) for pair in rung.requests.wide], exact.wide)
     assert_exact(rung, found, exact.wide_rounding)
     swapped = [{name: images.flip(0) for name, images in pair.items()} for pair in exact.wide]
     limit = LOSSY * exact.wide_rounding["latents"]
     assert errors(swapped, exact.wide)["latents"] > limit, "one image in the other's place would be told"
     with CompileClock() as clock, torch._dynamo.config.patch(error_on_recompile=True):
-        draw(rung.pipe, replace(WIDE_PAIRS[0], prompt="a white star", seed=77))
-        draw(rung.pipe, SQUARE[0])
+        draw(rung.pipe, replace(rung.requests.wide[0], prompt="a white star", seed=77))
+        draw(rung.pipe, rung.requests.square[0])
     assert clock.compilations == 0
 
 
-def loop_waits_on_a_gpu(pipe: DiffusionPipeline, waiting_is_an_error: Callable) -> bool:
+def loop_waits_on_a_gpu(rung: Climbed, waiting_is_an_error: Callable) -> bool:
     """Whether PyTorch would wait for the GPU in the denoising loop of a call."""
 
     def enter(stage: str) -> AbstractContextManager:
         return waiting_is_an_error() if stage in (DENOISING_STEP, DENOISING_LOOP) else nullcontext()
 
     try:
-        with watch(pipe, enter):
-            draw(pipe, SQUARE[2])
+        with watch(rung.pipe, enter):
+            draw(rung.pipe, rung.requests.square[2])
     except RuntimeError as error:
         if "synchronizing" not in str(error):
             raise
@@ -225,7 +279,7 @@ def loop_waits_on_a_gpu(pipe: DiffusionPipeline, waiting_is_an_error: Callable) 
     return False
 
 
-def loop_reads_values(pipe: DiffusionPipeline) -> bool:
+def loop_reads_values(rung: Climbed) -> bool:
     """Whether the host reads a tensor's value in the denoising loop of a call, for which it would wait on a GPU."""
 
     def within(event: FunctionEvent | None) -> Iterator[str]:
@@ -233,8 +287,8 @@ def loop_reads_values(pipe: DiffusionPipeline) -> bool:
             yield event.name
             event = event.cpu_parent
 
-    with annotate(pipe), profile(activities=[ProfilerActivity.CPU]) as recorded:
-        draw(pipe, SQUARE[2])
+    with annotate(rung.pipe), profile(activities=[ProfilerActivity.CPU]) as recorded:
+        draw(rung.pipe, rung.requests.square[2])
     items = [set(within(event)) for event in recorded.events() if event.name == "aten::item"]
     # What is asserted on the device is read by the host on a CPU alone.
     return any({DENOISING_STEP, DENOISING_LOOP} & names and "aten::_assert_async" not in names for names in items)
@@ -242,9 +296,7 @@ def loop_reads_values(pipe: DiffusionPipeline) -> bool:
 
 def test_nothing_is_waited_for_in_the_loop(rung: Climbed, waiting_is_an_error: Callable) -> None:
     """But for the scheduler's look for its first step, below the rung that removes it."""
-    draw(rung.pipe, SQUARE[1])
-    if rung.device.type == "cuda":
-        waits = loop_waits_on_a_gpu(rung.pipe, waiting_is_an_error)
-    else:
-        waits = loop_reads_values(rung.pipe)
+    draw(rung.pipe, rung.requests.square[1])
+    on_gpu = rung.device.type == "cuda"
+    waits = loop_waits_on_a_gpu(rung, waiting_is_an_error) if on_gpu else loop_reads_values(rung)
     assert waits == (not rung.recipe.scheduler_sync_removal)
