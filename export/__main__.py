@@ -15,6 +15,7 @@ with quiet():
     import recipes
     from export import doctor, hub, order, verify
     from export.checks import check_file
+    from export.manifest import refusal_by_machine
     from export.order import Order
     from export.store import Entry, PackageStore, default_folder, of_file
     from export.tables import description, line
@@ -140,11 +141,16 @@ def checked(path: Path) -> Entry:
 def run_verify(arguments: argparse.Namespace) -> None:
     entry = checked(arguments.file)
     recipe = Recipe.from_dict(entry.manifest.identity.recipe)
+    device = command_line.device(arguments)
+    if (reason := refusal_by_machine(entry.manifest.identity, device)) is not None:
+        raise UserError(f"{entry.path} {reason}: it can be verified where it runs")
+    if recipe.execution != "aoti":
+        raise UserError(f"{entry.path} says that it was built for execution={recipe.execution}: a package's is aoti")
     built_with = entry.manifest.built.checkpoint
     if arguments.checkpoint is None and built_with not in checkpoints.CHECKPOINTS:
         raise UsageError(f"{entry.path} was built with weights from {built_with}: say where they lie with --checkpoint")
     checkpoint = arguments.checkpoint or built_with
-    _, library = order.pipeline(checkpoint, recipe, arguments.file.parent, command_line.device(arguments))
+    _, library = order.pipeline(checkpoint, recipe, arguments.file.parent, device)
     errors = verify.verify(entry, library)
     for error in errors:
         print(error)

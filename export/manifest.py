@@ -86,6 +86,12 @@ class TensorSpec:
     def of(cls, tensor: torch.Tensor, stride: tuple[int, ...] | None = None) -> TensorSpec:
         return cls(tuple(tensor.shape), stride or tuple(tensor.stride()), str(tensor.dtype).removeprefix("torch."))
 
+    def __post_init__(self) -> None:
+        if not isinstance(getattr(torch, self.dtype, None), torch.dtype):
+            raise ValueError(f"PyTorch has no dtype {self.dtype!r}"[:200])
+        if min((0, *self.shape, *self.stride)) < 0 or len(self.shape) != len(self.stride):
+            raise ValueError(f"no tensor is {self}"[:200])
+
     @property
     def short(self) -> str:
         return f"{self.dtype}{list(self.shape)}"
@@ -203,6 +209,10 @@ class Manifest:
     models: dict[str, Model]
     built: Built
 
+    def __post_init__(self) -> None:
+        if not self.models:
+            raise ValueError("manifest.models is empty")
+
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1)
 
@@ -285,7 +295,6 @@ def _expect(kind: type, value: Any, where: str) -> Any:
 def identify(pipe: DiffusionPipeline, recipe: Recipe) -> Identity:
     """What a package must be to fit this pipeline, recipe, machine and these versions."""
     device, vae = pipe.transformer.device, getattr(pipe, "vae", None)
-    cuda = device.type == "cuda"
     return Identity(
         architecture={
             "transformer": _plain({n: v for n, v in pipe.transformer.config.items() if not n.startswith("_")}),
@@ -294,11 +303,7 @@ def identify(pipe: DiffusionPipeline, recipe: Recipe) -> Identity:
         },
         recipe=_plain(recipe.to_dict()),
         dtype=str(pipe.transformer.dtype).removeprefix("torch."),
-        device=device.type,
-        arch=f"{gpu_arch(device)} {platform.machine()}" if cuda else cpu_arch(),
-        torch=str(torch.__version__),
-        cuda=torch.version.cuda if cuda else None,
-        triton=environment.version("triton") if cuda else None,
+        **of_machine(device),
         diffusers=environment.version("diffusers") or "unknown",
         transformers=environment.version("transformers") if recipe.compiled_text_encoders else None,
         torchao=environment.version("torchao") if recipe.quantization != "none" or recipe.float8_text_encoder else None,
@@ -307,6 +312,27 @@ def identify(pipe: DiffusionPipeline, recipe: Recipe) -> Identity:
         flash_attention=_flash_attention() if recipe.attention.startswith("fa3") else None,
         sources=sources(),
     )
+
+
+def of_machine(device: torch.device) -> dict[str, Any]:
+    """The fields of an identity that a device and its software decide, by name."""
+    cuda = device.type == "cuda"
+    return {
+        "device": device.type,
+        "arch": f"{gpu_arch(device)} {platform.machine()}" if cuda else cpu_arch(),
+        "torch": str(torch.__version__),
+        "cuda": torch.version.cuda if cuda else None,
+        "triton": environment.version("triton") if cuda else None,
+    }
+
+
+def refusal_by_machine(identity: Identity, device: torch.device) -> str | None:
+    """Why a package of this identity can't run on `device`, naming both sides; None if it may. Wants no pipeline."""
+    here = of_machine(device)
+    name = _first_different({name: vars(identity)[name] for name in here}, here)
+    if name is None:
+        return None
+    return f"was built for {name} {_word(vars(identity)[name])[:40]}, this is {_word(here[name])[:40]}"
 
 
 def _of_text_encoders(pipe: DiffusionPipeline) -> dict[str, dict[str, Any]]:
@@ -358,6 +384,7 @@ def content_key(identity: Identity, components: Collection[str], models: dict[st
     components: the parts of the pipeline whose models they are.
     """
     contents = {
+        "schema": SCHEMA,
         "identity": dataclasses.asdict(identity.of(components)),
         "models": {name: {**dataclasses.asdict(model), "bound": ()} for name, model in models.items()},
     }

@@ -19,10 +19,10 @@ from tqdm import tqdm
 from export import build, regions, sizes, text_encoders, weights
 from export.build import Call
 from export.build_command import Sizes, TransformerCall, build_command, in_words
-from export.checks import check_file
+from export.checks import check_file, refusal
 from export.manifest import Identity, Manifest, content_key, identify
 from export.regions import Inputs, Key, Region
-from export.store import Entry, PackageStore, not_yet_stored
+from export.store import Entry, PackageStore, not_yet_stored, state
 from export.verify import verify
 from recipes import hoisting
 from recipes.kernels import cuda_kernel
@@ -119,7 +119,7 @@ class Library:
     coming: Sizes | None = None
 
     def __post_init__(self) -> None:
-        self._whole: set[tuple[Path, str]] = set()  # files that were checked, with their sha256
+        self._whole: set[tuple[Path, str, tuple[int, ...]]] = set()  # files as they were checked, with their sha256
 
     def bind(self, region: PackagedRegion, inputs: Inputs) -> BoundModel:
         """The model for these inputs, with the region's weights; built first if it isn't there and may be built.
@@ -149,9 +149,11 @@ class Library:
         reason = entry.manifest.identity.refusal(self.identity, region.region.component)
         if reason is not None:
             raise UserError(f"{entry.path} {reason}: build one that fits with `{command()}`")
-        if (entry.path, entry.beside.sha256) not in self._whole:
-            check_file(entry, f"delete it and {entry.path.stem}.json, and build it again with `{command()}`")
-            self._whole.add((entry.path, entry.beside.sha256))
+        remedy = f"delete it and {entry.path.stem}.json, and build it again with `{command()}`"
+        file = entry.path, entry.beside.sha256, state(entry.path)
+        if file not in self._whole:
+            check_file(entry, remedy)
+            self._whole.add(file)
             build.provide_kernels(entry.path)
         tensors = weights.exported_tensors(region.module)
         device = self.pipe.transformer.device
@@ -237,11 +239,17 @@ class Library:
                 manifest = build.build(path, self.identity, planned, models, self.options, checkpoint)
                 if verified:
                     with cuda_kernel.used() as kernels:
-                        self._refuse_wrong(not_yet_stored(path, manifest), [region for region, _ in calls])
+                        self._refuse_wrong(not_yet_stored(path, manifest), self._first_and_last(calls))
                     build.add_kernels(path, kernels)
                 return manifest
 
-            return self.store.write(name, make)
+            return self.store.write(name, make, refusal)
+
+    def _first_and_last(self, calls: Collection[PackagedCall]) -> list[PackagedRegion]:
+        """What was called, and of each region the last module: its weights are none that a model was compiled with."""
+        called = [region for region, _ in calls]
+        last = {packaged.region: packaged for packaged in self.packaged}
+        return [*called, *(last[region] for region in dict.fromkeys(one.region for one in called))]
 
     def _refuse_wrong(self, built: Entry, compiled: list[PackagedRegion]) -> None:
         """Raise UserError unless each model of a package computes what the modules do that it was compiled from."""

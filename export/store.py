@@ -16,7 +16,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from export.manifest import Beside, Manifest, OtherVersionError, read_beside
-from utils.errors import UsageError
+from utils.errors import UsageError, UserError
 from utils.files import check_target, replacing, write_text
 
 
@@ -49,9 +49,12 @@ class PackageStore:
         """The packages that are there, by name, without those that other versions of this program left.
 
         Raises:
+            UsageError: the folder is a file.
             UserError: a manifest can't be read.
         """
         if not self.folder.is_dir():
+            if self.folder.exists():
+                raise UsageError(f"{self.folder} is a file, not a folder of packages")
             return []
         found = []
         for path in sorted(self.folder.glob("[!.]*.json")):
@@ -70,20 +73,30 @@ class PackageStore:
         self.entries()
         return sorted({path.with_suffix(".pt2") for (path, _), one in self._read.items() if one is None})
 
-    def write(self, name: str, make: Callable[[Path], Manifest]) -> tuple[Entry, bool]:
+    def write(
+        self, name: str, make: Callable[[Path], Manifest], refusal: Callable[[Entry], str | None] | None = None
+    ) -> tuple[Entry, bool]:
         """The package NAME, made by `make(path)` if it isn't there, and whether it was there.
+
+        refusal: says of one that is there why it isn't whole; then it is made anew, and so it is where its manifest
+        can't be read. Without `refusal`, what is there stays.
 
         Of several processes that write one name, one makes it, and the others wait for it.
 
         Raises:
             UsageError: the folder can't be made or written to.
+            UserError: without `refusal`: the manifest that is there can't be read.
         """
         check_target(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         path, beside = self.folder / f"{name}.pt2", self.folder / f"{name}.json"
         with _locked(self.folder / f".{name}.lock"):
             if beside.exists() and path.exists():
-                return entry(beside), True
+                reason = None if refusal is None else _unusable(beside, refusal)
+                if reason is None:
+                    return entry(beside), True
+                print(f"{path} {reason}: building it anew", file=sys.stderr)
+                beside.unlink()
             self._clean(name)
             with replacing(path) as temporary:
                 made = not_yet_stored(temporary, make(temporary))
@@ -101,6 +114,13 @@ class PackageStore:
 
 def entry(beside: Path) -> Entry:
     return Entry(beside.with_suffix(".pt2"), read_beside(beside))
+
+
+def _unusable(beside: Path, refusal: Callable[[Entry], str | None]) -> str | None:
+    try:
+        return refusal(entry(beside))
+    except UserError as error:
+        return f"can't be used ({error})"
 
 
 def not_yet_stored(path: Path, manifest: Manifest) -> Entry:
@@ -127,6 +147,12 @@ def of_file(path: Path) -> Entry:
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def state(path: Path) -> tuple[int, ...]:
+    """What changes when a file's content does: which file it is, its size and its time."""
+    found = path.stat()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 @contextmanager

@@ -95,6 +95,8 @@ def verify(entry: Entry, library: Library, among: Iterable[PackagedRegion] | Non
         if not standing_in:
             raise UserError(f"{entry.path} has a {model.region}, which this recipe doesn't run from packages")
         component = standing_in[0].region.component
+        if (reason := entry.manifest.identity.refusal(library.identity, component)) is not None:
+            raise UserError(f"{entry.path} {reason}: it came from `{entry.manifest.built.command}`")
         tolerance = TOLERANCE_FLOAT8 if in_float8.get(component, False) else TOLERANCE[dtype]
         calls = [(region, random_inputs(specs, device)) for specs in tried(model) for region in standing_in]
         worst = max((_error(library, entry, name, *call) for call in calls), key=_nan_first)

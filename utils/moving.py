@@ -13,10 +13,10 @@ from utils.components import plain_tensors
 
 
 def when_moved(module: nn.Module, forget: Callable[[], object]) -> None:
-    """Call `forget` after `module.to(...)`, `.half()`, `.cuda()`, ..., also of a module that it is part of, where that
-    gave its tensors other memory.
+    """Call `forget` after `module.to(...)`, `.half()`, `.cuda()`, ..., also of a module that it is part of, and after
+    `load_state_dict(..., assign=True)`, where that gave its tensors other memory.
 
-    Source: torch.nn.Module._apply, through which they all go.
+    Source: torch.nn.Module._apply, through which all but the last go, and its hooks around load_state_dict.
     """
     original: Any = module._apply.__func__  # type: ignore[attr-defined]  # or what this function made of it before
 
@@ -27,6 +27,17 @@ def when_moved(module: nn.Module, forget: Callable[[], object]) -> None:
             forget()
         return result
 
+    before_loading: list[int] = []
+
+    def note(*_: Any) -> None:
+        before_loading[:] = _addresses(module)
+
+    def compare(*_: Any) -> None:
+        if _addresses(module) != before_loading:
+            forget()
+
+    module.register_load_state_dict_pre_hook(note)
+    module.register_load_state_dict_post_hook(compare)
     # A method, so that a copy of the module gets its own, and not this one's.
     object.__setattr__(module, "_apply", MethodType(apply, module))
 

@@ -17,8 +17,9 @@ import torch
 
 from export import build, manifest, order
 from export.build import Call
+from export.checks import refusal
 from export.runtime import PackagedRegion
-from export.store import PackageStore
+from export.store import Entry, PackageStore
 from recipes import Recipe
 from tests.export.conftest import AOTI, CPU, inputs_of_after
 from utils.errors import UserError
@@ -134,6 +135,31 @@ def test_package_is_there_only_with_what_lies_beside_it(tmp_path: Path) -> None:
     assert PackageStore(tmp_path).entries() == []
 
 
+@pytest.mark.slow
+def test_what_is_damaged_is_built_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    after = after_of(tmp_path)
+
+    def built() -> tuple[Entry, bool]:
+        entry, was_there = after.packages.build([(after, inputs_of_after())])
+        assert refusal(entry) is None
+        return entry, was_there
+
+    entry, _ = built()
+    content, beside = entry.path.read_bytes(), entry.path.with_suffix(".json")
+    for file, damaged, words in (
+        (entry.path, content[:-1] + b"x", "has sha256"),
+        (beside, beside.read_bytes().replace(b'"schema": 3', b'"schema": 2'), "is of another version of this program"),
+        (beside, b"{", "is damaged"),
+    ):
+        file.write_bytes(damaged)
+        capsys.readouterr()
+        assert built()[1] is False
+        said = capsys.readouterr().err
+        assert words in said
+        assert "building it anew" in said
+        assert built()[1] is True
+
+
 def test_name_belongs_to_recipe_weights_inputs_and_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Found without compiling: the name is known before."""
     names = []
@@ -142,7 +168,7 @@ def test_name_belongs_to_recipe_weights_inputs_and_sources(tmp_path: Path, monke
         after = after_of(tmp_path, recipe)
         if change:
             monkeypatch.setattr(after.packages, "identity", change_of(after, change))
-        monkeypatch.setattr(after.packages.store, "write", lambda name, make: names.append(name))
+        monkeypatch.setattr(after.packages.store, "write", lambda name, make, refusal: names.append(name))
         after.packages.build([(after, inputs_of_after(**inputs))])
         return names[-1]
 

@@ -71,6 +71,7 @@ def test_no_packages(export: Callable, tmp_path: Path) -> None:
     assert missing.code == 2
     assert f"{tmp_path} is a folder: give a package's .pt2 file" in export("inspect", tmp_path).error()
     (tmp_path / "a.txt").write_text("")
+    assert "a.txt is a file, not a folder of packages" in export("list", tmp_path / "a.txt").error()
     assert "a.txt is no .pt2 file: give a package's" in export("inspect", tmp_path / "a.txt").error()
 
 
@@ -111,6 +112,34 @@ def test_verify_finds_code_that_computes_something_else(export: Callable, damage
 
     forge(damaged, change)
     assert export("verify", damaged).code == 1
+
+
+def of_after(manifest: dict, change: Callable[[dict], object]) -> None:
+    (name,) = [name for name in manifest["models"] if name.startswith("after-")]
+    change(manifest["models"][name]["inputs"]["temb"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda m: m["identity"].update(torch="1.0"), "was built for torch 1.0, this is"),
+        (lambda m: m["identity"].update(dtype="float16"), "was built for dtype float16, this is float32"),
+        (lambda m: m["identity"]["recipe"].clear(), "says that it was built for execution=eager"),
+        (lambda m: m["identity"]["recipe"].update(execution="later"), "execution"),
+        (lambda m: m["models"].clear(), "manifest.models is empty"),
+        (lambda m: of_after(m, lambda spec: spec.update(dtype="float99")), "PyTorch has no dtype 'float99'"),
+        (lambda m: of_after(m, lambda spec: spec.update(shape=[-1, 256])), "no tensor is float32[-1, 256]"),
+        (lambda m: of_after(m, lambda spec: spec.update(shape=[256])), "no tensor is float32[256] with strides"),
+    ],
+    ids=["torch", "dtype", "no-recipe", "execution", "no-models", "inputs-dtype", "negative", "strides"],
+)
+def test_verify_refuses_in_one_line(export: Callable, damaged: Path, change: Callable, words: str) -> None:
+    forge(damaged, change)
+    done = export("verify", damaged)
+    assert done.code in (1, 2)
+    assert words in done.error()
+    assert not done.out
 
 
 @pytest.mark.slow

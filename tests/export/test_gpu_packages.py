@@ -32,6 +32,7 @@ BF16 = Recipe(dtype="bfloat16", scheduler_sync_removal=True, execution="aoti", f
 FLOAT8 = replace(BF16, quantization="float8_per_row")
 RECIPES = {
     "bf16-triton_fp8": replace(BF16, attention="triton_fp8"),
+    "bf16-cudnn": replace(BF16, attention="cudnn"),
     "float8-triton_fp8": replace(FLOAT8, attention="triton_fp8"),
     "float8-triton_fp8-kernels": replace(FLOAT8, attention="triton_fp8", fused_kernels=True),
     "bf16-cudnn_fp8": replace(BF16, attention="cudnn_fp8"),

@@ -40,6 +40,7 @@ RECIPES = {
     "bfloat16": BF16,
     "fused_qkv": FUSED,
     "float8": FLOAT8,
+    "float8-per-tensor": replace(FUSED, quantization="float8_per_tensor"),
     "hoisted": Recipe(modulation="hoisted", hoisted_embeddings=True),
 }
 ON_A_GPU = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -15,9 +16,10 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 import recipes
-from export import regions
+from export import order, regions
 from export.lora import Adapter
 from export.lora_file import Factors, LoRA
+from export.order import Order
 from export.runtime import BoundModel, Library, PackagedRegion, library_of
 from export.store import Entry, PackageStore
 from export.verify import TOLERANCE, verify
@@ -323,9 +325,12 @@ def test_every_output_of_a_model_is_verified(
 
 
 @pytest.mark.slow
-def test_float8_in_a_package(tiny: Callable, predict: Callable, error_of: Callable, tmp_path: Path) -> None:
+@pytest.mark.parametrize("quantization", ["float8_per_row", "float8_per_tensor"])
+def test_float8_in_a_package(
+    tiny: Callable, predict: Callable, error_of: Callable, tmp_path: Path, quantization: str
+) -> None:
     """A package's float8 is as far from plain bfloat16 as eager float8: other roundings, the same quantization."""
-    recipe = Recipe(dtype="bfloat16", fused_qkv=True, quantization="float8_per_row")
+    recipe = Recipe(dtype="bfloat16", fused_qkv=True, quantization=quantization)
     plain, eager, packaged = (tiny(torch.bfloat16) for _ in range(3))
     recipes.apply(eager, recipe)
     recipes.apply(packaged, replace(recipe, execution="aoti"), PackageStore(tmp_path))
@@ -342,6 +347,42 @@ def test_float8_in_a_package(tiny: Callable, predict: Callable, error_of: Callab
     quantization_error = error_of(reference, predict(plain))
     assert 0.5 * quantization_error < error_of(output, predict(plain)) < 2 * quantization_error
     assert error_of(output, reference) < 2 * quantization_error
+
+
+@pytest.mark.slow
+def test_weights_of_one_module_in_the_code_are_noticed(
+    tiny: Callable, predict: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Inductor makes a scale a tensor, of one element, part of the code, unless it is told not to."""
+    compile_ = torch._inductor.aot_compile
+
+    def folding(*arguments: Any, options: dict[str, Any]) -> Any:
+        return compile_(*arguments, options={**options, "joint_graph_constant_folding": True})
+
+    monkeypatch.setattr(torch._inductor, "aot_compile", folding)
+    pipe = tiny(torch.bfloat16)
+    recipe = Recipe(dtype="bfloat16", fused_qkv=True, quantization="float8_per_tensor", execution="aoti")
+    recipes.apply(pipe, recipe, PackageStore(tmp_path))
+    with pytest.raises(UserError, match="no package was written, for what was compiled computes something else"):
+        predict(pipe)
+    assert not PackageStore(tmp_path).entries()
+
+
+@pytest.mark.slow
+def test_one_package_for_sizes_and_texts(tiny: Callable, draw: Callable, tmp_path: Path) -> None:
+    wanted = Order("tiny", AOTI, resolutions=((64, 64), (64, 96)), batches=(1,), text_lengths=(64, 32))
+    ((entry, _),) = order.fill(wanted, tmp_path, torch.device("cpu"))
+    models = Counter(model.region for model in entry.manifest.models.values())
+    assert models == {"before": 4, "double_block": 4, "single_block": 4, "after": 2, "vae_decoder": 2}
+    plain, packaged = tiny(), tiny()
+    recipes.apply(packaged, AOTI, PackageStore(tmp_path, build=False))
+    with CompileClock() as clock:
+        for request in wanted.requests():
+            given = {"width": request.width, "max_sequence_length": request.max_sequence_length, "steps": 2}
+            np.testing.assert_allclose(draw(packaged, **given), draw(plain, **given), atol=1e-3)
+    assert clock.compilations == 0
+    with pytest.raises(UserError, match="draws 96x64, batch 1, 64 text tokens"):
+        draw(packaged, height=96, width=64)
 
 
 @pytest.mark.slow

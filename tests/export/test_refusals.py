@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 import re
+import zipfile
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
@@ -50,6 +52,23 @@ def test_the_package_itself_is_taken(library: Library, after: PackagedRegion, da
     with after.unpackaged() as module:
         expected = module(**inputs)
     torch.testing.assert_close(fresh.bind(after, inputs)(inputs), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_file_that_changes_while_it_is_in_use(
+    library: Library, after: PackagedRegion, damaged: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fresh = replace(library, store=PackageStore(damaged.parent, build=False))
+    bind = functools.partial(fresh.bind, after, inputs_of_after())
+    assert bind()(inputs_of_after()).shape == (1, 16, 64)
+    monkeypatch.setattr(build, "loader", None)  # none of the new file's code is loaded
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[:2000] + bytes([whole[2000] ^ 1]) + whole[2001:])
+    with pytest.raises(UserError, match="has sha256"):
+        bind()
+    with zipfile.ZipFile(damaged, "w") as archive:
+        archive.writestr("package/other", b"")
+    with pytest.raises(UserError, match="bytes, its manifest says"):
+        bind()
 
 
 def test_any_damaged_byte_of_the_package(refuse: Callable, damaged: Path) -> None:

@@ -345,8 +345,12 @@ CAPTURED = pytest.mark.parametrize(
         replace(STEPS, dtype="bfloat16", execution="compile", compile_scope="whole"),
         replace(HOISTED, dtype="bfloat16", execution="compile"),
         replace(HOISTED, dtype="bfloat16", execution="aoti"),
+        recipes.named()["aoti"],
     ],
-    ids=["float32", "bfloat16", "hoisted", "offloaded", "compile", "whole", "hoisted-compile", "hoisted-packages"],
+    ids=[
+        *("float32", "bfloat16", "hoisted", "offloaded", "compile", "whole", "hoisted-compile", "hoisted-packages"),
+        "fastest-packages",
+    ],
 )
 
 

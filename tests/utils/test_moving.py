@@ -23,8 +23,15 @@ def told() -> tuple[nn.Sequential, list[int]]:
 
 @pytest.mark.parametrize(
     "move",
-    [nn.Module.bfloat16, lambda m: m.to(torch.float64), lambda m: m.to("meta"), lambda m: m[0].half()],
-    ids=["dtype", "to-dtype", "device", "itself"],
+    [
+        nn.Module.bfloat16,
+        lambda m: m.to(torch.float64),
+        lambda m: m.to("meta"),
+        lambda m: m[0].half(),
+        lambda m: m.load_state_dict({name: tensor.clone() for name, tensor in m.state_dict().items()}, assign=True),
+        lambda m: m[0].load_state_dict(copy.deepcopy(m[0]).state_dict(), assign=True),
+    ],
+    ids=["dtype", "to-dtype", "device", "itself", "assigned", "itself-assigned"],
 )
 def test_told_of_other_memory(told: tuple[nn.Sequential, list[int]], move: Callable) -> None:
     module, times = told
@@ -39,6 +46,7 @@ def test_not_told_where_nothing_moves(told: tuple[nn.Sequential, list[int]]) -> 
     module[1].double()
     with torch.no_grad():
         module[0][0].weight.mul_(2)
+    module.load_state_dict({name: 2 * tensor for name, tensor in module.state_dict().items()})
     assert not times
 
 
