@@ -101,6 +101,10 @@ def _sides(word: str) -> tuple[int, int] | None:
     return (int(sides[0]), int(sides[1])) if len(sides) == 2 and all(side.isdecimal() for side in sides) else None
 
 
+def _given(option: str | None, default: str) -> str:
+    return default if option is None else option
+
+
 def run_build(arguments: argparse.Namespace) -> None:
     known = checkpoints.defaults(arguments.checkpoint)
     device = command_line.device(arguments)
@@ -108,12 +112,12 @@ def run_build(arguments: argparse.Namespace) -> None:
     wanted = Order(
         checkpoint=arguments.checkpoint,
         recipe=chosen or replace(command_line.fastest(arguments.checkpoint, device), execution="aoti"),
-        resolutions=resolutions(arguments.resolutions or f"{known.height}x{known.width}"),
+        resolutions=resolutions(_given(arguments.resolutions, f"{known.height}x{known.width}")),
         batches=numbers("batch", arguments.batch),
-        text_lengths=numbers("text-lengths", arguments.text_lengths or str(known.max_sequence_length)),
+        text_lengths=numbers("text-lengths", _given(arguments.text_lengths, str(known.max_sequence_length))),
         embed_weights=arguments.embed_weights,
         dynamic=arguments.dynamic,
-        image_size=image_size(arguments.image_size) if arguments.image_size else None,
+        image_size=None if arguments.image_size is None else image_size(arguments.image_size),
     )
     for entry, was_there in order.fill(wanted, arguments.out, device):
         print(f"{line(entry)}{', was there already' if was_there else ''}")
@@ -121,13 +125,15 @@ def run_build(arguments: argparse.Namespace) -> None:
 
 def run_list(arguments: argparse.Namespace) -> None:
     store = PackageStore(arguments.folder)
-    entries, others = store.entries(), store.of_other_versions()
-    if not entries and not others:
+    entries, others, damaged = store.entries(), store.of_other_versions(), store.damaged()
+    if not entries and not others and not damaged:
         raise UserError(f"no packages in {arguments.folder}: make one with `python -m export build`")
     for entry in entries:
         print(line(entry))
     for path in others:
         print(f"{path.name}: of another version of this program, and of no use to it")
+    for error in damaged:
+        raise error
 
 
 def checked(path: Path) -> Entry:

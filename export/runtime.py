@@ -195,8 +195,12 @@ class Library:
             rank = 3 if reason is None else 2 if fitting else 1
             if rank > nearest[0]:
                 nearest = rank, f" ({entry.path.name} {reason or next(iter(other_inputs.values()))})"
-        if for_range is not None or self.store.build:
+        if for_range is not None:
             return for_range
+        for error in self.store.damaged():
+            raise error
+        if self.store.build:
+            return None
         raise UserError(
             f"no package in {self.store.folder} {in_words(self, region, inputs)}: build one with "
             f"`{build_command(self, region, inputs)}`, or {self.store.to_build}{nearest[1]}"

@@ -43,15 +43,27 @@ class PackageStore:
     folder: Path = field(default_factory=default_folder)
     build: bool = True
     to_build: str = "apply the recipe with a PackageStore that may build"
-    _read: dict[tuple[Path, int], Entry | None] = field(default_factory=dict, repr=False)  # by file and its time
+    _read: dict[tuple[Path, int], Entry | UserError] = field(default_factory=dict, repr=False)  # by file and its time
 
     def entries(self) -> list[Entry]:
-        """The packages that are there, by name, without those that other versions of this program left.
+        """The packages that are there, by name, without those `of_other_versions` and those that are `damaged`.
 
         Raises:
             UsageError: the folder is a file.
-            UserError: a manifest can't be read.
         """
+        return [one for one in self._found() if isinstance(one, Entry)]
+
+    def of_other_versions(self) -> list[Path]:
+        """Packages that other versions of this program left: what runs here neither reads nor overwrites them."""
+        self._found()
+        errors = [path for (path, _), one in self._read.items() if isinstance(one, OtherVersionError)]
+        return sorted({path.with_suffix(".pt2") for path in errors})
+
+    def damaged(self) -> list[UserError]:
+        """What is wrong with manifests that can't be read."""
+        return [one for one in self._found() if isinstance(one, UserError) and not isinstance(one, OtherVersionError)]
+
+    def _found(self) -> list[Entry | UserError]:
         if not self.folder.is_dir():
             if self.folder.exists():
                 raise UsageError(f"{self.folder} is a file, not a folder of packages")
@@ -63,15 +75,10 @@ class PackageStore:
                 if known not in self._read:
                     try:
                         self._read[known] = entry(path)
-                    except OtherVersionError:  # nor would it fit: its sources aren't this version's
-                        self._read[known] = None
+                    except UserError as error:
+                        self._read[known] = error
                 found.append(self._read[known])
-        return [one for one in found if one is not None]
-
-    def of_other_versions(self) -> list[Path]:
-        """The packages that `entries` leaves out: what runs here neither reads nor overwrites them."""
-        self.entries()
-        return sorted({path.with_suffix(".pt2") for (path, _), one in self._read.items() if one is None})
+        return found
 
     def write(
         self, name: str, make: Callable[[Path], Manifest], refusal: Callable[[Entry], str | None] | None = None

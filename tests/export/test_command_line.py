@@ -33,6 +33,7 @@ def export(main: Callable) -> Callable:
     ("arguments", "message"),
     [
         (("--recipe", "bf16"), "packages are for recipes with execution=aoti"),
+        (("--resolutions", ""), "--resolutions : give HEIGHTxWIDTH"),
         (("--resolutions", "64"), "give HEIGHTxWIDTH, as in 1024x1024,768x1344"),
         (("--resolutions", "60x64"), "--resolutions 60x64: 60 is not a positive multiple of 16: try 48 or 64"),
         (("--batch", "0"), "--batch 0: give positive whole numbers"),
@@ -191,10 +192,13 @@ def test_doctors_package_is_one_of_ours(
     with pytest.raises(AssertionError):
         doctor_child.main(str(tmp_path / "new"), "cpu")
     assert capfd.readouterr().out.split() == ["compiled", "loaded", "ran"], "also where it is built first"
+    monkeypatch.setattr(BoundModel, "__call__", run_right)
     entry.path.write_bytes(entry.path.read_bytes()[:-1])
-    with pytest.raises(UserError, match="bytes, its manifest says"):
-        doctor_child.main(str(tmp_path), "cpu")
-    assert capfd.readouterr().out.split() == ["compiled"]
+    doctor_child.main(str(tmp_path), "cpu")
+    done = capfd.readouterr()
+    assert done.out.split() == ["compiled", "loaded", "ran", "right"]
+    assert "bytes, its manifest says" in done.err
+    assert "building it anew" in done.err
 
 
 @pytest.mark.slow
@@ -286,6 +290,23 @@ def test_package_of_another_version(
     shutil.copy(package.path.with_suffix(".json"), damaged.parent / "fits.json")
     assert [entry.path.name for entry in store.entries()] == ["fits.pt2"]
     assert replace(library, store=store).find(after.region, inputs) is not None
+
+
+@pytest.mark.slow
+def test_a_damaged_one_beside_one_that_fits(
+    export: Callable, library: Library, after: PackagedRegion, damaged: Path
+) -> None:
+    shutil.copy(damaged, damaged.parent / "a.pt2")
+    (damaged.parent / "a.json").write_text("{")
+    done = export("list", damaged.parent)
+    assert done.code == 1
+    assert done.out.startswith(f"{damaged}: draws 64x64; ")
+    assert "a.json is damaged" in done.error()
+    fresh = replace(library, store=PackageStore(damaged.parent, build=False))
+    assert fresh.find(after.region, inputs_of_after()) is not None
+    damaged.with_suffix(".json").unlink()
+    with pytest.raises(UserError, match=r"a\.json is damaged .*: delete it and a\.pt2"):
+        fresh.find(after.region, inputs_of_after())
 
 
 @pytest.mark.slow
