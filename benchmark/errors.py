@@ -33,6 +33,7 @@ with quiet():
     import recipes
     from benchmark import prompts, recipe_series
     from benchmark.memory import peak_bytes
+    from export.verify import exact_convolutions
     from recipes.dtype import cast, torch_dtype
     from recipes.recipe import Recipe
     from utils import checkpoints
@@ -101,7 +102,7 @@ def results(pipe: DiffusionPipeline, dtype: torch.dtype, inputs: Inputs) -> dict
     embedded = {name: on_device(getattr(inputs, name)) for name in ("prompt_embeds", "pooled_prompt_embeds")}
     given: list[torch.Tensor] = []
     hook = pipe.transformer.register_forward_hook(lambda module, args, output: given.append(output[0].float().cpu()))
-    with quiet():
+    with quiet(), exact_convolutions():
         try:  # any number of steps begins at the same noise level: 1
             pipe(**{**arguments, "prompt": None, **embedded, "num_inference_steps": 1})
         finally:

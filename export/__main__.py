@@ -132,8 +132,8 @@ def run_list(arguments: argparse.Namespace) -> None:
         print(line(entry))
     for path in others:
         print(f"{path.name}: of another version of this program, and of no use to it")
-    for error in damaged:
-        raise error
+    if damaged:
+        raise UserError("; ".join(damaged))
 
 
 def checked(path: Path) -> Entry:

@@ -149,7 +149,7 @@ def compile_call(call: Call, options: dict[str, Any], embed_weights: bool) -> li
         "aot_inductor.package": True,
         "aot_inductor.package_constants_in_so": embed_weights,
         "always_keep_tensor_constants": not embed_weights,
-        # Weights of one element, such as a scale a tensor, would be made part of the code: the first block's, for all.
+        # Weights of one element, such as one scale per tensor, would be made part of the code: one block's, for all.
         "joint_graph_constant_folding": embed_weights,
         # Inductor's C++ GEMMs repack weights while compiling, into constants that only a package with weights can hold.
         "max_autotune_gemm_backends": "ATEN,TRITON",

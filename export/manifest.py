@@ -89,7 +89,7 @@ class TensorSpec:
     def __post_init__(self) -> None:
         if not isinstance(getattr(torch, self.dtype, None), torch.dtype):
             raise ValueError(f"PyTorch has no dtype {self.dtype!r}"[:200])
-        if min((0, *self.shape, *self.stride)) < 0 or len(self.shape) != len(self.stride):
+        if any(n < 0 for n in (*self.shape, *self.stride)) or len(self.shape) != len(self.stride):
             raise ValueError(f"no tensor is {self}"[:200])
 
     @property
@@ -106,6 +106,10 @@ class Range:
 
     smallest: int
     largest: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.smallest <= self.largest:
+            raise ValueError(f"no sizes are from {self.smallest} to {self.largest}")
 
 
 @dataclass(frozen=True)
@@ -185,11 +189,7 @@ class Identity:
         if (name := _first_different(*parts)) is not None:
             there, wanted = (_word(part.get(name)) for part in parts)
             return f"was built for a {component} with {name}={there}, this one has {wanted}"
-        if (name := _first_different(vars(theirs), vars(ours))) is not None:
-            there, wanted = (_word(vars(identity)[name])[:40] for identity in (theirs, ours))
-            what = "other sources of this repository" if name == "sources" else name
-            return f"was built for {what} {there}, this is {wanted}"
-        return None
+        return _misfit(vars(theirs), vars(ours))
 
 
 @dataclass(frozen=True)
@@ -329,10 +329,16 @@ def of_machine(device: torch.device) -> dict[str, Any]:
 def refusal_by_machine(identity: Identity, device: torch.device) -> str | None:
     """Why a package of this identity can't run on `device`, naming both sides; None if it may. Wants no pipeline."""
     here = of_machine(device)
-    name = _first_different({name: vars(identity)[name] for name in here}, here)
-    if name is None:
+    return _misfit({name: vars(identity)[name] for name in here}, here)
+
+
+def _misfit(theirs: dict[str, Any], ours: dict[str, Any]) -> str | None:
+    """The first field by which a package doesn't fit, with both sides; None if it fits."""
+    if (name := _first_different(theirs, ours)) is None:
         return None
-    return f"was built for {name} {_word(vars(identity)[name])[:40]}, this is {_word(here[name])[:40]}"
+    there, wanted = (_word(fields[name])[:40] for fields in (theirs, ours))
+    what = "other sources of this repository" if name == "sources" else name
+    return f"was built for {what} {there}, this is {wanted}"
 
 
 def _of_text_encoders(pipe: DiffusionPipeline) -> dict[str, dict[str, Any]]:

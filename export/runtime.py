@@ -149,10 +149,9 @@ class Library:
         reason = entry.manifest.identity.refusal(self.identity, region.region.component)
         if reason is not None:
             raise UserError(f"{entry.path} {reason}: build one that fits with `{command()}`")
-        remedy = f"delete it and {entry.path.stem}.json, and build it again with `{command()}`"
         file = entry.path, entry.beside.sha256, state(entry.path)
         if file not in self._whole:
-            check_file(entry, remedy)
+            check_file(entry, f"delete it and {entry.path.stem}.json, and build it again with `{command()}`")
             self._whole.add(file)
             build.provide_kernels(entry.path)
         tensors = weights.exported_tensors(region.module)
@@ -176,7 +175,7 @@ class Library:
         One of these very shapes goes before one for a range of sizes.
 
         Raises:
-            UserError: there is none that fits, and none may be built. A package's manifest is damaged.
+            UserError: there is none that fits, and none may be built.
         """
         wanted = build.input_specs(inputs)
         nearest, for_range = (0, ""), None
@@ -195,15 +194,12 @@ class Library:
             rank = 3 if reason is None else 2 if fitting else 1
             if rank > nearest[0]:
                 nearest = rank, f" ({entry.path.name} {reason or next(iter(other_inputs.values()))})"
-        if for_range is not None:
+        if for_range is not None or self.store.build:
             return for_range
-        for error in self.store.damaged():
-            raise error
-        if self.store.build:
-            return None
+        damaged = [f" ({reason})" for reason in self.store.damaged()]
         raise UserError(
             f"no package in {self.store.folder} {in_words(self, region, inputs)}: build one with "
-            f"`{build_command(self, region, inputs)}`, or {self.store.to_build}{nearest[1]}"
+            f"`{build_command(self, region, inputs)}`, or {self.store.to_build}{(*damaged, nearest[1])[0]}"
         )
 
     def build_missing(self, calls: Sequence[PackagedCall]) -> None:
@@ -250,7 +246,8 @@ class Library:
             return self.store.write(name, make, refusal)
 
     def _first_and_last(self, calls: Collection[PackagedCall]) -> list[PackagedRegion]:
-        """What was called, and of each region the last module: its weights are none that a model was compiled with."""
+        """What was called, and of each region the last module, with whose weights no model was compiled, unless it is
+        the only one."""
         called = [region for region, _ in calls]
         last = {packaged.region: packaged for packaged in self.packaged}
         return [*called, *(last[region] for region in dict.fromkeys(one.region for one in called))]
@@ -268,7 +265,7 @@ class Library:
     def recording(self) -> Iterator[dict[tuple[Region, Key], PackagedCall]]:
         """Run the modules as they were, and record how they are called: one call of each kind.
 
-        For a pipeline without CUDA graphs, which captured now would hold the modules as they were from then on.
+        Not for a pipeline with CUDA graphs: one captured meanwhile would go on running the modules as they were.
         """
         recorded: dict[tuple[Region, Key], PackagedCall] = {}
         self.recorded = recorded

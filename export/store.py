@@ -9,11 +9,12 @@ import hashlib
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from tqdm import tqdm
 
 from export.manifest import Beside, Manifest, OtherVersionError, read_beside
 from utils.errors import UsageError, UserError
@@ -36,6 +37,15 @@ class Entry:
         return self.beside.manifest
 
 
+@dataclass(frozen=True)
+class _Unread:
+    """A manifest beside a package that can't be read, and why."""
+
+    beside: Path
+    reason: str
+    of_other_version: bool
+
+
 @dataclass
 class PackageStore:
     """A folder of packages; `build`: whether what is missing may be built, and `to_build`: what to do that it may."""
@@ -43,7 +53,9 @@ class PackageStore:
     folder: Path = field(default_factory=default_folder)
     build: bool = True
     to_build: str = "apply the recipe with a PackageStore that may build"
-    _read: dict[tuple[Path, int], Entry | UserError] = field(default_factory=dict, repr=False)  # by file and its time
+    _read: dict[tuple[Path, int, int], Entry | _Unread] = field(
+        default_factory=dict, repr=False
+    )  # by file and its time
 
     def entries(self) -> list[Entry]:
         """The packages that are there, by name, without those `of_other_versions` and those that are `damaged`.
@@ -54,29 +66,29 @@ class PackageStore:
         return [one for one in self._found() if isinstance(one, Entry)]
 
     def of_other_versions(self) -> list[Path]:
-        """Packages that other versions of this program left: what runs here neither reads nor overwrites them."""
-        self._found()
-        errors = [path for (path, _), one in self._read.items() if isinstance(one, OtherVersionError)]
-        return sorted({path.with_suffix(".pt2") for path in errors})
+        """Packages that other versions of this program left, and that nothing here can run."""
+        unread = [one for one in self._found() if isinstance(one, _Unread)]
+        return [one.beside.with_suffix(".pt2") for one in unread if one.of_other_version]
 
-    def damaged(self) -> list[UserError]:
-        """What is wrong with manifests that can't be read."""
-        return [one for one in self._found() if isinstance(one, UserError) and not isinstance(one, OtherVersionError)]
+    def damaged(self) -> list[str]:
+        """What is wrong with the manifests that can't be read, a line each."""
+        unread = [one for one in self._found() if isinstance(one, _Unread)]
+        return [one.reason for one in unread if not one.of_other_version]
 
-    def _found(self) -> list[Entry | UserError]:
+    def _found(self) -> list[Entry | _Unread]:
         if not self.folder.is_dir():
             if self.folder.exists():
                 raise UsageError(f"{self.folder} is a file, not a folder of packages")
             return []
         found = []
         for path in sorted(self.folder.glob("[!.]*.json")):
-            if path.with_suffix(".pt2").exists():
-                known = path, path.stat().st_mtime_ns
+            with suppress(FileNotFoundError):  # it is being built anew
+                known = path, path.stat().st_mtime_ns, path.with_suffix(".pt2").stat().st_ino
                 if known not in self._read:
                     try:
                         self._read[known] = entry(path)
                     except UserError as error:
-                        self._read[known] = error
+                        self._read[known] = _Unread(path, str(error), isinstance(error, OtherVersionError))
                 found.append(self._read[known])
         return found
 
@@ -102,11 +114,11 @@ class PackageStore:
                 reason = None if refusal is None else _unusable(beside, refusal)
                 if reason is None:
                     return entry(beside), True
-                print(f"{path} {reason}: building it anew", file=sys.stderr)
-                beside.unlink()
+                tqdm.write(f"{reason}: building it anew", file=sys.stderr)  # between progress bars
             self._clean(name)
             with replacing(path) as temporary:
                 made = not_yet_stored(temporary, make(temporary))
+                beside.unlink(missing_ok=True)
             write_text(beside, made.beside.to_json())
         return entry(beside), False
 
@@ -125,9 +137,11 @@ def entry(beside: Path) -> Entry:
 
 def _unusable(beside: Path, refusal: Callable[[Entry], str | None]) -> str | None:
     try:
-        return refusal(entry(beside))
+        found = entry(beside)
+        reason = refusal(found)
     except UserError as error:
-        return f"can't be used ({error})"
+        return str(error).partition(":")[0]  # and not what to do about it
+    return reason and f"{found.path} {reason}"
 
 
 def not_yet_stored(path: Path, manifest: Manifest) -> Entry:

@@ -61,7 +61,7 @@ class Error:
 
 
 @contextmanager
-def _exact_convolutions() -> Iterator[None]:
+def exact_convolutions() -> Iterator[None]:
     """float32 convolutions in float32: TF32, which cuDNN takes by default, rounds more than a tolerance of 1e-4 allows,
     and otherwise for another algorithm or memory format."""
     allowed = torch.backends.cudnn.allow_tf32
@@ -73,17 +73,17 @@ def _exact_convolutions() -> Iterator[None]:
 
 
 @torch.no_grad()
-@_exact_convolutions()
+@exact_convolutions()
 def verify(entry: Entry, library: Library, among: Iterable[PackagedRegion] | None = None) -> list[Error]:
     """Every model of a package, on each module that it stands in for; `among`: on those of them that are given.
 
     Raises:
         UserError: the package doesn't fit the library's pipeline.
     """
-    recipe = entry.manifest.identity.recipe
+    recipe = library.recipe
     in_float8 = {
-        "transformer": recipe["quantization"] != "none" or recipe["attention"] in FLOAT8,
-        text_encoders.T5_LAYER.component: recipe["float8_text_encoder"],
+        "transformer": recipe.quantization != "none" or recipe.attention in FLOAT8,
+        text_encoders.T5_LAYER.component: recipe.float8_text_encoder,
     }
     dtype = entry.manifest.identity.dtype
     device = library.pipe.transformer.device

@@ -100,7 +100,8 @@ def end_with_call(pipe: DiffusionPipeline) -> None:
 
     A call that is broken off leaves its loop as one that ends does: diffusers would keep its current timestep, by which
     a call of the transformer by hand is told from one of the loop. In inference mode, whose tensors count no versions,
-    nothing would be remembered from one step to the next: there a call runs without gradients instead.
+    nothing would be remembered from one step to the next: there a call runs without gradients instead, with copies of
+    the tensors that it is given. Weights that were loaded in inference mode still aren't remembered.
     """
     if _CALL in vars(pipe):
         return

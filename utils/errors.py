@@ -14,7 +14,11 @@ from typing import Any, NoReturn
 
 from tqdm import tqdm
 
-_IN_WORDS = re.compile(r"DefaultCPUAllocator|CUDA out of memory|CUDA error: out of memory|_STATUS_ALLOC_FAILED")
+_IN_WORDS = re.compile(
+    r"DefaultCPUAllocator|_STATUS_ALLOC_FAILED|CUDA out of memory"
+    r"|(CUDA error|CUDA driver error|Triton Error \[CUDA\]): out of memory"
+)
+_BY_CALL = "API call failed"  # all that code compiled ahead of time says of an error
 
 
 class UserError(Exception):
@@ -67,7 +71,7 @@ def run_command(main: Callable[[], None], debug: bool) -> None:
             traceback.print_exc()
         if isinstance(error, UserError):
             _fail(str(error), error.exit_code)
-        if ran_out_of_memory(error):
+        if is_out_of_memory(error):
             _fail(f"out of memory{_peak()}{'' if debug else ' (--debug shows where)'}", 1)
         hint = "" if debug else " (--debug shows the traceback)"
         _fail(f"{type(error).__name__}: {one_line(error)}{hint}", 1)
@@ -81,12 +85,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     return on_device or isinstance(error, (MemoryError, OutOfMemoryError)) or _IN_WORDS.search(str(error)) is not None
 
 
-def ran_out_of_memory(error: BaseException, refused_before: int = 0) -> bool:
-    """Whether memory ran out, whatever `error` says: code compiled ahead of time tells only which call of its failed.
+def ran_out_of_memory(error: BaseException, refused_before: int) -> bool:
+    """Whether memory ran out, also where `error` only tells which of its calls failed, as of a package.
 
     refused_before: `refused()` before what failed began.
     """
-    return is_out_of_memory(error) or (isinstance(error, RuntimeError) and refused() > refused_before)
+    return is_out_of_memory(error) or (_BY_CALL in str(error) and refused() > refused_before)
 
 
 def refused() -> int:

@@ -29,10 +29,10 @@ def when_moved(module: nn.Module, forget: Callable[[], object]) -> None:
 
     before_loading: list[int] = []
 
-    def note(*_: Any) -> None:
+    def note(module: nn.Module, *_: Any) -> None:
         before_loading[:] = _addresses(module)
 
-    def compare(*_: Any) -> None:
+    def compare(module: nn.Module, *_: Any) -> None:
         if _addresses(module) != before_loading:
             forget()
 

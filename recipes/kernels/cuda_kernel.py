@@ -65,6 +65,7 @@ class CudaKernel:
         """On PyTorch's current stream. arguments: ctypes' objects, which are copied.
 
         Raises:
+            MemoryError: the GPU's memory doesn't hold it.
             UserError: it couldn't be compiled, loaded or launched.
         """
         for recorder in _recorders:

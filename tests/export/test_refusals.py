@@ -276,15 +276,18 @@ def test_extra_weight(refuse: Callable, package: Entry, after: PackagedRegion) -
         del after.module.lora_A
 
 
-@pytest.mark.parametrize("suffix", [".pt2", ".json"])
 def test_damaged_package_is_not_built_again_in_silence(
-    library: Library, after: PackagedRegion, damaged: Path, suffix: str
+    library: Library, after: PackagedRegion, damaged: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file = damaged.with_suffix(suffix)
-    file.write_bytes(file.read_bytes()[:-10])
     fresh = replace(library, store=PackageStore(damaged.parent, build=True))
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[:-10])
     with pytest.raises(UserError, match="delete it and"):
         fresh.bind(after, inputs_of_after())
+    damaged.write_bytes(whole)
+    damaged.with_suffix(".json").write_text("{")
+    fresh.bind(after, inputs_of_after())  # by a package of its own
+    assert "has the region after for hidden_states" in capsys.readouterr().err
 
 
 def test_verify_refuses_a_package_of_something_else(library: Library, damaged: Path) -> None:

@@ -183,6 +183,33 @@ except UserError as error:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("by_call", [False, True], ids=["said", "by-a-packages-call"])
+def test_memory_that_runs_out_in_a_capture_is_no_call_that_cannot_be_captured(by_call: bool) -> None:
+    """In a process of its own, as above."""
+    program = """
+import sys
+import torch
+from utils.cuda_graph import Graphed, Graphs
+from utils.errors import OutOfMemoryError, advising
+def function(x):
+    try:
+        return x + torch.empty(2**45, device="cuda")
+    except torch.OutOfMemoryError:
+        if sys.argv[1] == "False":
+            raise
+    raise RuntimeError("aoti_torch_empty_strided() API call failed at a.cpp, line 7")
+try:
+    with advising("here", lambda: "use less"):
+        Graphed(function, Graphs(1), warm_up=lambda x: None)(torch.ones(2, device="cuda"))
+except OutOfMemoryError as error:
+    print(error)
+"""
+    command = [sys.executable, "-c", program, str(by_call)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert re.fullmatch(r"out of memory here \(peak \d+\.\d GiB on .+\): use less\n", run.stdout)
+
+
+@pytest.mark.gpu
 def test_graphs_share_their_memory() -> None:
     """Six graphs with 64 MiB of intermediates each take little more than one."""
 
