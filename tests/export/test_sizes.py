@@ -318,10 +318,10 @@ def test_damaged_ranges_beside(library: Library, forged: Path, change: str, monk
     ("change", "words"),
     [
         (lambda one: one["ranges"]["image_tokens"].update(largest=15), "takes 12 to 15 image tokens, it comes with 16"),
-        (lambda one: one["ranges"]["image_tokens"].update(smallest=30), "takes 30 to 20 image tokens"),
+        (lambda one: one["ranges"]["image_tokens"].update(smallest=30), "no sizes are from 30 to 20"),
         (lambda one: one["ranges"].update(lines={"smallest": 1, "largest": 9}), "takes 1 to 9 lines, it comes with no"),
         (lambda one: one["ranges"].update(text_tokens={"smallest": 1, "largest": 9}), "takes 1 to 9 text tokens, it"),
-        (lambda one: one["inputs"]["hidden_states"].update(shape=[1]), "takes hidden_states float32[1], it comes"),
+        (lambda one: one["inputs"]["hidden_states"].update(shape=[1]), "no tensor is float32[1] with strides"),
         (lambda one: one["inputs"]["hidden_states"].update(shape=[2, 20, 256]), "takes hidden_states float32[2, 16, "),
         (lambda one: one.update(ranges={}), "takes hidden_states float32[1, 20, 256]"),
     ],
