@@ -33,11 +33,11 @@ with quiet():
     import recipes
     from benchmark import prompts, recipe_series
     from benchmark.memory import peak_bytes
-    from export.verify import exact_convolutions
     from recipes.dtype import cast, torch_dtype
     from recipes.recipe import Recipe
     from utils import checkpoints
     from utils.errors import Parser, UsageError, UserError, run_command
+    from utils.exact_convolutions import exact_convolutions
     from utils.relative_error import relative_error
     from utils.request import Request, noise
 

@@ -53,9 +53,8 @@ class PackageStore:
     folder: Path = field(default_factory=default_folder)
     build: bool = True
     to_build: str = "apply the recipe with a PackageStore that may build"
-    _read: dict[tuple[Path, int, int], Entry | _Unread] = field(
-        default_factory=dict, repr=False
-    )  # by file and its time
+    # By file, its time, and which file the package is.
+    _read: dict[tuple[Path, int, int], Entry | _Unread] = field(default_factory=dict, repr=False)
 
     def entries(self) -> list[Entry]:
         """The packages that are there, by name, without those `of_other_versions` and those that are `damaged`.

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,6 +18,7 @@ from export.store import Entry
 from recipes.attention_backends import FLOAT8
 from recipes.gemm_epilogues import turns
 from utils.errors import UserError
+from utils.exact_convolutions import exact_convolutions
 from utils.relative_error import relative_error
 
 if TYPE_CHECKING:  # it verifies what it builds
@@ -58,18 +58,6 @@ class Error:
         if self.over_eager is not None:
             error += f", to float32 {self.over_eager:.2f} times eager's (at most {FARTHER_THAN_EAGER:g})"
         return f"{self.model}: {verdict}, {error}, {self.modules} module{'s' if self.modules > 1 else ''}"
-
-
-@contextmanager
-def exact_convolutions() -> Iterator[None]:
-    """float32 convolutions in float32: TF32, which cuDNN takes by default, rounds more than a tolerance of 1e-4 allows,
-    and otherwise for another algorithm or memory format."""
-    allowed = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = allowed
 
 
 @torch.no_grad()

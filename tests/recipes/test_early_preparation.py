@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import FluxImg2ImgPipeline, FluxKontextPipeline
-from PIL import Image
+from diffusers import FluxImg2ImgPipeline
 from torch.overrides import TorchFunctionMode
 
 import recipes
 from recipes import Recipe, early_preparation, hook_search, loop_graph, scheduler_sync
 from recipes.early_preparation import EarlyPipeline, Queued
+from tests.recipes.kontext import as_kontext, edit
 
 ALONE = Recipe(early_preparation=True)
 SEARCHLESS = Recipe(early_preparation=True, hook_search_removal=True, scheduler_sync_removal=True)
@@ -36,17 +36,6 @@ def noise(pipe: Any) -> torch.Tensor:
     """A user's own latents of 64x64 pixels."""
     channels = pipe.transformer.config.in_channels
     return torch.randn(1, 16, channels, generator=torch.Generator().manual_seed(1), dtype=pipe.dtype).to(pipe.device)
-
-
-def as_kontext(pipe: Any) -> Any:
-    pipe = FluxKontextPipeline(**pipe.components)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def edit() -> dict[str, Any]:
-    image = Image.radial_gradient("L").resize((48, 80)).convert("RGB")
-    return {"image": image, "max_area": 64 * 64, "_auto_resize": False}
 
 
 CALLS: dict[str, Callable[[Any], dict[str, Any]]] = {

@@ -17,7 +17,6 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
     FluxImg2ImgPipeline,
-    FluxKontextPipeline,
     FluxTransformer2DModel,
 )
 from PIL import Image
@@ -28,6 +27,7 @@ from export.runtime import library_of
 from export.store import PackageStore
 from recipes import Recipe, RecipeError
 from recipes.loop_graph import OPTIMIZATION, DenoisingLoop, OneStep, euler
+from tests.recipes.kontext import as_kontext, edit
 from utils.compile_clock import CompileClock
 from utils.cuda_graph import Graphed
 from utils.errors import UsageError
@@ -63,17 +63,6 @@ def with_guidance(pipe: Any) -> Any:
     config = {**pipe.transformer.config, "guidance_embeds": True}
     pipe.register_modules(transformer=FluxTransformer2DModel.from_config(config).to(pipe.device, pipe.dtype))
     return pipe
-
-
-def as_kontext(pipe: Any) -> Any:
-    pipe = FluxKontextPipeline(**pipe.components)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def edit() -> dict[str, Any]:
-    image = Image.radial_gradient("L").resize((48, 80)).convert("RGB")
-    return {"image": image, "max_area": 64 * 64, "_auto_resize": False}
 
 
 CALLS: dict[str, dict[str, Any]] = {

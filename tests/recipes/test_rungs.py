@@ -22,14 +22,14 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline, FluxKontextPipeline
-from PIL import Image
+from diffusers import DiffusionPipeline
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
 
 import recipes
 from export.store import PackageStore
 from recipes import LADDER, Recipe
+from tests.recipes.kontext import as_kontext, gradient
 from utils.compile_clock import CompileClock
 from utils.ranges import DENOISING_LOOP, DENOISING_STEP, annotate, watch
 from utils.relative_error import relative_error
@@ -100,7 +100,7 @@ class Requests:
 @pytest.fixture(scope="module")
 def to_edit(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("image") / "gradient.png"
-    Image.radial_gradient("L").resize((48, 80)).convert("RGB").save(path)
+    gradient().save(path)
     return path
 
 
@@ -109,11 +109,7 @@ def load(tiny: Callable) -> Callable[..., DiffusionPipeline]:
     """load(dtype, device, kontext)"""
 
     def pipeline(dtype: torch.dtype, device: torch.device, kontext: bool) -> DiffusionPipeline:
-        pipe = tiny(dtype, device)
-        if kontext:
-            pipe = FluxKontextPipeline(**pipe.components)
-            pipe.set_progress_bar_config(disable=True)
-        return pipe
+        return as_kontext(tiny(dtype, device)) if kontext else tiny(dtype, device)
 
     return pipeline
 
@@ -136,10 +132,8 @@ def plain(load: Callable) -> Callable[[torch.device, Requests], Plain]:
     def on(device: torch.device, requests: Requests) -> Plain:
         kontext = requests.image is not None
         exact, rounded = load(torch.float32, device, kontext), load(torch.bfloat16, device, kontext)
-        square, wide = (
-            [draw(exact, one) for one in requests.square],
-            [one_by_one(exact, pair) for pair in requests.wide],
-        )
+        square = [draw(exact, one) for one in requests.square]
+        wide = [one_by_one(exact, pair) for pair in requests.wide]
         return Plain(
             square,
             errors([draw(rounded, one) for one in requests.square], square),
