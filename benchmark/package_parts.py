@@ -82,7 +82,8 @@ class Part(Argument):
 def build(part: Part) -> None:
     """One package with every model that an image of the request's size needs, into an empty folder, with empty caches.
 
-    seconds: from the regions' calls to the file that lies there whole. of_models: those of export and compiler alone.
+    seconds: from the regions' calls to the file that lies there whole. of_models: those of export and compiler alone;
+    "C++" is what its compilers, which run beside, took longer than the last of them.
 
     Raises:
         UserError: the package was there.

@@ -12,6 +12,7 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch import nn
 from torch.export.pt2_archive import _package as pt2
 from torch.utils import _pytree as pytree
 
-from export import conv_layouts, host_code, regions, sizes, weights
+from export import conv_layouts, host_code, host_compiler, regions, sizes, weights
 from export.manifest import SCHEMA, Built, Identity, Manifest, Model, Range, TensorSpec
 from export.regions import Inputs, Region
 from recipes.kernels import cuda_kernel
@@ -122,9 +123,14 @@ def build(
     started, date = time.perf_counter(), datetime.now(UTC).isoformat(timespec="seconds")
     with tempfile.TemporaryDirectory(prefix=f"{path.stem}-", dir=path.parent) as folder:
         files = {}
-        for number, (name, call) in enumerate(calls.items(), 1):
-            with compilation(f"{name} ({number} of {len(calls)})"):
-                files[name] = _needed(compile_call(call, options, models[name].weights_sha256 is not None))
+        embed_weights = any(model.weights_sha256 for model in models.values())
+        with nullcontext() if embed_weights else host_compiler.beside() as compilers:
+            for number, (name, call) in enumerate(calls.items(), 1):
+                with compilation(f"{name} ({number} of {len(calls)})"):
+                    files[name] = _needed(compile_call(call, options, embed_weights))
+            if compilers is not None:
+                with compilation(f"C++ of {len(calls)} models"):
+                    compilers.wait()
         draft = Path(folder) / "package.pt2"
         pt2.package_pt2(str(draft), aoti_files=files)
         done = {}
