@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -28,16 +28,22 @@ if TYPE_CHECKING:  # it verifies what it builds
 # of the attention, an activation that is rounded otherwise moves by up to an eighth.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
 TOLERANCE_FLOAT8 = 1e-1
-# The roundings of the VAE decoder's many layers add up. So where they amount to more than that, it is held to what is
-# right: it may be so much farther from the module in float32 than the eager module is.
-FARTHER_THAN_EAGER = 1.1
+# The roundings of the VAE decoder's many layers add up, and T5's attention, whose scores aren't scaled, magnifies them:
+# of random numbers the embedded model's eager layer is 0.07 off. So where they amount to more than that, these are held
+# to what is right: they may be so much farther from the module in float32 than the eager module is.
+FARTHER_THAN_EAGER = {
+    regions.DECODER.name: 1.1,
+    text_encoders.T5_FIRST_LAYER.name: 2.0,
+    text_encoders.T5_LAYER.name: 2.0,
+}
 
 
 @dataclass(frozen=True)
 class Error:
     """||package - eager|| / ||eager|| of one model, the largest over the modules that it was tried on.
 
-    over_eager: of a VAE decoder above the tolerance, its error against the module in float32 over eager's.
+    over_eager: of one of FARTHER_THAN_EAGER above the tolerance, its error against the module in float32 over eager's,
+    and farther: at most so.
     """
 
     model: str
@@ -45,18 +51,19 @@ class Error:
     value: float
     tolerance: float
     over_eager: float | None = None
+    farther: float = 0.0
 
     @property
     def ok(self) -> bool:
         if self.over_eager is not None:
-            return self.over_eager <= FARTHER_THAN_EAGER
+            return self.over_eager <= self.farther
         return self.value <= self.tolerance  # false of NaN, too
 
     def __str__(self) -> str:
         verdict = "ok" if self.ok else "WRONG"
         error = f"relative error {self.value:.2g} (at most {self.tolerance:g})"
         if self.over_eager is not None:
-            error += f", to float32 {self.over_eager:.2f} times eager's (at most {FARTHER_THAN_EAGER:g})"
+            error += f", to float32 {self.over_eager:.2f} times eager's (at most {self.farther:g})"
         return f"{self.model}: {verdict}, {error}, {self.modules} module{'s' if self.modules > 1 else ''}"
 
 
@@ -78,7 +85,6 @@ def verify(entry: Entry, library: Library, among: Iterable[PackagedRegion] | Non
     regions_here = library.packaged if among is None else list(dict.fromkeys(among))
     errors = []
     for name, model in entry.manifest.models.items():
-        is_decoder = model.region == regions.DECODER.name
         standing_in = [region for region in regions_here if region.region.name == model.region]
         if not standing_in:
             raise UserError(f"{entry.path} has a {model.region}, which this recipe doesn't run from packages")
@@ -88,10 +94,10 @@ def verify(entry: Entry, library: Library, among: Iterable[PackagedRegion] | Non
         tolerance = TOLERANCE_FLOAT8 if in_float8.get(component, False) else TOLERANCE[dtype]
         calls = [(region, random_inputs(specs, device)) for specs in tried(model) for region in standing_in]
         worst = max((_error(library, entry, name, *call) for call in calls), key=_nan_first)
-        over_eager = None
-        if is_decoder and worst > tolerance and dtype != "float32":
+        over_eager, farther = None, FARTHER_THAN_EAGER.get(model.region, 0.0)
+        if farther and worst > tolerance == TOLERANCE["bfloat16"]:
             over_eager = max((_over_eager(library, entry, name, *call) for call in calls), key=_nan_first)
-        errors.append(Error(name, len(standing_in), worst, tolerance, over_eager))
+        errors.append(Error(name, len(standing_in), worst, tolerance, over_eager, farther))
     return errors
 
 
@@ -155,11 +161,17 @@ def _error(library: Library, entry: Entry, name: str, region: PackagedRegion, in
 def _over_eager(library: Library, entry: Entry, name: str, region: PackagedRegion, inputs: Inputs) -> float:
     """How far the package is from the module in float32, over how far the eager module is."""
     with region.unpackaged() as module:
-        eager = module(**inputs)
-        exact = copy.deepcopy(module).float()(**pytree.tree_map(torch.Tensor.float, inputs))
-    package = library.bound(region, entry, name, inputs)(inputs)
-    return relative_error(package, exact) / relative_error(eager, exact)
+        eager = pytree.tree_leaves(module(**inputs))
+        weights = {name: tensor.float() for name, tensor in (*module.named_parameters(), *module.named_buffers())}
+        in_float32 = torch.func.functional_call(module, weights, (), pytree.tree_map(torch.Tensor.float, inputs))
+    package = pytree.tree_leaves(library.bound(region, entry, name, inputs)(inputs))
+    outputs = zip(package, eager, pytree.tree_leaves(in_float32), strict=True)
+    return max((_ratio(relative_error(p, exact), relative_error(e, exact)) for p, e, exact in outputs), key=_nan_first)
+
+
+def _ratio(value: float, other: float) -> float:
+    return value / other if other else math.inf if value else 0.0
 
 
 def _nan_first(value: float) -> float:
-    return float("inf") if value != value else value
+    return math.inf if math.isnan(value) else value

@@ -16,10 +16,11 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 import recipes
-from export import order, regions
+from export import order, regions, text_encoders
 from export.lora import Adapter
 from export.lora_file import Factors, LoRA
 from export.order import Order
+from export.regions import Region
 from export.runtime import BoundModel, Library, PackagedRegion, library_of
 from export.store import Entry, PackageStore
 from export.verify import TOLERANCE, verify
@@ -278,29 +279,42 @@ def test_bfloat16_draws_the_image_that_eager_draws(tiny: Callable, tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_decoder_that_rounds_otherwise_is_held_to_float32(
-    tiny: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("region", "inputs", "farther"),
+    [
+        (regions.DECODER, {"sample": (1, 16, 8, 8)}, 1.1),
+        (text_encoders.T5_LAYER, {"hidden_states": (1, 8, 256), "position_bias": (1, 4, 8, 8)}, 2),
+    ],
+    ids=lambda value: value.name if isinstance(value, Region) else "",
+)
+def test_what_rounds_otherwise_is_held_to_float32(
+    tiny: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, region: Region, inputs: dict, farther: float
 ) -> None:
     pipe = tiny(torch.bfloat16)
-    recipes.apply(pipe, Recipe(dtype="bfloat16", execution="aoti"), PackageStore(tmp_path))
+    recipe = Recipe(dtype="bfloat16", execution="aoti", compiled_text_encoders=True)
+    recipes.apply(pipe, recipe, PackageStore(tmp_path))
     library = library_of(pipe)
-    (decoder,) = [region for region in library.packaged if region.region is regions.DECODER]
-    call = {"sample": torch.randn(1, 16, 8, 8, dtype=torch.bfloat16)}
+    packaged = next(one for one in library.packaged if one.region is region)
+    call = {name: torch.randn(shape, dtype=torch.bfloat16) for name, shape in inputs.items()}
     with torch.no_grad():
-        entry, _ = library.build([(decoder, call)])
+        entry, _ = library.build([(packaged, call)])
     (error,) = verify(entry, library)
     assert error.ok
     assert error.over_eager is None
     monkeypatch.setitem(TOLERANCE, "bfloat16", error.value / 2)
     (error,) = verify(entry, library)
     assert error.value > error.tolerance
-    assert 0.2 < error.over_eager < 1.1
+    assert 0.2 < error.over_eager < farther
     assert error.ok
-    assert "times eager's (at most 1.1)" in str(error)
+    assert f"times eager's (at most {farther})" in str(error)
 
-    monkeypatch.setattr("export.runtime.BoundModel.__call__", lambda self, inputs: decoder.original(**inputs) * 1.1)
+    def wrong(self: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        with packaged.unpackaged() as module:
+            return module(**inputs) * 1.2
+
+    monkeypatch.setattr("export.runtime.BoundModel.__call__", wrong)
     (error,) = verify(entry, library)
-    assert error.over_eager > 1.1
+    assert error.over_eager > farther
     assert not error.ok
 
 
