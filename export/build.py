@@ -156,7 +156,8 @@ def compile_call(call: Call, options: dict[str, Any], embed_weights: bool) -> li
         "aot_inductor.package_constants_in_so": embed_weights,
         "always_keep_tensor_constants": not embed_weights,
         # Weights of one element, such as one scale per tensor, would be made part of the code: one block's, for all.
-        "joint_graph_constant_folding": embed_weights,
+        # Without them folding stays, for it took a step of the embedded model on a CPU from 16 to 12 ms.
+        "joint_graph_constant_folding": embed_weights or not _has_weight_of_one_element(call.module),
         # Inductor's C++ GEMMs repack weights while compiling, into constants that only a package with weights can hold.
         "max_autotune_gemm_backends": "ATEN,TRITON",
     }
@@ -222,6 +223,10 @@ def _taken_for_given(graph: torch.fx.GraphModule) -> list[str]:
             if isinstance(size, torch.SymInt):
                 return [str(guard.expr) for guard in size.node.shape_env.guards]
     return []
+
+
+def _has_weight_of_one_element(module: nn.Module) -> bool:
+    return any(tensor.numel() == 1 for tensor in weights.exported_tensors(module).values())
 
 
 def _own(tensor: torch.Tensor) -> torch.Tensor:
