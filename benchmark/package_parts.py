@@ -83,7 +83,7 @@ def build(part: Part) -> None:
     """One package with every model that an image of the request's size needs, into an empty folder, with empty caches.
 
     seconds: from the regions' calls to the file that lies there whole. of_models: those of export and compiler alone;
-    "C++" is what its compilers, which run beside, took longer than the last of them.
+    what C++ compilers, which run beside, have left to do when the last model is prepared, is in its.
 
     Raises:
         UserError: the package was there.

@@ -11,8 +11,9 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Iterable
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -122,15 +123,8 @@ def build(
     """
     started, date = time.perf_counter(), datetime.now(UTC).isoformat(timespec="seconds")
     with tempfile.TemporaryDirectory(prefix=f"{path.stem}-", dir=path.parent) as folder:
-        files = {}
         embed_weights = any(model.weights_sha256 for model in models.values())
-        with nullcontext() if embed_weights else host_compiler.beside() as compilers:
-            for number, (name, call) in enumerate(calls.items(), 1):
-                with compilation(f"{name} ({number} of {len(calls)})"):
-                    files[name] = _needed(compile_call(call, options, embed_weights))
-            if compilers is not None:
-                with compilation(f"C++ of {len(calls)} models"):
-                    compilers.wait()
+        files = _compiled(calls, options, embed_weights)
         draft = Path(folder) / "package.pt2"
         pt2.package_pt2(str(draft), aoti_files=files)
         done = {}
@@ -141,6 +135,23 @@ def build(
         manifest = Manifest(SCHEMA, identity, done, built)
         _write(draft, path, manifest)
     return manifest
+
+
+def _compiled(calls: dict[str, Call], options: dict[str, Any], embed_weights: bool) -> dict[str, list[Any]]:
+    """AOTInductor's files of each model, as a package needs them."""
+    files: dict[str, list[Any]] = {}
+    libraries: list[tuple[Call, Future[None]]] = []
+    with nullcontext() if embed_weights else host_compiler.beside() as compilers:
+        for number, (name, call) in enumerate(calls.items(), 1):
+            with compilation(f"{name} ({number} of {len(calls)})"):
+                files[name] = _needed(compile_call(call, options, embed_weights))
+                if compilers is not None:
+                    libraries += [(call, library) for library in compilers.linked()]
+                for of_call, library in libraries:
+                    if library.done() or number == len(calls):
+                        with _advising_of_ranges(of_call):
+                            library.result()
+    return files
 
 
 def compile_call(call: Call, options: dict[str, Any], embed_weights: bool) -> list[Any]:
@@ -162,15 +173,28 @@ def compile_call(call: Call, options: dict[str, Any], embed_weights: bool) -> li
         "max_autotune_gemm_backends": "ATEN,TRITON",
     }
     shapes = sizes.dynamic_shapes(call.inputs, call.ranges, sizes.of(input_specs(call.inputs)))
+    with (
+        _advising_of_ranges(call),
+        torch.no_grad(),
+        conv_layouts.as_computed(call.module),
+        host_code.portable(device) as entries,
+    ):
+        exported = torch.export.export(call.module, (), call.inputs, dynamic_shapes=shapes, strict=False)
+        graph = exported.module(check_guards=False)
+        known = _taken_for_given(graph)
+        files = torch._inductor.aot_compile(graph, (), call.inputs, options={**configuration, **entries})
+        # A model doesn't check its inputs: what holds of the example's size alone would be wrong in silence.
+        if assumed := [guard for guard in _taken_for_given(graph) if guard not in known]:
+            raise ValueError(f"the compiler takes for given that {assumed[0]}")
+    assert isinstance(files, list)
+    return files
+
+
+@contextmanager
+def _advising_of_ranges(call: Call) -> Iterator[None]:
+    """Of a range of sizes that can't be compiled, say what to do."""
     try:
-        with torch.no_grad(), conv_layouts.as_computed(call.module), host_code.portable(device) as entries:
-            exported = torch.export.export(call.module, (), call.inputs, dynamic_shapes=shapes, strict=False)
-            graph = exported.module(check_guards=False)
-            known = _taken_for_given(graph)
-            files = torch._inductor.aot_compile(graph, (), call.inputs, options={**configuration, **entries})
-            # A model doesn't check its inputs: what holds of the example's size alone would be wrong in silence.
-            if assumed := [guard for guard in _taken_for_given(graph) if guard not in known]:
-                raise ValueError(f"the compiler takes for given that {assumed[0]}")
+        yield
     except Exception as error:
         if not call.ranges:
             raise
@@ -178,8 +202,6 @@ def compile_call(call: Call, options: dict[str, Any], embed_weights: bool) -> li
         raise UserError(
             f"the {call.region.name} can't be compiled for {of_range} ({one_line(error)}): build it without --dynamic"
         ) from error
-    assert isinstance(files, list)
-    return files
 
 
 def add_kernels(path: Path, kernels: Iterable[CudaKernel]) -> None:

@@ -26,9 +26,9 @@ _OF_MODELS = (".wrapper.cpp", ".kernel.cpp")
 
 @contextmanager
 def beside() -> Iterator[Compilers]:
-    """Within, a model's files may be there later than Inductor says: once what it gives has waited for them.
+    """Within, a model's library may be there later than Inductor says: once what it gives says so.
 
-    Not for models with weights inside, which Inductor appends to the linked file.
+    One at a time in a process, and not for models with weights inside, which Inductor appends to the library.
     """
     at_once = CppBuilder.build
     compilers = Compilers()
@@ -56,7 +56,7 @@ class Compilers:
         self._linking = ThreadPoolExecutor(1)
         self._folders: list[Path] = []
         self._objects: dict[str, tuple[Path, Future[None]]] = {}  # by what Inductor calls them
-        self._linked: list[Future[None]] = []
+        self._linked: list[Future[None]] = []  # and not yet asked for
 
     def take(self, builder: CppBuilder) -> bool:
         """Begin what `builder` is to build, if it is of a model."""
@@ -69,21 +69,22 @@ class Compilers:
             return False
         return True
 
-    def wait(self) -> None:
-        """Until all files are there.
-
-        Raises:
-            CppCompileError: as of Inductor itself.
-        """
-        for linked in self._linked:
-            linked.result()
+    def linked(self) -> list[Future[None]]:
+        """Of the libraries begun since this was asked last, when they are there; or CppCompileError, as of Inductor."""
+        begun, self._linked = self._linked, []
+        return begun
 
     def close(self) -> None:
         """Begin nothing more, and leave nothing behind."""
-        for pool in (self._compiling, self._linking):
-            pool.shutdown(cancel_futures=True)
-        for folder in self._folders:
-            shutil.rmtree(folder)
+        pools = (self._compiling, self._linking)
+        try:
+            for pool in pools:
+                pool.shutdown(wait=False, cancel_futures=True)
+            for pool in pools:
+                pool.shutdown()
+        finally:
+            for folder in self._folders:
+                shutil.rmtree(folder, ignore_errors=True)  # where it was interrupted, something still writes there
 
     def _compile(self, command: list[str], sources: list[str], target: str) -> None:
         folder = self._folder(target)

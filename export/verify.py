@@ -162,7 +162,8 @@ def _over_eager(library: Library, entry: Entry, name: str, region: PackagedRegio
     """How far the package is from the module in float32, over how far the eager module is."""
     with region.unpackaged() as module:
         eager = pytree.tree_leaves(module(**inputs))
-        weights = {name: tensor.float() for name, tensor in (*module.named_parameters(), *module.named_buffers())}
+        tensors = (*module.named_parameters(), *module.named_buffers())
+        weights = {name: tensor.float() for name, tensor in tensors if tensor.is_floating_point()}
         in_float32 = torch.func.functional_call(module, weights, (), pytree.tree_map(torch.Tensor.float, inputs))
     package = pytree.tree_leaves(library.bound(region, entry, name, inputs)(inputs))
     outputs = zip(package, eager, pytree.tree_leaves(in_float32), strict=True)

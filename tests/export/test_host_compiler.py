@@ -87,9 +87,13 @@ def test_goes_on_while_compilers_run(model: Callable, late: Path, tmp_path: Path
     with host_compiler.beside() as compilers:
         first.build()
         second.build()
+        begun = compilers.linked()
+        assert len(begun) == 2
+        assert not compilers.linked()
         assert not first.library.exists()
         (tmp_path / "go").touch()
-        compilers.wait()
+        for library in begun:
+            library.result()
         assert (first.value(), second.value()) == (42, 30)
     assert_nothing_left(tmp_path)
 
@@ -99,7 +103,9 @@ def test_what_does_not_compile(model: Callable, tmp_path: Path) -> None:
     with pytest.raises(CppCompileError, match="nonsense"), host_compiler.beside() as compilers:
         wrong.build()
         right.build()
-        compilers.wait()
+        of_wrong, of_right = compilers.linked()
+        of_right.result()
+        of_wrong.result()
     assert not wrong.library.exists()
     assert_nothing_left(tmp_path)
 
@@ -109,7 +115,7 @@ def test_what_does_not_link(model: Callable, tmp_path: Path) -> None:
     (tmp_path / "m.kernel.cpp").write_text('extern "C" int value() { return 0; }')
     with pytest.raises(CppCompileError, match="multiple definition"), host_compiler.beside() as compilers:
         wrong.build()
-        compilers.wait()
+        compilers.linked()[0].result()
     assert not wrong.library.exists()
     assert_nothing_left(tmp_path)
 
