@@ -11,7 +11,9 @@ import pytest
 from torch._inductor.cpp_builder import BuildOptionsBase, CppBuilder
 from torch._inductor.exc import CppCompileError
 
-from export import host_compiler
+from export import host_compiler, order
+from tests.export.conftest import AOTI, CPU, inputs_of_after
+from utils.errors import UserError
 
 BUILD = CppBuilder.build
 
@@ -138,3 +140,28 @@ def test_other_builds_are_done_at_once(model: Callable, tmp_path: Path) -> None:
     with host_compiler.beside():
         CppBuilder("m", str(source), options, str(one.folder)).build()
         assert (tmp_path / "m.o").stat().st_size > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_build_tells_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dynamic: bool) -> None:
+    _, library = order.pipeline("tiny", AOTI, tmp_path, CPU)
+    (after,) = [region for region in library.packaged if region.region.name == "after"]
+    monkeypatch.setattr(host_compiler, "_run", refusing)
+    calls = [(after, inputs_of_after()), (after, inputs_of_after(tokens=32))]
+    error, words = (
+        (
+            UserError,
+            r"after can't be compiled for 16 to 32 image tokens \(C\+\+ compile error\): build it without --dynamic",
+        )
+        if dynamic
+        else (CppCompileError, "no space left")
+    )
+    with pytest.raises(error, match=words):
+        library.build(calls, dynamic=dynamic)
+    assert not list(tmp_path.glob("*.pt2"))
+    assert CppBuilder.build is BUILD
+
+
+def refusing(command: list[str], own: dict[str, Path], folder: Path) -> None:
+    raise CppCompileError(command, "no space left")
