@@ -147,11 +147,16 @@ def _compiled(calls: dict[str, Call], options: dict[str, Any], embed_weights: bo
                 files[name] = _needed(compile_call(call, options, embed_weights))
                 if compilers is not None:
                     libraries += [(call, library) for library in compilers.linked()]
-                for of_call, library in libraries:
-                    if library.done() or number == len(calls):
-                        with _advising_of_ranges(of_call):
-                            library.result()
+                _raise_failures(libraries, wait=number == len(calls))
     return files
+
+
+def _raise_failures(libraries: list[tuple[Call, Future[None]]], wait: bool) -> None:
+    """Of the libraries that are done; wait: of all."""
+    for call, library in libraries:
+        if wait or library.done():
+            with _advising_of_ranges(call):
+                library.result()
 
 
 def compile_call(call: Call, options: dict[str, Any], embed_weights: bool) -> list[Any]:

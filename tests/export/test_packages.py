@@ -280,15 +280,21 @@ def test_bfloat16_draws_the_image_that_eager_draws(tiny: Callable, tmp_path: Pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("region", "inputs", "farther"),
+    ("region", "inputs", "farther", "off"),
     [
-        (regions.DECODER, {"sample": (1, 16, 8, 8)}, 1.1),
-        (text_encoders.T5_LAYER, {"hidden_states": (1, 8, 256), "position_bias": (1, 4, 8, 8)}, 2),
+        (regions.DECODER, {"sample": (1, 16, 8, 8)}, 1.1, 1.1),
+        (text_encoders.T5_LAYER, {"hidden_states": (1, 8, 256), "position_bias": (1, 4, 8, 8)}, 2, 1.2),
     ],
     ids=lambda value: value.name if isinstance(value, Region) else "",
 )
 def test_what_rounds_otherwise_is_held_to_float32(
-    tiny: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, region: Region, inputs: dict, farther: float
+    tiny: Callable,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    region: Region,
+    inputs: dict,
+    farther: float,
+    off: float,
 ) -> None:
     pipe = tiny(torch.bfloat16)
     recipe = Recipe(dtype="bfloat16", execution="aoti", compiled_text_encoders=True)
@@ -310,7 +316,7 @@ def test_what_rounds_otherwise_is_held_to_float32(
 
     def wrong(self: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         with packaged.unpackaged() as module:
-            return module(**inputs) * 1.2
+            return module(**inputs) * off
 
     monkeypatch.setattr("export.runtime.BoundModel.__call__", wrong)
     (error,) = verify(entry, library)
