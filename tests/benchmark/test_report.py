@@ -219,10 +219,10 @@ def test_readme_and_ladder_files_are_what_the_results_give() -> None:
         assert path.read_text() == report.tables(path.parent), f"{path}: run `python -m benchmark.report`"
 
 
-DEV, SCHNELL, KONTEXT = "random-flux-dev/", "random-flux-schnell/", "random-flux-kontext-dev/alone/"
+DEV, SCHNELL, KONTEXT = "random-flux-dev/", "random-flux-schnell/", "random-flux-kontext-dev/"
 DEV_28 = [f"{DEV}{name}@1024x1024-b1-s28" for name in ("bf16", "int8_adaln", "loop_graph", "aoti")]
 SCHNELL_4 = [f"{SCHNELL}{name}@1024x1024-b1-s4" for name in ("bf16", "int8_adaln", "loop_graph", "aoti")]
-KONTEXT_28 = [name and f"{KONTEXT}{name}@1024x1024-b1-s28" for name in ("bf16", "int8_adaln", None, "aoti")]
+KONTEXT_28 = [f"{KONTEXT}{name}@1024x1024-b1-s28" for name in ("bf16", "int8_adaln", "loop_graph", "aoti")]
 OF_DEV, OF_SCHNELL = f"{DEV}alone/int8_adaln", f"{SCHNELL}alone/int8_adaln"
 
 
