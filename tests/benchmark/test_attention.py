@@ -33,14 +33,24 @@ def test_cudnn_in_float8_is_timed_without_a_cast_behind_it(
     assert error_of(values.float() * scale[..., None], attention.reference(*small)) < 0.08
 
 
-@pytest.mark.parametrize(("name", "output"), [("native", "bfloat16"), ("cudnn_fp8", "float8_e4m3fn")])
-def test_a_row_says_what_comes_out(
-    small: tuple[torch.Tensor, ...], monkeypatch: pytest.MonkeyPatch, name: str, output: str
+@pytest.mark.parametrize(
+    ("name", "output", "least", "most"),
+    [("native", "bfloat16", 0.001, 0.005), ("cudnn_fp8", "float8_e4m3fn", 0.03, 0.08)],
+    ids=["native", "cudnn_fp8"],
+)
+def test_a_row_says_what_comes_out_and_its_error(
+    small: tuple[torch.Tensor, ...],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    output: str,
+    least: float,
+    most: float,
 ) -> None:
     monkeypatch.setattr(cudnn_attention, "cudnn_attention_float8", float8_attention)
     monkeypatch.setattr(attention, "graph_ms", lambda calls: {"median": 0.5})
     row = {"backend": name, "tokens": 20, "norm": 2.0, **attention.measure(name, 20, 2.0, torch.device("cpu"))}
     assert row["output"] == output
+    assert all(least < error < most for error in row["relative_error"].values()), row
     assert f" {output} " in attention.line(row)
 
 
