@@ -28,7 +28,7 @@ help: ## list the targets
 # other.
 image: $(VENV)/.ready ## draw PROMPT with the embedded model (or CHECKPOINT) into OUTPUT
 	@GOMP_SPINCOUNT=$${GOMP_SPINCOUNT:-1000} $(BIN)/python gen_image.py --checkpoint "$$CHECKPOINT" --prompt "$$PROMPT" --output "$$OUTPUT" \
-		$${RECIPE:+--recipe "$$RECIPE" --build-packages} $(ARGS)
+		$${RECIPE:+--recipe "$$RECIPE"} $(if $(findstring --use-cached-model,$(ARGS)),,--build-packages) $(ARGS)
 
 ladder: $(VENV)/.ready ## time every rung and make the table and the chart; goes on where it was stopped
 	$(BIN)/python run_benchmark.py --checkpoint "$$CHECKPOINT" --ladder $(ARGS)

@@ -80,19 +80,19 @@ def fastest(checkpoint: str, where: torch.device) -> Recipe:
 
 
 def packages(arguments: argparse.Namespace) -> PackageStore:
-    """Where gen_image.py's packages lie. What is missing is built if the user said so, or left the choice to us: with
-    --build-packages, without any recipe, and with flux-fast's flags, which build as they do there.
+    """Where gen_image.py's packages lie. What is missing is built only if the user said so: with --build-packages, or
+    with flux-fast's flags, which build as they do there.
 
     Raises:
         UsageError: both --build-packages and --use-cached-model.
     """
-    folder, named = arguments.cache_dir or default_folder(), arguments.recipe is not None
+    folder, flags = arguments.cache_dir or default_folder(), recipe_from_flags(arguments) is not None
     if arguments.build_packages and arguments.use_cached_model:
         raise UsageError("--use-cached-model builds nothing, and --build-packages what is missing: give one of them")
     if arguments.use_cached_model:
-        instead = " but with --build-packages" if named else ""
+        instead = "" if flags else " but with --build-packages"
         return PackageStore(folder, build=False, to_build=f"{WITHOUT_CACHED_MODEL}{instead}")
-    return PackageStore(folder, build=arguments.build_packages or not named, to_build="add --build-packages")
+    return PackageStore(folder, build=arguments.build_packages or flags, to_build="add --build-packages")
 
 
 def lora(arguments: argparse.Namespace, checkpoint: str) -> tuple[LoRA, float] | None:

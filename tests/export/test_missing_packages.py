@@ -36,7 +36,7 @@ CACHED, BUILDING = "--use-cached-model", "--build-packages"
 @pytest.mark.parametrize(
     ("options", "builds"),
     [
-        ("", True),
+        ("", False),
         ("--recipe aoti", False),
         ("--recipe aoti --build-packages", True),
         ("--recipe aoti --use-cached-model", False),
@@ -195,8 +195,12 @@ def test_built_when_told_to_and_found_the_next_time(main: Callable, tmp_path: Pa
     assert sorted(entry.path.name for entry in PackageStore(cache).entries()) == built
 
 
-@pytest.mark.parametrize(("recipe", "builds"), [("aoti", True), ("", False)])
-def test_make_image_may_build(tmp_path: Path, recipe: str, builds: bool) -> None:
+@pytest.mark.parametrize(
+    ("recipe", "options", "builds"),
+    [("aoti", [], True), ("", [], True), ("", ["--steps 4"], True), ("", ["--steps 4 --use-cached-model"], False)],
+    ids=["recipe", "none", "options", "cached"],
+)
+def test_make_image_may_build(tmp_path: Path, recipe: str, options: list[str], builds: bool) -> None:
     """Make's own line, up to a program that prints what it is given in place of Python."""
     (tmp_path / "bin").mkdir()
     program = tmp_path / "bin" / "python"
@@ -204,11 +208,11 @@ def test_make_image_may_build(tmp_path: Path, recipe: str, builds: bool) -> None
     program.chmod(0o755)
     for stamp in (".created", ".ready"):
         (tmp_path / stamp).touch()
-    given = [f"VENV={tmp_path}", f"RECIPE={recipe}", "PROMPT=a red circle"]
+    given = [f"VENV={tmp_path}", f"RECIPE={recipe}", "PROMPT=a red circle", *(f"ARGS={text}" for text in options)]
     done = run(["make", "--silent", "-C", ROOT, "image", *given], capture_output=True, text=True, check=True)
     lines = [line for line in done.stdout.splitlines() if not line.startswith("make")]
     assert lines[0] == "gen_image.py"
     arguments = gen_image.parser().parse_args(lines[1:])
     assert (arguments.recipe, arguments.prompt) == (recipe or None, "a red circle")
     assert arguments.build_packages is builds
-    assert command_line.packages(arguments).build
+    assert command_line.packages(arguments).build is builds
