@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -60,8 +61,8 @@ def parser() -> Parser:
     push.add_argument("--private", action="store_true", help="where the repository is made: only for its owner")
     pull = commands.add_parser("pull", help="fetch packages from the Hugging Face Hub, checked before they are opened")
     pull.add_argument("source", metavar="OWNER/NAME[/FILE]", help="one package, or all of a repository")
-    pull.add_argument("--revision", metavar="COMMIT", help="the commit, 40 hex digits")
-    pull.add_argument("--sha256", metavar="HEX", help="the sha256 of the .pt2 file")
+    pull.add_argument("--revision", type=str.lower, metavar="COMMIT", help="the commit, 40 hex digits")
+    pull.add_argument("--sha256", type=str.lower, metavar="HEX", help="the sha256 of the .pt2 file")
     pull.add_argument("--out", type=Path, default=default_folder(), help="the folder (default: %(default)s)")
     for command in (build, check, examine):
         command.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto", help="auto: cuda if there is")
@@ -129,7 +130,10 @@ def run_list(arguments: argparse.Namespace) -> None:
     if not entries and not others and not damaged:
         raise UserError(f"no packages in {arguments.folder}: make one with `python -m export build`")
     for entry in entries:
-        print(line(entry))
+        if (reason := entry.damage()) is None:
+            print(line(entry))
+        else:
+            damaged.append(f"{entry.path} is damaged, for it {reason}: {_remedy(entry)}")
     for path in others:
         print(f"{path.name}: of another version of this program, and of no use to it")
     if damaged:
@@ -138,10 +142,13 @@ def run_list(arguments: argparse.Namespace) -> None:
 
 def checked(path: Path) -> Entry:
     entry = of_file(path)
-    check_file(
-        entry, f"delete it and {path.stem}.json, and build it again (it came from `{entry.manifest.built.command}`)"
-    )
+    check_file(entry, _remedy(entry))
     return entry
+
+
+def _remedy(damaged: Entry) -> str:
+    came_from = damaged.manifest.built.command
+    return f"delete it and {damaged.path.stem}.json, and build it again (it came from `{came_from}`)"
 
 
 def run_verify(arguments: argparse.Namespace) -> None:
@@ -185,6 +192,7 @@ def run_push(arguments: argparse.Namespace) -> None:
 
 def run_pull(arguments: argparse.Namespace) -> None:
     pin = hub.Pin(arguments.revision, arguments.sha256)
+    print(f"{hub.NATIVE_CODE}: run it only if you trust who built it", file=sys.stderr)
     for entry, was_there in hub.pull(arguments.source, pin, arguments.out):
         print(f"{line(entry)}{', was there already' if was_there else ''}")
 

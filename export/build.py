@@ -30,7 +30,7 @@ from export.regions import Inputs, Region
 from recipes.kernels import cuda_kernel
 from recipes.kernels.cuda_kernel import CudaKernel
 from utils.compile_clock import compilation
-from utils.errors import UserError, one_line
+from utils.errors import UserError, one_line, ran_out_of_memory, refused
 
 MANIFEST_RECORD = "extra/manifest.json"
 _KERNELS = "extra/kernels"
@@ -118,13 +118,16 @@ def build(
 ) -> Manifest:
     """Compile `calls` into the package `path`, a .pt2 file; `models` are theirs as `planned`.
 
-    options: Inductor's configuration entries. Each model counts as a compilation (`utils.compile_clock`). Whatever the
-    compiler raises is raised.
+    options: Inductor's configuration entries. Each model counts as a compilation (`utils.compile_clock`).
+
+    Raises:
+        UserError: a model can't be compiled, or not be loaded afterwards. Where memory ran out, what says so is raised.
     """
     started, date = time.perf_counter(), datetime.now(UTC).isoformat(timespec="seconds")
     with tempfile.TemporaryDirectory(prefix=f"{path.stem}-", dir=path.parent) as folder:
         embed_weights = any(model.weights_sha256 for model in models.values())
-        files = _compiled(calls, options, embed_weights)
+        with _advising_of_doctor("the package can't be compiled"):
+            files = _compiled(calls, options, embed_weights)
         draft = Path(folder) / "package.pt2"
         pt2.package_pt2(str(draft), aoti_files=files)
         done = {}
@@ -209,6 +212,21 @@ def _advising_of_ranges(call: Call) -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def _advising_of_doctor(failure: str) -> Iterator[None]:
+    """Of errors in compiling, and in loading what was compiled, say what finds out why; but of memory that ran out."""
+    before = refused()
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError) or ran_out_of_memory(error, before):
+            raise
+        raise UserError(
+            f"{failure} ({type(error).__name__}: {one_line(error)}): `python -m export doctor` says what is wrong with "
+            "the compiler here"
+        ) from error
+
+
 def add_kernels(path: Path, kernels: Iterable[CudaKernel]) -> None:
     """Put the machine code of CUDA C++ kernels into a package, beside its models."""
     with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
@@ -225,9 +243,14 @@ def provide_kernels(path: Path) -> None:
 
 
 def loader(path: Path, name: str, device_index: int) -> Any:
-    """AOTInductor's loader of one model of a package. It runs the package's code: check it first."""
+    """AOTInductor's loader of one model of a package. It runs the package's code: check it first.
+
+    Raises:
+        UserError: it can't be loaded here.
+    """
     # Not torch._inductor.package.load_package, which loads all models for the sake of one.
-    return torch._C._aoti.AOTIModelPackageLoader(str(path), name, True, 1, device_index)
+    with _advising_of_doctor(f"{name} can't be loaded from its package"):
+        return torch._C._aoti.AOTIModelPackageLoader(str(path), name, True, 1, device_index)
 
 
 def command_line() -> str:

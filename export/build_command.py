@@ -78,15 +78,17 @@ class TransformerCall:
         return "x".join(str((last + 1) * 2 * self.pixels) for last in ids[:, 1:].amax(dim=0).int().tolist())
 
 
-def build_command(library: Library, region: Region, inputs: Inputs) -> str:
-    """`python -m export build ...` for what a region's call needs; in capitals the sizes that aren't known."""
+def build_command(library: Library, region: Region, inputs: Inputs, folder: str | None = None) -> str:
+    """`python -m export build ...` for what a region's call needs, into `folder` or where its packages lie; in capitals
+    the sizes that aren't known."""
     options = {
         "--checkpoint": library.checkpoint,
         "--recipe": ladder.command_line_name(library.recipe),
         "--resolutions": "HEIGHTxWIDTH",
         "--text-lengths": "TOKENS",
         "--batch": "1",
-        "--out": str(library.store.folder),
+        "--out": folder or str(library.store.folder),
+        **({"--device": "cpu"} if torch.cuda.is_available() and library.pipe.device.type == "cpu" else {}),
         **_sizes(library, region, inputs),
     }
     return f"python -m export build {shlex.join(itertools.chain(*options.items()))}"

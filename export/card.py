@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from export.store import Entry
 from export.tables import description, recipe_name
@@ -14,12 +14,8 @@ _METADATA = "---\nlibrary_name: diffusers\npipeline_tag: text-to-image\ntags: [f
 _TABLE = ("| package | MB | recipe | for | torch | weights inside |", "| --- | ---: | --- | --- | --- | --- |")
 
 
-def card(repo: str, packages: Iterable[Entry]) -> str:
-    """Markdown for the Hub's `repo`, which holds these packages.
-
-    Raises:
-        RecipeError: a package's recipe is none of this program's.
-    """
+def card(repo: str, packages: Iterable[Entry], unread: Collection[str] = ()) -> str:
+    """Markdown for the Hub's `repo`, which holds these packages; unread: the names of others, which it only names."""
     entries = sorted(packages, key=lambda entry: entry.path.name)
     rows = [
         f"| {entry.path.name} | {entry.beside.size / 1e6:.2f} | {_cell(recipe_name(entry))} "
@@ -33,12 +29,14 @@ def card(repo: str, packages: Iterable[Entry]) -> str:
         f"~~~~text\n{description(entry)}\n~~~~"
         for entry in entries
     ]
+    others = [f"Not listed, for this version of flux-fast can't read their manifests: {', '.join(unread)}."]
     parts = [
         f"{_METADATA}\n{MARK}\n\n# {repo.partition('/')[2]}",
         "Ahead-of-time packages of FLUX.1 for flux-fast.",
         "**They are native code**, which runs with all your rights: pull only what someone you trust has built, and "
         "only by a commit or a sha256.",
         "\n".join([*_TABLE, *rows]),
+        *(others if unread else []),
         *sections,
     ]
     return "\n\n".join(parts) + "\n"

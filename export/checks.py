@@ -29,14 +29,13 @@ def refusal(entry: Entry) -> str | None:
     """Why the file isn't the one that was built; None if it is."""
     beside = entry.beside
     try:
-        size = entry.path.stat().st_size
-        if size != beside.size:
-            return f"has {size} bytes, its manifest says {beside.size}"
+        if (damage := entry.damage()) is not None:
+            return damage
         digest = sha256(entry.path)
         if digest != beside.sha256:
             return f"has sha256 {digest[:16]}, its manifest says {beside.sha256[:16]}"
         inside = _manifest_inside(entry)
-    except (zipfile.BadZipFile, OSError, ValueError, KeyError, EOFError) as error:
+    except (zipfile.BadZipFile, OSError, ValueError, KeyError, EOFError, RecursionError) as error:
         return f"is no whole package ({error})"
     outside = json.loads(json.dumps(asdict(entry.manifest)))
     different = _difference(inside, outside)

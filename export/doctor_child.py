@@ -16,6 +16,7 @@ from export.manifest import TensorSpec
 from export.regions import Inputs
 from export.verify import random_inputs
 from recipes.recipe import Recipe
+from utils.errors import UserError
 from utils.timing import synchronize
 
 
@@ -47,4 +48,7 @@ def _inputs(width: int, device: torch.device) -> Inputs:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    try:
+        main(*sys.argv[1:])
+    except UserError as error:  # it may advise of `doctor`, which this is
+        raise error.__cause__ or error from None

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,10 +27,11 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.hf_api import ModelInfo
 from huggingface_hub.utils import validate_repo_id
+from tqdm import tqdm
 
 from export.card import MARK, card
 from export.checks import refusal
-from export.manifest import Beside, Manifest, parse_beside
+from export.manifest import Beside, Manifest, parse_beside, permitted
 from export.store import Entry, PackageStore, sha256
 from recipes.recipe import Recipe
 from utils.errors import UsageError, UserError, one_line
@@ -37,6 +39,7 @@ from utils.files import check_target
 
 _PACKAGE = re.compile(r"\w[\w.-]*\.pt2", re.ASCII)  # at a repository's top, and not hidden
 _CARD = "README.md"
+NATIVE_CODE = "a package is native code, which runs with all your rights"
 
 
 @dataclass(frozen=True)
@@ -49,8 +52,8 @@ class Pin:
     def __post_init__(self) -> None:
         if self.commit is None and self.sha256 is None:
             raise UsageError(
-                "a package is native code, which runs with all your rights: pin it with --revision and a commit's 40 "
-                "hex digits (the repository's page lists its commits), or with --sha256"
+                f"{NATIVE_CODE}: pin it with --revision and a commit's 40 hex digits (the repository's page lists its "
+                "commits), or with --sha256"
             )
         if self.commit is not None and not re.fullmatch(r"[0-9a-f]{40}", self.commit):
             raise UsageError(
@@ -73,6 +76,8 @@ class Pushed:
 def push(entry: Entry, repo: str, private: bool = False) -> Pushed:
     """Put a package, which was checked, into the Hub's `repo` in one commit with its manifest and the card of all.
 
+    Of packages there whose manifests can't be read, the card has the names, and stderr why.
+
     Raises:
         UsageError: `repo` is no owner/name, or you may not write there.
         UserError: it holds another package of this name or a card of someone else's; the Hub can't be reached; ...
@@ -91,9 +96,12 @@ def push(entry: Entry, repo: str, private: bool = False) -> Pushed:
                 "another repository, or delete the one there first"
             )
         return Pushed(f"{api.endpoint}/{repo}/blob/{there.commit}/{name}", there.commit, True)
-    if _CARD in there.files and MARK not in there.fetch(_CARD).read_text():
+    if _CARD in there.files and MARK.encode() not in there.fetch(_CARD).read_bytes():
         raise UserError(f"{repo} has a {_CARD} that isn't push's: push to another repository, or delete it first")
-    text = card(repo, [Entry(Path(name), entry.beside), *(Entry(Path(n), there.beside(n)) for n in there.packages)])
+    besides, unread = there.besides(there.packages)
+    _tell(unread, "the card has its name alone")
+    listed = {name: entry.beside, **besides}
+    text = card(repo, [Entry(Path(name), beside) for name, beside in listed.items()], unread)
     manifest = entry.path.with_suffix(".json")
     files: dict[str, Path | bytes] = {name: entry.path, manifest.name: manifest, _CARD: text.encode()}
     with _hub_errors(api, repo):
@@ -109,11 +117,13 @@ def push(entry: Entry, repo: str, private: bool = False) -> Pushed:
 def pull(source: str, pin: Pin, folder: Path) -> Iterator[tuple[Entry, bool]]:
     """The package owner/name/FILE, or all those of owner/name that `pin` fits, one by one, and whether it was there.
 
-    A package is put into `folder` whole and checked, or not at all; what is there is left as it is.
+    A package is put into `folder` whole and checked, or not at all; what is there is left as it is. Of all those of
+    owner/name, those whose manifests can't be read are left out, and stderr has why.
 
     Raises:
         UsageError: `source` or `folder` is none, the Hub's repository, the commit or the file is missing, ...
-        UserError: what came isn't what was pinned, or is damaged; `folder` has another package of that name; ...
+        UserError: what came isn't what was pinned, or is damaged; no manifest of what is wanted can be read; `folder`
+            has another package of that name; ...
     """
     parts = source.split("/")
     repo, file = "/".join(parts[:2]), "/".join(parts[2:])
@@ -122,8 +132,21 @@ def pull(source: str, pin: Pin, folder: Path) -> Iterator[tuple[Entry, bool]]:
         raise UsageError(f"{source} names no package: give owner/name/FILE.pt2, or owner/name alone")
     check_target(folder)
     there = _Contents.of(HfApi(), repo, pin.commit)
-    for name in _wanted(there, file, pin):
-        yield _pull(there, name, pin, folder)
+    besides, unread = there.besides(_wanted(there, file, pin))
+    if not besides:
+        raise UserError("; ".join(unread.values()))
+    _tell(unread, "left out")
+    for name, beside in besides.items():
+        yield _pull(there, name, beside, pin, folder)
+
+
+def _tell(unread: dict[str, str], what_follows: str) -> None:
+    for reason in unread.values():
+        tqdm.write(f"{reason}: {what_follows}", file=sys.stderr)  # between progress bars
+
+
+class _UnreadError(Exception):
+    """There is no manifest beside a package that this program reads."""
 
 
 @dataclass(frozen=True)
@@ -153,17 +176,28 @@ class _Contents:
         with _hub_errors(self.api, self.repo, self.commit):
             return Path(self.api.hf_hub_download(self.repo, file, revision=self.commit))
 
-    def beside(self, name: str) -> Beside:
-        """The manifest beside a package."""
-        file = _beside(name)
+    def besides(self, names: Iterable[str]) -> tuple[dict[str, Beside], dict[str, str]]:
+        """The manifests beside packages, and of those that can't be read why, by the packages' names."""
+        found, unread = {}, {}
+        for name in names:
+            try:
+                found[name] = self._beside(name)
+            except _UnreadError as error:
+                unread[name] = str(error)
+        return found, unread
+
+    def _beside(self, name: str) -> Beside:
+        file = name.removesuffix(".pt2") + ".json"
         if file not in self.files:
-            raise UserError(f"{self.repo} has no {file} beside {name} at {self.commit}: it is no whole package")
+            raise _UnreadError(f"{self.repo} has no {file} beside {name} at {self.commit}: it is no whole package")
         fetched = self.fetch(file)
         try:
             beside = parse_beside(fetched.read_text())
             Recipe.from_dict(beside.manifest.identity.recipe)
         except (ValueError, UsageError) as error:
-            raise UserError(f"{self.repo}/{file} is damaged, or of another version of this program ({error})") from None
+            raise _UnreadError(
+                f"{self.repo}/{file} is damaged, or of another version of this program ({error})"
+            ) from None
         return beside
 
 
@@ -180,8 +214,7 @@ def _wanted(there: _Contents, file: str, pin: Pin) -> list[str]:
     return found
 
 
-def _pull(there: _Contents, name: str, pin: Pin, folder: Path) -> tuple[Entry, bool]:
-    beside = there.beside(name)
+def _pull(there: _Contents, name: str, beside: Beside, pin: Pin, folder: Path) -> tuple[Entry, bool]:
     of_hub = f"{there.repo}/{name}"
     if pin.sha256 not in (None, beside.sha256):
         raise UserError(f"{of_hub} has sha256 {beside.sha256} by its manifest, --sha256 says {pin.sha256}")
@@ -206,8 +239,9 @@ def _pull(there: _Contents, name: str, pin: Pin, folder: Path) -> tuple[Entry, b
     return entry, was_there
 
 
+@permitted("read")
 def _check_same(path: Path, beside: Beside) -> None:
-    """Raises UserError: the package's file or its manifest is there already, and isn't this one's."""
+    """Raises UserError: the package's file or its manifest is there already, and isn't this one's, or can't be read."""
     manifest = path.with_suffix(".json")
     other = [path] if path.exists() and sha256(path) != beside.sha256 else []
     if manifest.exists():
@@ -220,10 +254,6 @@ def _check_same(path: Path, beside: Beside) -> None:
             f"{other[0]} is there, and isn't what was to be pulled (sha256 {beside.sha256[:16]}): it is left as it is; "
             "move it away, or choose another folder with --out"
         )
-
-
-def _beside(name: str) -> str:
-    return name.removesuffix(".pt2") + ".json"
 
 
 def _check_repo(repo: str) -> None:

@@ -12,8 +12,10 @@ one addition; `remove` gives back the checkpoint's weights bit for bit.
 from __future__ import annotations
 
 import math
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -27,7 +29,7 @@ from recipes import hoisting
 from recipes.recipe import Recipe
 from recipes.weights import Weight, weights
 from utils import checkpoints
-from utils.errors import UsageError
+from utils.errors import UsageError, UserError, one_line
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,9 @@ class _Loaded:
 class Adapter:
     """One LoRA at a time on the transformer of `pipe`, which was loaded from `checkpoint` (`utils.checkpoints`).
 
-    Whatever is raised, also half-way, the pipeline is as it was before the call.
+    Whatever is raised, also half-way, the pipeline is as it was before the call. But where the files can't be read any
+    more, what was written can't be undone: then the error says so, and until `remove` has restored the rest, the
+    transformer refuses calls, and the adapter refuses `load` and `scale`.
 
     Raises:
         UsageError: the checkpoint is unknown, or random/..., which has no files to read.
@@ -50,6 +54,8 @@ class Adapter:
         self._pipe, self._checkpoint = pipe, checkpoint
         self._files = StoredWeights(checkpoints.folder(checkpoint) / "transformer")
         self._loaded: _Loaded | None = None
+        self._begun: set[Weight] = set()  # written by a change that was neither ended nor undone
+        self._refusing = ExitStack()  # the transformer's calls, meanwhile
 
     @property
     def bytes_read(self) -> int:
@@ -61,9 +67,10 @@ class Adapter:
 
         Raises:
             UsageError: the file can't be used (`lora_file.read`) or is for another architecture; the pipeline's
-                weights aren't the checkpoint's, or a package's; `scale` isn't finite.
+                weights aren't the checkpoint's, or a package's; `scale` isn't finite; part of a LoRA is left.
             UserError: a file could not be downloaded or read.
         """
+        self._check_whole()
         if not isinstance(lora, LoRA):
             lora = lora_file.read(lora)
         self._check(lora)
@@ -73,23 +80,38 @@ class Adapter:
         """Change the loaded LoRA's scale.
 
         Raises:
-            UsageError: none is loaded, or `scale` isn't finite.
+            UsageError: none is loaded, or part of one is left; `scale` isn't finite.
+            UserError: the checkpoint's files can't be read.
         """
+        self._check_whole()
         self._become(_Loaded(self._present().lora, _finite(scale)))
 
     def remove(self) -> None:
-        """Give the touched layers the checkpoint's weights back, bit for bit.
+        """Give the touched layers the checkpoint's weights back, bit for bit; also where only part of a LoRA is left.
 
         Raises:
             UsageError: none is loaded.
+            UserError: the checkpoint's files can't be read.
         """
-        self._present()
+        if not self._begun:
+            self._present()
         self._become(None)
 
     def _present(self) -> _Loaded:
         if self._loaded is None:
             raise UsageError("no LoRA is loaded")
         return self._loaded
+
+    def _check_whole(self, *_: Any) -> None:
+        """Raise UsageError while part of a LoRA is left; also a hook before the transformer's calls."""
+        if self._begun:
+            raise UsageError(self._what_is_left())
+
+    def _what_is_left(self) -> str:
+        return (
+            f"part of a LoRA is left, as {len(self._begun)} of the layers couldn't be restored: before anything else "
+            f"call the adapter's remove(), which does that once {self._checkpoint} can be read again"
+        )
 
     def _check(self, lora: LoRA) -> None:
         """Raise UsageError unless each layer of `lora` is one of the transformer's, of the same shape."""
@@ -110,32 +132,47 @@ class Adapter:
 
     @torch.no_grad()
     def _become(self, new: _Loaded | None) -> None:
-        """Write every weight that `new` or the LoRA before it touches."""
+        """Write every weight that `new` or the LoRA before it touches, and what is left of a change before."""
         if runs_embedded_weights(self._pipe):
             raise UsageError(
                 "the pipeline runs a package with weights inside, which a LoRA can't reach: build it without "
                 "--embed-weights"
             )
-        old, begun = self._loaded, []
         try:
             for weight in self._weights():
-                if not (_touches(new, weight) or _touches(old, weight)):
+                written = weight in self._begun or _touches(self._loaded, weight)
+                if not (written or _touches(new, weight)):
                     continue
                 plain = self._read(weight)
-                if not _touches(old, weight) and not weight.holds(_with(None, plain)):
+                if not (written or weight.holds(_with(None, plain))):
                     raise UsageError(
                         f"{weight.layers[0]} is not as in {self._checkpoint}: the pipeline was loaded from another "
                         "checkpoint, in another dtype than its recipe's, or has a LoRA already"
                     )
-                begun.append(weight)
+                self._begun.add(weight)
                 weight.write(_with(new, plain))
-            self._loaded = new
-        except BaseException:
-            for weight in begun:
-                weight.write(_with(old, self._read(weight)))
+            self._loaded, self._begun = new, set()
+        except BaseException as error:
+            self._undo()
+            if self._begun and isinstance(error, Exception):  # Ctrl-C still ends a program; the next call says it
+                raise UserError(f"{one_line(error)}; {self._what_is_left()}") from error
             raise
         finally:
             hoisting.forget(self._pipe.transformer)
+            self._refuse_calls()
+
+    def _undo(self) -> None:
+        """Write again what the weights held before the change that was begun; what can't be read stays begun."""
+        for weight in tuple(self._begun):
+            with suppress(Exception):
+                weight.write(_with(self._loaded, self._read(weight)))
+                self._begun.remove(weight)
+
+    def _refuse_calls(self) -> None:
+        """Let the transformer refuse its calls if part of a LoRA is left, and else take them again."""
+        self._refusing.close()
+        if self._begun:
+            self._refusing.enter_context(self._pipe.transformer.register_forward_pre_hook(self._check_whole))
 
     def _read(self, weight: Weight) -> dict[str, torch.Tensor]:
         """The checkpoint's layers whose rows a weight has, in its dtype before it was quantized."""

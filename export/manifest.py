@@ -14,7 +14,8 @@ import json
 import platform
 import types
 import typing
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -233,10 +234,33 @@ class OtherVersionError(UserError, ValueError):
     """Another version of this program wrote it."""
 
 
-def read_beside(path: Path) -> Beside:
-    """Raises UserError: the file can't be read, or isn't what this repository writes; OtherVersionError: no longer."""
+class ForbiddenError(UserError):
+    """A file or a folder is there, and its permissions keep this user from it: it may well be whole."""
+
+
+@contextmanager
+def permitted(what: str) -> Iterator[None]:
+    """`what` the body does with files: "read", "written".
+
+    Raises:
+        ForbiddenError: their permissions don't allow it.
+    """
     try:
-        return parse_beside(path.read_text())
+        yield
+    except PermissionError as error:
+        raise ForbiddenError(
+            f"{error.filename} may not be {what} by you ({error.strerror}): have its owner change its permissions "
+            "(chmod), or choose another folder"
+        ) from None
+
+
+def read_beside(path: Path) -> Beside:
+    """Raises UserError: the file can't be read, or isn't what this repository writes; ForbiddenError: its permissions
+    don't allow to read it; OtherVersionError: it is no longer what this repository writes."""
+    try:
+        with permitted("read"):
+            text = path.read_text()
+        return parse_beside(text)
     except OtherVersionError as error:
         raise OtherVersionError(
             f"{path} is of another version of this program ({error}): build the package again"
@@ -255,7 +279,7 @@ def parse_beside(text: str) -> Beside:
         if schema != SCHEMA:
             raise OtherVersionError(f"its schema is {schema}, this program reads {SCHEMA}")
         return decode(Beside, value, "")
-    except (TypeError, KeyError) as error:
+    except (TypeError, KeyError, RecursionError) as error:  # the last of JSON that is nested too deep
         raise ValueError(str(error)) from None
 
 

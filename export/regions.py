@@ -147,7 +147,7 @@ def modules(pipe: DiffusionPipeline, scope: str) -> list[tuple[Region, nn.Module
 def key(inputs: Inputs) -> Key:
     """What a model is specialised to: which inputs, and of each tensor its shape, strides, dtype and device."""
     return tuple(
-        (name, *((x.shape, strides(x), x.dtype, x.device.type) for x in pytree.tree_leaves(value)))
+        (name, *((x.shape, strides(x), x.dtype, x.device) for x in pytree.tree_leaves(value)))
         for name, value in inputs.items()
     )
 

@@ -20,7 +20,7 @@ from export import build, regions, sizes, text_encoders, weights
 from export.build import Call
 from export.build_command import Sizes, TransformerCall, build_command, in_words
 from export.checks import check_file, refusal
-from export.manifest import Identity, Manifest, content_key, identify
+from export.manifest import Identity, Manifest, Model, content_key, identify
 from export.regions import Inputs, Key, Region
 from export.store import Entry, PackageStore, not_yet_stored, state
 from export.verify import verify
@@ -39,7 +39,7 @@ class BoundModel:
     """A package's model with a module's weights: it can't be had without them, and would crash.
 
     The weights aren't copied: values written to them in place count at the next call. Of weights that are given other
-    memory, it goes on reading the old (`utils.moving`).
+    memory, it goes on reading the old: then there has to be another (`utils.moving`).
     """
 
     def __init__(self, entry: Entry, name: str, tensors: dict[str, torch.Tensor], device: torch.device):
@@ -69,6 +69,7 @@ class PackagedRegion:
     def __init__(self, region: Region, module: nn.Module, library: Library):
         self.region, self.module, self.packages = region, module, library
         self.original = module.forward
+        self.processors = _processors(module)
         self.bound: dict[Key, BoundModel] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -120,13 +121,20 @@ class Library:
 
     def __post_init__(self) -> None:
         self._whole: set[tuple[Path, str, tuple[int, ...]]] = set()  # files as they were checked, with their sha256
+        self._fingerprints: dict[Region, str] = {}
 
     def bind(self, region: PackagedRegion, inputs: Inputs) -> BoundModel:
         """The model for these inputs, with the region's weights; built first if it isn't there and may be built.
 
         Raises:
-            UserError: there is none that fits, it is damaged, or the weights aren't those it was compiled for.
+            UserError: there is none that fits, it is damaged, or the weights or the inputs' device aren't those it was
+                compiled for.
         """
+        device = self.pipe.transformer.device
+        for name, value in inputs.items():
+            elsewhere = [leaf.device for leaf in pytree.tree_leaves(value) if leaf.device != device]
+            if elsewhere:
+                raise UserError(f"packages here run on {device}: {name} comes on {elsewhere[0]}, move it there")
         found = self.find(region.region, inputs)
         if found is None:
             self.build_missing([(region, inputs)])
@@ -143,8 +151,8 @@ class Library:
                 was compiled for.
         """
 
-        def command() -> str:
-            return build_command(self, region.region, inputs)
+        def command(folder: str | None = None) -> str:
+            return build_command(self, region.region, inputs, folder)
 
         reason = entry.manifest.identity.refusal(self.identity, region.region.component)
         if reason is not None:
@@ -156,16 +164,30 @@ class Library:
             build.provide_kernels(entry.path)
         tensors = weights.exported_tensors(region.module)
         device = self.pipe.transformer.device
-        reason = weights.refusal(entry.manifest.models[name], tensors, device)
+        model = entry.manifest.models[name]
+        reason = weights.refusal(model, tensors, device) or self._other_inside(model, region.region)
         if reason is not None:
             raise UserError(
                 f"{entry.path} {reason}: load a checkpoint of the architecture it was built for, or build one for "
-                f"this in another folder with `{command()}`"
+                f"this in another folder with `{command('OTHER_FOLDER')}`"
+            )
+        outside = (region.module, self.pipe.transformer)  # which are called as modules, packages or not
+        for inside, part in region.module.named_modules():
+            if part not in outside and (part._forward_hooks or part._forward_pre_hooks):
+                raise UserError(
+                    f"packages run no hooks of what is inside the {region.region.name}, and {inside} has some: remove "
+                    "them, or use a recipe with execution=compile"
+                )
+        if _processors(region.module) != region.processors:
+            raise UserError(
+                f"packages have the attention of the recipe, and the {region.region.name} has got another processor: "
+                "give it back its own, or use a recipe with execution=compile"
             )
         return BoundModel(entry, name, tensors, device)
 
     def unbind(self) -> None:
-        """Bind every weight anew at the next call."""
+        """Bind every weight anew at the next call, after all checks."""
+        self._fingerprints.clear()
         for region in self.packaged:
             region.bound.clear()
 
@@ -183,9 +205,12 @@ class Library:
             models = {name: model for name, model in entry.manifest.models.items() if model.region == region.name}
             if not models:
                 continue
-            reason = entry.manifest.identity.refusal(self.identity, region.component)
             other_inputs = {name: sizes.refusal(model, wanted) for name, model in models.items()}
             fitting = [name for name, why in other_inputs.items() if why is None]
+            inside = (self._other_inside(models[name], region) for name in fitting)
+            reason = entry.manifest.identity.refusal(self.identity, region.component) or next(
+                filter(None, inside), None
+            )
             if reason is None:
                 for name in fitting:
                     if not models[name].ranges:
@@ -201,6 +226,15 @@ class Library:
             f"no package in {self.store.folder} {in_words(self, region, inputs)}: build one with "
             f"`{build_command(self, region, inputs)}`, or {self.store.to_build}{(*damaged, nearest[1])[0]}"
         )
+
+    def _other_inside(self, model: Model, region: Region) -> str | None:
+        """Why a model isn't for this pipeline, of whose weights it holds others."""
+        if model.weights_sha256 is None:
+            return None
+        if region not in self._fingerprints:
+            module = next(packaged.module for packaged in self.packaged if packaged.region is region)
+            self._fingerprints[region] = weights.fingerprint(weights.exported_tensors(module))
+        return weights.refusal_of_inside(model, self._fingerprints[region])
 
     def build_missing(self, calls: Sequence[PackagedCall]) -> None:
         """`build` in the middle of a call, which then takes a minute or more, and says why."""
@@ -346,6 +380,11 @@ def attach(pipe: DiffusionPipeline, recipe: Recipe, options: dict[str, Any], pac
     pipe.transformer.forward = PackagedTransformer(library, before, after)
     what = "the transformer's blocks, what surrounds them" + (", and the VAE's decoder" if decoders else "")
     return f"torch.export + AOTInductor, {what}"
+
+
+def _processors(module: nn.Module) -> list[Any]:
+    """Diffusers' attention processors in a module."""
+    return [part.processor for part in module.modules() if hasattr(part, "processor")]
 
 
 def _kind(components: Collection[str]) -> str:

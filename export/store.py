@@ -16,7 +16,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from export.manifest import Beside, Manifest, OtherVersionError, read_beside
+from export.manifest import Beside, ForbiddenError, Manifest, OtherVersionError, permitted, read_beside
 from utils.errors import UsageError, UserError
 from utils.files import check_target, replacing, write_text
 
@@ -36,6 +36,11 @@ class Entry:
     def manifest(self) -> Manifest:
         return self.beside.manifest
 
+    def damage(self) -> str | None:
+        """What the file's size tells of damage, without its being read; None if it is as it was."""
+        size = self.path.stat().st_size
+        return None if size == self.beside.size else f"has {size} bytes, its manifest says {self.beside.size}"
+
 
 @dataclass(frozen=True)
 class _Unread:
@@ -53,7 +58,7 @@ class PackageStore:
     folder: Path = field(default_factory=default_folder)
     build: bool = True
     to_build: str = "apply the recipe with a PackageStore that may build"
-    # By file, its time, and which file the package is.
+    # By file, its time, which changes with its permissions too, and which file the package is.
     _read: dict[tuple[Path, int, int], Entry | _Unread] = field(default_factory=dict, repr=False)
 
     def entries(self) -> list[Entry]:
@@ -61,6 +66,7 @@ class PackageStore:
 
         Raises:
             UsageError: the folder is a file.
+            ForbiddenError: the folder may not be read.
         """
         return [one for one in self._found() if isinstance(one, Entry)]
 
@@ -74,15 +80,17 @@ class PackageStore:
         unread = [one for one in self._found() if isinstance(one, _Unread)]
         return [one.reason for one in unread if not one.of_other_version]
 
+    @permitted("read")
     def _found(self) -> list[Entry | _Unread]:
         if not self.folder.is_dir():
             if self.folder.exists():
                 raise UsageError(f"{self.folder} is a file, not a folder of packages")
             return []
         found = []
-        for path in sorted(self.folder.glob("[!.]*.json")):
+        # Not glob, which takes a folder that it may not read for an empty one.
+        for path in sorted(path for path in self.folder.iterdir() if path.match("[!.]*.json")):
             with suppress(FileNotFoundError):  # it is being built anew
-                known = path, path.stat().st_mtime_ns, path.with_suffix(".pt2").stat().st_ino
+                known = path, path.stat().st_ctime_ns, path.with_suffix(".pt2").stat().st_ino
                 if known not in self._read:
                     try:
                         self._read[known] = entry(path)
@@ -103,6 +111,7 @@ class PackageStore:
 
         Raises:
             UsageError: the folder can't be made or written to.
+            ForbiddenError: what another user left there may not be read, or its lock not be taken.
             UserError: without `refusal`: the manifest that is there can't be read.
         """
         check_target(self.folder)
@@ -138,6 +147,8 @@ def _unusable(beside: Path, refusal: Callable[[Entry], str | None]) -> str | Non
     try:
         found = entry(beside)
         reason = refusal(found)
+    except ForbiddenError:  # and so nothing is known of it
+        raise
     except UserError as error:
         return str(error).partition(":")[0]  # and not what to do about it
     return reason and f"{found.path} {reason}"
@@ -148,12 +159,14 @@ def not_yet_stored(path: Path, manifest: Manifest) -> Entry:
     return Entry(path, Beside(manifest, path.stat().st_size, sha256(path)))
 
 
+@permitted("read")
 def of_file(path: Path) -> Entry:
     """The entry of a package given by the name of its file.
 
     Raises:
         UsageError: there is no such file, it isn't a package's, or there is none beside it.
         UserError: its manifest can't be read.
+        ForbiddenError: its permissions, or its folder's, don't allow it.
     """
     for file in (path, path.with_suffix(".json")):
         fault = "is not there" if not file.exists() else "is a folder" if file.is_dir() else None
@@ -164,7 +177,9 @@ def of_file(path: Path) -> Entry:
     return entry(path.with_suffix(".json"))
 
 
+@permitted("read")
 def sha256(path: Path) -> str:
+    """Raises ForbiddenError: the file may not be read."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -179,7 +194,8 @@ def state(path: Path) -> tuple[int, ...]:
 def _locked(path: Path) -> Iterator[None]:
     lock = FileLock(path)
     try:
-        lock.acquire(timeout=0)
+        with permitted("written"):
+            lock.acquire(timeout=0)
     except Timeout:
         print(f"waiting for another process that builds {path.stem[1:]}", file=sys.stderr)
         lock.acquire()

@@ -29,7 +29,8 @@ def line(entry: Entry) -> str:
 def _encoded(manifest: Manifest) -> str:
     """The numbers of text tokens that it has T5's layers for."""
     t5 = [model for model in manifest.models.values() if model.region in (T5_FIRST_LAYER.name, T5_LAYER.name)]
-    lengths = sorted({model.inputs["hidden_states"].shape[1] for model in t5})
+    hidden_states = [spec for model in t5 for name, spec in model.inputs.items() if name == "hidden_states"]
+    lengths = sorted({tokens for spec in hidden_states for tokens in spec.shape[1:2]})
     return f"encodes {', '.join(map(str, lengths))} text tokens; " if lengths else ""
 
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ from export.runtime import PackagedRegion
 from export.store import Entry, PackageStore
 from recipes import Recipe
 from tests.export.conftest import AOTI, CPU, inputs_of_after
-from utils.errors import UserError
+from tests.export.test_command_line import compiler
+from utils import errors
+from utils.errors import OutOfMemoryError, UserError
 from utils.files import ROOT
 
 BUILD = """
@@ -128,6 +131,88 @@ def test_what_is_built_is_held_to_the_module_that_it_was_built_from(tmp_path: Pa
     entry, _ = library.build([(last, last.region.arguments((), {**inputs, "image_rotary_emb": rotary}))])
     (model,) = entry.manifest.models.values()
     assert model.weights["proj_out.weight"].stride == tuple(weight.stride())
+
+
+@pytest.fixture
+def failing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], None]:
+    """failing(error): a build in which the compiler raises it."""
+    after = after_of(tmp_path)
+
+    def build_it(error: BaseException) -> None:
+        def compile_call(*arguments: object) -> None:
+            raise error
+
+        monkeypatch.setattr(build, "compile_call", compile_call)
+        after.packages.build([(after, inputs_of_after())])
+
+    return build_it
+
+
+def test_a_compiler_that_fails(failing: Callable, tmp_path: Path) -> None:
+    error = RuntimeError("\nno g++\nCommand: g++")
+    with pytest.raises(UserError) as raised:
+        failing(error)
+    assert str(raised.value) == (
+        "the package can't be compiled (RuntimeError: no g++): `python -m export doctor` says what is wrong with the "
+        "compiler here"
+    )
+    assert raised.value.__cause__ is error, "for --debug"
+    assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        UserError("do this"),
+        OutOfMemoryError("out of memory while testing: do that"),
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+        KeyboardInterrupt(),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_what_else_ends_a_build_stays_as_it_is(failing: Callable, error: BaseException) -> None:
+    with pytest.raises(type(error)) as raised:
+        failing(error)
+    assert raised.value is error
+
+
+def test_code_that_cannot_be_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"^after-1 can't be loaded from its package \(.*\): `python -m export doctor`"):
+        build.loader(tmp_path / "none.pt2", "after-1", -1)
+    refused = iter((0, 1))  # where memory runs out on a GPU, the code only says which of its calls failed
+    monkeypatch.setattr(build, "refused", lambda: next(refused))
+    monkeypatch.setattr(errors, "refused", lambda: next(refused))
+
+    def load(*arguments: object) -> None:
+        raise RuntimeError("create_func_() API call failed")
+
+    monkeypatch.setattr(torch._C._aoti, "AOTIModelPackageLoader", load)
+    with pytest.raises(RuntimeError, match="API call failed"):
+        build.loader(tmp_path / "none.pt2", "after-1", -1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (None, "the package can't be compiled (InductorError: InvalidCxxCompiler: "),
+        ("-static-libstdc++", " can't be loaded from its package (RuntimeError: create_func_("),
+    ],
+    ids=["missing", "static"],
+)
+def test_a_compiler_that_does_not_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: str | None, words: str
+) -> None:
+    monkeypatch.setenv("CXX", "/nonexistent" if more is None else compiler(tmp_path, more))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))  # what a better one has made is elsewhere
+    child = builder(tmp_path / "packages")
+    _, said = child.communicate()
+    assert child.returncode == 1
+    last = said.splitlines()[-1]
+    assert words in last
+    assert "`python -m export doctor` says what is wrong with the compiler here" in last
 
 
 def test_package_is_there_only_with_what_lies_beside_it(tmp_path: Path) -> None:

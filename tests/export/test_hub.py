@@ -101,7 +101,9 @@ def test_pushed_and_pulled_by_commit_and_by_sha256(
     for source, option, value in (
         (REPO, "--revision", held),
         (f"{REPO}/{NAME}.pt2", "--revision", held),
+        (REPO, "--revision", held.upper()),
         (REPO, "--sha256", package.beside.sha256),
+        (REPO, "--sha256", package.beside.sha256.upper()),
         (f"{REPO}/{NAME}.pt2", "--sha256", package.beside.sha256),
     ):
         folder = out / str(len(hub.requests))
@@ -109,6 +111,10 @@ def test_pushed_and_pulled_by_commit_and_by_sha256(
         assert done.code == 0, done.err
         assert done.out.startswith(f"{folder / NAME}.pt2: ")
         assert "was there" not in done.out
+        assert (
+            "a package is native code, which runs with all your rights: run it only if you trust who built it"
+            in done.lines
+        )
         assert contents(folder) == contents(package.path.parent)
         assert [entry.beside for entry in PackageStore(folder).entries()] == [package.beside]
     assert hub.downloads(f"{NAME}.pt2") == [None], "the client's cache serves the others"
@@ -151,8 +157,9 @@ def test_card_tells_of_all_packages(hub: Hub, held: str, export: Callable, packa
     assert str(tmp_path) not in card
 
 
-def test_card_of_somebody_else_is_left(hub: Hub, held: str, export: Callable, tmp_path: Path) -> None:
-    before = hub.repositories[REPO].commit({"README.md": b"# By hand\n"})
+@pytest.mark.parametrize("readme", [b"# By hand\n", b"\xff\xfe# in UTF-16"])
+def test_card_of_somebody_else_is_left(hub: Hub, held: str, export: Callable, tmp_path: Path, readme: bytes) -> None:
+    before = hub.repositories[REPO].commit({"README.md": readme})
     second = make_package(tmp_path / "second", "vae_decoder-0")
     assert "has a README.md that isn't push's" in export("push", second.path, "--repo", REPO).error()
     assert hub.repositories[REPO].head == before
@@ -304,6 +311,7 @@ def test_damaged_although_the_hashes_agree(
         (None, f"has no {NAME}.json beside {NAME}.pt2"),
         (b"{}", "is damaged, or of another version of this program"),
         (b"no JSON", "is damaged, or of another version of this program"),
+        (b"[" * 200_000, "is damaged, or of another version of this program"),
     ],
 )
 def test_manifest_that_is_none(
@@ -313,6 +321,46 @@ def test_manifest_that_is_none(
     assert words in export("pull", REPO, "--revision", commit, "--out", out).error()
     assert not hub.downloads(f"{NAME}.pt2")
     assert not contents(out)
+
+
+@pytest.fixture
+def beside_others(hub: Hub, held: str, package: Entry) -> str:
+    """The commit that holds, besides the package, one of another version and one without a manifest."""
+    older = package.path.with_suffix(".json").read_bytes().replace(b'"schema": 3', b'"schema": 2')
+    changes = {"aaa-older.pt2": b"\0older", "aaa-older.json": older, "zzz-foreign.pt2": b"\0foreign"}
+    return hub.repositories[REPO].commit({**changes})
+
+
+def test_packages_that_cannot_be_read_are_left_out(
+    hub: Hub, beside_others: str, export: Callable, package: Entry, out: Path
+) -> None:
+    done = export("pull", REPO, "--revision", beside_others, "--out", out)
+    assert done.code == 0, done.err
+    assert contents(out) == contents(package.path.parent)
+    older, foreign = (line for line in done.lines if line.endswith(": left out"))
+    assert f"{REPO}/aaa-older.json is damaged, or of another version" in older
+    assert "(its schema is 2, this program reads 3)" in older
+    assert f"{REPO} has no zzz-foreign.json beside zzz-foreign.pt2" in foreign
+    named = export("pull", f"{REPO}/aaa-older.pt2", "--revision", beside_others, "--out", out)
+    assert "its schema is 2, this program reads 3" in named.error()
+    assert named.code == 1
+
+
+def test_packages_that_cannot_be_read_do_not_keep_from_pushing(
+    hub: Hub, beside_others: str, export: Callable, package: Entry, tmp_path: Path
+) -> None:
+    second = make_package(tmp_path / "second", "vae_decoder-0", b"\0decoder")
+    done = export("push", second.path, "--repo", REPO)
+    assert done.code == 0, done.err
+    files = hub.repositories[REPO].commits[hub.repositories[REPO].head]
+    assert {"aaa-older.pt2", "zzz-foreign.pt2", second.path.name} < files.keys()
+    card = files["README.md"].decode()
+    assert "can't read their manifests: aaa-older.pt2, zzz-foreign.pt2.\n" in card
+    assert [line.split()[1] for line in card.splitlines() if line.startswith("## ")] == [
+        f"{NAME}.pt2",
+        second.path.name,
+    ]
+    assert len([line for line in done.lines if line.endswith(": the card has its name alone")]) == 2
 
 
 def test_recipe_of_another_version(hub: Hub, held: str, export: Callable, package: Entry, out: Path) -> None:

@@ -27,7 +27,7 @@ from recipes.dtype import torch_dtype
 from recipes.fused_kernels import rearrange
 from recipes.gemm_epilogues import arrange
 from recipes.int8_adaln import takes_int8
-from recipes.weights import weights
+from recipes.weights import Weight, weights
 from utils.compile_clock import CompileClock
 from utils.errors import UsageError, UserError
 from utils.relative_error import relative_error
@@ -462,6 +462,136 @@ def test_half_way_through_an_error_nothing_has_changed(running: Callable, made: 
     assert "\n" not in str(raised.value)
     assert snapshot(pipe) == before
     adapter.remove()  # the first one is still known
+
+
+WhileWriting = Callable[[str, Callable[[], Any]], None]
+
+
+@pytest.fixture
+def while_writing(monkeypatch: pytest.MonkeyPatch) -> WhileWriting:
+    """while_writing(layer, happens): when half of its weight is written next, that happens, once."""
+    write, waiting = Weight.write, {}
+
+    def write_halves(weight: Weight, plain: torch.Tensor) -> None:
+        happens = next((waiting.pop(layer) for layer in weight.layers if layer in waiting), None)
+        if happens:
+            weight.stored[0].detach()[:2].zero_()
+            happens()
+        write(weight, plain)
+
+    monkeypatch.setattr(Weight, "write", write_halves)
+    return waiting.__setitem__
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("recipe", [FUSED, FLOAT8], ids=["bfloat16", "float8"])
+def test_ctrl_c_while_weights_are_written_changes_nothing(
+    running: Callable, made: Made, style: Path, while_writing: WhileWriting, recipe: Recipe
+) -> None:
+    def assert_changes_nothing(change: Callable, *arguments: Any) -> None:
+        before = snapshot(pipe)
+        while_writing("transformer_blocks.1.attn.to_q", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            change(*arguments)
+        assert snapshot(pipe) == before
+
+    pipe = running(recipe)
+    plain, adapter = snapshot(pipe), Adapter(pipe, "tiny")
+    assert_changes_nothing(adapter.load, style)
+    adapter.load(style)
+    assert_changes_nothing(adapter.load, made(seed=1))
+    assert_changes_nothing(adapter.scale, 0.5)
+    assert_changes_nothing(adapter.remove)
+    adapter.remove()
+    assert snapshot(pipe) == plain
+
+
+def test_ctrl_c_again_while_that_is_undone(running: Callable, style: Path, while_writing: WhileWriting) -> None:
+    def interrupt_twice() -> None:
+        while_writing("x_embedder", interrupt)
+        interrupt()
+
+    pipe = running(FUSED)
+    plain, adapter = snapshot(pipe), Adapter(pipe, "tiny")
+    while_writing("x_embedder", interrupt_twice)
+    with pytest.raises(KeyboardInterrupt):
+        adapter.load(style)
+    with pytest.raises(UsageError, match="part of a LoRA is left"):
+        adapter.load(style)
+    adapter.remove()
+    assert snapshot(pipe) == plain
+
+
+CHANGES: dict[str, Callable[[Adapter, Path], None]] = {
+    "load": lambda adapter, file: adapter.load(file),
+    "load-another": lambda adapter, file: adapter.load(file),
+    "scale": lambda adapter, file: adapter.scale(0.5),
+    "remove": lambda adapter, file: adapter.remove(),
+}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "shard", "lost"), [(FUSED, 1, 25), (RECIPES["hoisted"], 2, 3)], ids=["fused_qkv", "hoisted"]
+)
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_cant_be_undone_is_said_and_stays_refused_until_it_is_removed(
+    running: Callable,
+    fused: Callable,
+    predict: Callable,
+    made: Made,
+    style: Path,
+    tiny_copy: Path,
+    while_writing: WhileWriting,
+    recipe: Recipe,
+    shard: int,
+    lost: int,
+    name: str,
+) -> None:
+    """A file goes away in the middle: the first one, when something else fails, or the second, which is read next."""
+
+    def go_away() -> None:
+        there.rename(away)
+        if shard == 1:
+            raise RuntimeError("no more")
+
+    pipe, file = running(recipe), made(seed=1)
+    there = tiny_copy / "transformer" / f"diffusion_pytorch_model-0000{shard}-of-00002.safetensors"
+    away = there.with_suffix(".away")
+    plain, drawn, adapter = snapshot(pipe), predict(pipe), Adapter(pipe, str(tiny_copy))
+    hooks = len(pipe.transformer._forward_pre_hooks)
+    if name != "load":
+        adapter.load(style)
+    before = snapshot(pipe)
+    while_writing("single_transformer_blocks.2.proj_mlp", go_away)
+    failed = "no more" if shard == 1 else r"single_transformer_blocks\.2\.proj_out\.weight can't be read from .*"
+    with pytest.raises(UserError, match=rf"^{failed}; part of a LoRA is left, as {lost} of the layers") as raised:
+        CHANGES[name](adapter, file)
+    half = snapshot(pipe)
+    # Those of the file that were written; the other one has some, too, which could be restored.
+    assert sum(a != b for a, b in zip(half, before, strict=True)) == lost
+    assert "\n" not in str(raised.value)
+
+    for refused in (lambda: adapter.load(file), lambda: adapter.scale(1), lambda: predict(pipe)):
+        with pytest.raises(UsageError, match=r"^part of a LoRA is left, .*: before .*remove\(\).* once .* again$"):
+            refused()
+    with pytest.raises(UserError, match=r"can't be read from .*; part of a LoRA is left"):
+        adapter.remove()
+    assert snapshot(pipe) == half
+    with pytest.raises(UsageError, match="part of a LoRA is left"):
+        predict(pipe)
+
+    away.rename(there)
+    adapter.remove()
+    assert snapshot(pipe) == plain
+    assert torch.equal(predict(pipe), drawn)
+    assert len(pipe.transformer._forward_pre_hooks) == hooks
+    adapter.load(file)
+    assert_close_to(pipe, fused(recipe, file))
+    adapter.remove()
+    assert snapshot(pipe) == plain
 
 
 def test_checkpoints_without_files_or_with_damaged_ones(running: Callable, tiny_copy: Path, style: Path) -> None:

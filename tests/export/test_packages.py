@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from PIL import Image
+from torch import nn
 
 import recipes
 from export import order, regions, text_encoders
@@ -25,6 +27,7 @@ from export.runtime import BoundModel, Library, PackagedRegion, library_of
 from export.store import Entry, PackageStore
 from export.verify import TOLERANCE, verify
 from recipes import Recipe
+from tests.export.conftest import inputs_of_after
 from utils import checkpoints
 from utils.compile_clock import CompileClock
 from utils.errors import UserError
@@ -172,6 +175,75 @@ def test_weights_with_other_memory_are_bound_anew(tiny: Callable, draw: Callable
         pipe.transformer.to(torch.float8_e4m3fn).to(torch.float32)
     np.testing.assert_allclose(draw(packaged), draw(eager), atol=1e-4)
     assert np.abs(draw(packaged) - before).max() > 1e-3, "rounded weights draw another image"
+
+
+def _zeros(linear: nn.Linear) -> torch.Tensor:
+    return torch.zeros_like(linear.weight)
+
+
+def _new_parameter(block: nn.Module) -> None:
+    block.proj_out.weight = nn.Parameter(_zeros(block.proj_out))
+
+
+def _new_data(block: nn.Module) -> None:
+    block.proj_out.weight.data = _zeros(block.proj_out)
+
+
+def _assigned(block: nn.Module) -> None:
+    block.load_state_dict({name: torch.zeros_like(weight) for name, weight in block.state_dict().items()}, assign=True)
+
+
+def _new_linear(block: nn.Module) -> None:
+    block.proj_out = nn.Linear(block.proj_out.in_features, block.proj_out.out_features)
+    nn.init.zeros_(block.proj_out.weight)
+
+
+def _rounded(block: nn.Module) -> None:
+    block.to(torch.float8_e5m2).to(torch.float32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("swap", [_new_parameter, _new_data, _assigned, _new_linear, _rounded])
+def test_weights_swapped_in_a_part_are_bound_anew(
+    tiny: Callable, draw: Callable, package: Entry, swap: Callable[[nn.Module], None]
+) -> None:
+    """Between two calls of a running pipeline, whose steps have none of them."""
+    eager, packaged = tiny(), tiny()
+    recipes.apply(packaged, AOTI, PackageStore(package.path.parent, build=False))
+    before = draw(packaged, steps=2)
+    for pipe in (eager, packaged):
+        torch.manual_seed(0)
+        swap(pipe.transformer.single_transformer_blocks[1])
+    np.testing.assert_allclose(draw(packaged, steps=2), draw(eager, steps=2), atol=1e-3)
+    assert np.abs(draw(packaged, steps=2) - before).max() > 1e-2, "other weights draw another image"
+
+
+@pytest.mark.slow
+def test_what_no_package_can_do_is_refused_between_calls(tiny: Callable, draw: Callable, package: Entry) -> None:
+    packaged = tiny()
+    recipes.apply(packaged, AOTI, PackageStore(package.path.parent, build=False))
+    before = draw(packaged)
+    linear = packaged.transformer.single_transformer_blocks[1].proj_out
+    hook = linear.register_forward_hook(lambda module, args, out: 0 * out)
+    with pytest.raises(UserError, match=r"packages run no hooks .* single_block, and proj_out has some: remove them"):
+        draw(packaged)
+    hook.remove()
+    np.testing.assert_allclose(draw(packaged), before, atol=1e-6)
+    attention = packaged.transformer.transformer_blocks[1].attn
+    own, attention.processor = attention.processor, FluxAttnProcessor()
+    with pytest.raises(UserError, match="the double_block has got another processor: give it back its own, or"):
+        draw(packaged)
+    attention.processor = own
+    np.testing.assert_allclose(draw(packaged), before, atol=1e-6)
+    linear.weight = nn.Parameter(torch.zeros(1, 1))
+    with pytest.raises(UserError, match=r"wants the weight proj_out.weight as float32\[.*, here it is float32\[1, 1\]"):
+        draw(packaged)
+
+
+def test_inputs_from_elsewhere_are_refused(after: PackagedRegion) -> None:
+    inputs = {name: tensor.to("meta") for name, tensor in inputs_of_after().items()}
+    with pytest.raises(UserError, match="packages here run on cpu: hidden_states comes on meta, move it there"):
+        after(**inputs)
 
 
 @pytest.mark.slow
@@ -410,14 +482,20 @@ def test_one_package_for_sizes_and_texts(tiny: Callable, draw: Callable, tmp_pat
 def test_whole_model_with_its_weights_inside(tiny: Callable, predict: Callable, tmp_path: Path, device: str) -> None:
     plain = Recipe(execution="aoti", compile_scope="whole")
     recipe = replace(plain, cuda_graph=device == "cuda")
-    pipes = [tiny(device=torch.device(device)) for _ in range(3)]
-    for pipe, one in zip(pipes, (plain, recipe, recipe), strict=True):
-        recipes.apply(pipe, one, PackageStore(tmp_path))
-    builder, pipe, other = pipes
-    library = library_of(builder)
-    with library.recording() as calls:
-        expected = predict(builder)
-    entry, _ = library.build(calls.values(), embed_weights=True)
+    pipes = [tiny(device=torch.device(device)) for _ in range(4)]
+    builder, pipe, *others = pipes
+    for other in others:
+        other.transformer.proj_out.weight.data.mul_(2)
+    for one, applied in zip(pipes, (plain, recipe, plain, recipe), strict=True):
+        recipes.apply(one, applied, PackageStore(tmp_path, build=False))
+
+    def build(pipe: DiffusionPipeline) -> tuple[Entry, torch.Tensor]:
+        library = library_of(pipe)
+        with library.recording() as calls:
+            expected = predict(pipe)
+        return library.build(calls.values(), embed_weights=True)[0], expected
+
+    entry, expected = build(builder)
     (model,) = entry.manifest.models.values()
     assert (model.region, model.bound) == ("transformer", ())
     assert entry.beside.size > 10e6
@@ -427,9 +505,14 @@ def test_whole_model_with_its_weights_inside(tiny: Callable, predict: Callable, 
     factors = Factors(torch.zeros(4, 256), torch.zeros(256, 4), 1.0)
     with pytest.raises(UserError, match="weights inside, which a LoRA can't reach"):
         Adapter(pipe, "tiny").load(LoRA("file", {"single_transformer_blocks.0.attn.to_q": factors}))
-    other.transformer.proj_out.weight.data.mul_(2)
-    with pytest.raises(UserError, match="holds weights with sha256"):
+    other_builder, other = others
+    with pytest.raises(UserError, match=r"no package in .*holds weights with sha256"):
         predict(other)
+    beside, expected_of_other = build(other_builder)
+    assert beside.path.parent == entry.path.parent
+    for one, what in ((other, expected_of_other), (pipe, expected)):
+        library_of(one).unbind()
+        torch.testing.assert_close(predict(one), what, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Told when a module's weights move, and only then."""
+"""Told when a module's weights move or are others, and only then."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from torch import nn
 
 from recipes.float8 import quantize_linears
@@ -69,6 +70,61 @@ def test_float8_weights(told: tuple[nn.Sequential, list[int]]) -> None:
     module, times = told
     quantize_linears([module[0][0]], "float8_per_row")
     module.to("cpu")
-    assert not times
+    assert times == [1], "of the weight that it had before"
+    module.to("cpu")
+    assert times == [1]
     module.to("meta")
+    assert times == [1, 1]
+
+
+def _new_bias(module: nn.Sequential) -> None:
+    module[0].bias = nn.Parameter(torch.zeros(32))
+
+
+def _other_data(module: nn.Sequential) -> None:
+    module[0].weight.data = torch.zeros(32, 32)
+
+
+def _new_part(module: nn.Sequential) -> None:
+    module[0] = nn.Linear(32, 32)
+
+
+def _of_a_new_part(module: nn.Sequential) -> None:
+    module[0].weight.data = torch.zeros(32, 32)
+
+
+def _hook(module: nn.Sequential) -> None:
+    module[0].register_forward_hook(lambda *_: None)
+
+
+def _processor(module: nn.Sequential) -> None:
+    module[0].processor = FluxAttnProcessor()
+
+
+def _assign(module: nn.Sequential) -> None:
+    module[1].load_state_dict({name: x.clone() for name, x in module[1].state_dict().items()}, assign=True)
+
+
+def test_told_of_what_a_part_has_got_before_the_next_call(told: tuple[nn.Sequential, list[int]]) -> None:
+    module, times = told
+    changes = [_new_bias, _other_data, _new_part, _of_a_new_part, _hook, _processor, _assign]
+    for count, change in enumerate(changes, start=1):
+        change(module[0])
+        assert len(times) == count - 1
+        module(torch.ones(4, 32))
+        assert len(times) == count, change
+        module(torch.ones(4, 32))
+        assert len(times) == count, "told once"
+
+
+def test_a_call_of_a_tensor_that_the_last_one_had_is_a_step_of_it() -> None:
+    """A pipeline's steps have the prompt's embedding in common: nothing is looked at for them."""
+    module, times = nn.Bilinear(2, 3, 4), []
+    when_moved(module, lambda: times.append(1))
+    prompt = torch.ones(1, 3)
+    module(torch.ones(1, 2), prompt)
+    module.weight.data = torch.zeros(4, 2, 3)
+    module(torch.zeros(1, 2), prompt)
+    assert not times
+    module(torch.zeros(1, 2), prompt.clone())
     assert times == [1]
