@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""One prompt, one image: `python gen_image.py --checkpoint tiny --prompt "a red triangle left of a blue square"`."""
+"""One prompt, one image: `python gen_image.py --checkpoint tiny --recipe bf16 --prompt "a red triangle"`."""
 
 from __future__ import annotations
 

@@ -219,11 +219,11 @@ def _advising_of_doctor(failure: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, UserError) or ran_out_of_memory(error, before):
+        if isinstance(error, (UserError, OSError)) or ran_out_of_memory(error, before):
             raise
         raise UserError(
-            f"{failure} ({type(error).__name__}: {one_line(error)}): `python -m export doctor` says what is wrong with "
-            "the compiler here"
+            f"{failure} ({type(error).__name__}: {one_line(error)}): `python -m export doctor` says whether it is the "
+            "compiler here"
         ) from error
 
 

@@ -29,14 +29,14 @@ def card(repo: str, packages: Iterable[Entry], unread: Collection[str] = ()) -> 
         f"~~~~text\n{description(entry)}\n~~~~"
         for entry in entries
     ]
-    others = [f"Not listed, for this version of flux-fast can't read their manifests: {', '.join(unread)}."]
+    others = f"Not listed, for this version of flux-fast can't read their manifests: {', '.join(unread)}."
     parts = [
         f"{_METADATA}\n{MARK}\n\n# {repo.partition('/')[2]}",
         "Ahead-of-time packages of FLUX.1 for flux-fast.",
         "**They are native code**, which runs with all your rights: pull only what someone you trust has built, and "
         "only by a commit or a sha256.",
         "\n".join([*_TABLE, *rows]),
-        *(others if unread else []),
+        *([others] if unread else []),
         *sections,
     ]
     return "\n\n".join(parts) + "\n"

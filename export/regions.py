@@ -34,6 +34,10 @@ class Region:
     inputs: tuple[str, ...]
     slower_over_ranges: bool = False
 
+    @property
+    def is_block(self) -> bool:
+        return self in (DOUBLE_BLOCK, SINGLE_BLOCK)
+
     def arguments(self, args: tuple, kwargs: dict[str, Any]) -> Inputs:
         """A call's arguments as the model takes them: by name, without those that are None, laid out alike.
 
@@ -64,24 +68,29 @@ DECODER = Region("vae_decoder", "vae", ("sample",), slower_over_ranges=True)
 REGIONS = {region.name: region for region in (BEFORE, DOUBLE_BLOCK, SINGLE_BLOCK, AFTER, WHOLE, DECODER)}
 
 
-class Before(nn.Module):
-    """`hoisting.before` with the transformer's own embedders."""
+class Around(nn.Module):
+    """What lies before or after the blocks, with the transformer's own `parts`."""
+
+    parts: tuple[str, ...]
 
     def __init__(self, transformer: FluxTransformer2DModel):
         super().__init__()
-        self.x_embedder, self.context_embedder = transformer.x_embedder, transformer.context_embedder
-        self.time_text_embed, self.pos_embed = transformer.time_text_embed, transformer.pos_embed
+        self._transformer = (transformer,)  # in a tuple, or it would be one of the parts
+        self.take_parts()
 
+    def take_parts(self) -> None:
+        """Have those that the transformer has by now."""
+        for name in self.parts:
+            setattr(self, name, getattr(self._transformer[0], name))
+
+
+class Before(Around):
+    parts = ("x_embedder", "context_embedder", "time_text_embed", "pos_embed")
     forward = hoisting.before
 
 
-class After(nn.Module):
-    """`hoisting.after` with the transformer's own layers."""
-
-    def __init__(self, transformer: FluxTransformer2DModel):
-        super().__init__()
-        self.norm_out, self.proj_out = transformer.norm_out, transformer.proj_out
-
+class After(Around):
+    parts = ("norm_out", "proj_out")
     forward = hoisting.after
 
 

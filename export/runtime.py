@@ -27,8 +27,8 @@ from export.verify import verify
 from recipes import hoisting
 from recipes.kernels import cuda_kernel
 from utils import checkpoints
+from utils.changes import when_changed
 from utils.errors import UserError
-from utils.moving import when_moved
 from utils.request import Request
 
 if TYPE_CHECKING:  # recipes import export, to execute what it builds
@@ -39,7 +39,7 @@ class BoundModel:
     """A package's model with a module's weights: it can't be had without them, and would crash.
 
     The weights aren't copied: values written to them in place count at the next call. Of weights that are given other
-    memory, it goes on reading the old: then there has to be another (`utils.moving`).
+    memory, it goes on reading the old: then there has to be another (`utils.changes`).
     """
 
     def __init__(self, entry: Entry, name: str, tensors: dict[str, torch.Tensor], device: torch.device):
@@ -121,7 +121,6 @@ class Library:
 
     def __post_init__(self) -> None:
         self._whole: set[tuple[Path, str, tuple[int, ...]]] = set()  # files as they were checked, with their sha256
-        self._fingerprints: dict[Region, str] = {}
 
     def bind(self, region: PackagedRegion, inputs: Inputs) -> BoundModel:
         """The model for these inputs, with the region's weights; built first if it isn't there and may be built.
@@ -171,25 +170,36 @@ class Library:
                 f"{entry.path} {reason}: load a checkpoint of the architecture it was built for, or build one for "
                 f"this in another folder with `{command('OTHER_FOLDER')}`"
             )
-        outside = (region.module, self.pipe.transformer)  # which are called as modules, packages or not
+        self._refuse_changed(region)
+        return BoundModel(entry, name, tensors, device)
+
+    def _refuse_changed(self, region: PackagedRegion) -> None:
+        """Raise UserError if a module would do otherwise than its package: it has got hooks inside, another attention,
+        or a block beside it that isn't packaged."""
+        name, instead = region.region.name, "or use a recipe with execution=compile"
+        # These are called as modules, packages or not, and their hooks with them.
+        outside = (region.module, getattr(region.module, "layer", None), self.pipe.transformer)
         for inside, part in region.module.named_modules():
             if part not in outside and (part._forward_hooks or part._forward_pre_hooks):
                 raise UserError(
-                    f"packages run no hooks of what is inside the {region.region.name}, and {inside} has some: remove "
-                    "them, or use a recipe with execution=compile"
+                    f"packages run no hooks of what is inside the {name}, and {inside} has some: remove them, {instead}"
                 )
         if _processors(region.module) != region.processors:
             raise UserError(
-                f"packages have the attention of the recipe, and the {region.region.name} has got another processor: "
-                "give it back its own, or use a recipe with execution=compile"
+                f"packages have the attention of the recipe, and the {name} has got another processor: give it back "
+                f"its own, {instead}"
             )
-        return BoundModel(entry, name, tensors, device)
+        if region.region is regions.BEFORE:
+            here = {module for of, module in regions.modules(self.pipe, self.recipe.compile_scope) if of.is_block}
+            if here != {packaged.module for packaged in self.packaged if packaged.region.is_block}:
+                raise UserError(f"packages are bound to the blocks that there were: put these back, {instead}")
 
     def unbind(self) -> None:
         """Bind every weight anew at the next call, after all checks."""
-        self._fingerprints.clear()
         for region in self.packaged:
             region.bound.clear()
+            if isinstance(region.module, regions.Around):
+                region.module.take_parts()
 
     def find(self, region: Region, inputs: Inputs) -> tuple[Entry, str] | None:
         """The package and the model for these inputs; None if there is none but it may be built.
@@ -231,10 +241,11 @@ class Library:
         """Why a model isn't for this pipeline, of whose weights it holds others."""
         if model.weights_sha256 is None:
             return None
-        if region not in self._fingerprints:
-            module = next(packaged.module for packaged in self.packaged if packaged.region is region)
-            self._fingerprints[region] = weights.fingerprint(weights.exported_tensors(module))
-        return weights.refusal_of_inside(model, self._fingerprints[region])
+        module = next(packaged.module for packaged in self.packaged if packaged.region is region)
+        found = weights.fingerprint(weights.exported_tensors(module))
+        if found == model.weights_sha256:
+            return None
+        return f"holds weights with sha256 {model.weights_sha256[:12]}, the {model.region} here has {found[:12]}"
 
     def build_missing(self, calls: Sequence[PackagedCall]) -> None:
         """`build` in the middle of a call, which then takes a minute or more, and says why."""
@@ -372,7 +383,7 @@ def attach(pipe: DiffusionPipeline, recipe: Recipe, options: dict[str, Any], pac
         library.packaged.append(packaged := PackagedRegion(region, module, library))
         layer.forward = text_encoders.PackagedLayer(region, packaged)
     for module in (pipe.transformer, *decoders, *encoders):
-        when_moved(module, library.unbind)
+        when_changed(module, library.unbind)
     if recipe.compile_scope == "whole":
         pipe.transformer.forward = WholeTransformer(library.packaged[0])
         return f"torch.export + AOTInductor, transformer{' and VAE decoder' if decoders else ''}"

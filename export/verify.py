@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from torch.utils import _pytree as pytree
 
 from export import regions, sizes, text_encoders
@@ -163,11 +164,23 @@ def _over_eager(library: Library, entry: Entry, name: str, region: PackagedRegio
     with region.unpackaged() as module:
         eager = pytree.tree_leaves(module(**inputs))
         tensors = (*module.named_parameters(), *module.named_buffers())
-        weights = {name: tensor.float() for name, tensor in tensors if tensor.is_floating_point()}
-        in_float32 = torch.func.functional_call(module, weights, (), pytree.tree_map(torch.Tensor.float, inputs))
+        weights = {f"module.{name}": tensor.float() for name, tensor in tensors if tensor.is_floating_point()}
+        uncalled = _Uncalled(module)
+        in_float32 = torch.func.functional_call(uncalled, weights, (), pytree.tree_map(torch.Tensor.float, inputs))
     package = pytree.tree_leaves(library.bound(region, entry, name, inputs)(inputs))
     outputs = zip(package, eager, pytree.tree_leaves(in_float32), strict=True)
     return max((_ratio(relative_error(p, exact), relative_error(e, exact)) for p, e, exact in outputs), key=_nan_first)
+
+
+class _Uncalled(nn.Module):
+    """A module without what is around its forward, which would see other weights there (`utils.changes`)."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, **inputs: Any) -> Any:
+        return self.module.forward(**inputs)
 
 
 def _ratio(value: float, other: float) -> float:

@@ -36,8 +36,7 @@ def specs(tensors: dict[str, torch.Tensor]) -> dict[str, TensorSpec]:
 def refusal(model: Model, tensors: dict[str, torch.Tensor], device: torch.device) -> str | None:
     """Why a module's tensors don't fit a model, naming both sides; None if they do.
 
-    AOTInductor takes any tensor under any name, and reads it as the one that it was compiled for. Values that a model
-    holds itself: `refusal_of_inside`.
+    AOTInductor takes any tensor under any name, and reads it as the one that it was compiled for.
     """
     here = specs(tensors)
     missing, extra = sorted(set(model.weights) - set(here)), sorted(set(here) - set(model.weights))
@@ -51,13 +50,6 @@ def refusal(model: Model, tensors: dict[str, torch.Tensor], device: torch.device
         if name in model.bound and tensors[name].device != device:
             return f"wants the weight {name} on {device}, here it is on {tensors[name].device}"
     return None
-
-
-def refusal_of_inside(model: Model, found: str) -> str | None:
-    """Why a model with weights inside isn't for a module whose own have the fingerprint `found`; None if it is."""
-    if model.weights_sha256 in (None, found):
-        return None
-    return f"holds weights with sha256 {model.weights_sha256[:12]}, the {model.region} here has {found[:12]}"
 
 
 def fingerprint(tensors: dict[str, torch.Tensor]) -> str:

@@ -15,8 +15,8 @@ from recipes.hoisting import hoisted
 from recipes.optimization import Needs, Optimization
 from recipes.recipe import Recipe
 from utils import cuda_bindings
+from utils.changes import when_changed
 from utils.cuda_graph import HOISTED_LIMIT, LIMIT, Graphed, Graphs
-from utils.moving import when_moved
 
 
 def _apply(pipe: DiffusionPipeline, recipe: Recipe) -> str:
@@ -29,7 +29,7 @@ def _apply(pipe: DiffusionPipeline, recipe: Recipe) -> str:
     for module in captured.values():
         forward = module.forward
         module.forward = Graphed(forward, graphs, getattr(forward, "warm_up", None))
-        when_moved(module, graphs.clear)
+        when_changed(module, graphs.clear)
     before_loop = Graphs(HOISTED_LIMIT, graphs)
     for one in hoisted(pipe.transformer):
         one.function = Graphed(one.function, before_loop)

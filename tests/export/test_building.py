@@ -153,7 +153,7 @@ def test_a_compiler_that_fails(failing: Callable, tmp_path: Path) -> None:
     with pytest.raises(UserError) as raised:
         failing(error)
     assert str(raised.value) == (
-        "the package can't be compiled (RuntimeError: no g++): `python -m export doctor` says what is wrong with the "
+        "the package can't be compiled (RuntimeError: no g++): `python -m export doctor` says whether it is the "
         "compiler here"
     )
     assert raised.value.__cause__ is error, "for --debug"
@@ -165,6 +165,7 @@ def test_a_compiler_that_fails(failing: Callable, tmp_path: Path) -> None:
     [
         UserError("do this"),
         OutOfMemoryError("out of memory while testing: do that"),
+        OSError("No space left on device"),
         MemoryError(),
         torch.OutOfMemoryError("CUDA out of memory."),
         RuntimeError("DefaultCPUAllocator: can't allocate memory"),
@@ -212,7 +213,7 @@ def test_a_compiler_that_does_not_do(
     assert child.returncode == 1
     last = said.splitlines()[-1]
     assert words in last
-    assert "`python -m export doctor` says what is wrong with the compiler here" in last
+    assert "`python -m export doctor` says whether it is the compiler here" in last
 
 
 def test_package_is_there_only_with_what_lies_beside_it(tmp_path: Path) -> None:

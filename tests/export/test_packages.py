@@ -219,6 +219,24 @@ def test_weights_swapped_in_a_part_are_bound_anew(
 
 
 @pytest.mark.slow
+def test_parts_around_the_blocks_are_bound_anew(tiny: Callable, draw: Callable, package: Entry) -> None:
+    """Also for a prompt that was encoded beforehand, whose embedding every call has in common."""
+    eager, packaged = tiny(), tiny()
+    recipes.apply(packaged, AOTI, PackageStore(package.path.parent, build=False))
+    embeds, pooled, _ = eager.encode_prompt("a red circle", None, max_sequence_length=64)
+    prompt = {"prompt": None, "prompt_embeds": embeds, "pooled_prompt_embeds": pooled, "steps": 2}
+    drawn = draw(packaged, **prompt)
+    for name in ("x_embedder", "context_embedder", "proj_out"):
+        for pipe in (eager, packaged):
+            torch.manual_seed(0)
+            old = getattr(pipe.transformer, name)
+            setattr(pipe.transformer, name, nn.Linear(old.in_features, old.out_features))
+        before, drawn = drawn, draw(packaged, **prompt)
+        np.testing.assert_allclose(drawn, draw(eager, **prompt), atol=1e-3)
+        assert np.abs(drawn - before).max() > 1e-2, "other weights draw another image"
+
+
+@pytest.mark.slow
 def test_what_no_package_can_do_is_refused_between_calls(tiny: Callable, draw: Callable, package: Entry) -> None:
     packaged = tiny()
     recipes.apply(packaged, AOTI, PackageStore(package.path.parent, build=False))
@@ -235,6 +253,11 @@ def test_what_no_package_can_do_is_refused_between_calls(tiny: Callable, draw: C
         draw(packaged)
     attention.processor = own
     np.testing.assert_allclose(draw(packaged), before, atol=1e-6)
+    blocks = packaged.transformer.single_transformer_blocks
+    own, blocks[0] = blocks[0], tiny().transformer.single_transformer_blocks[0]
+    with pytest.raises(UserError, match="packages are bound to the blocks that there were: put these back, or"):
+        draw(packaged)
+    blocks[0] = own
     linear.weight = nn.Parameter(torch.zeros(1, 1))
     with pytest.raises(UserError, match=r"wants the weight proj_out.weight as float32\[.*, here it is float32\[1, 1\]"):
         draw(packaged)

@@ -11,14 +11,15 @@ from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from torch import nn
 
 from recipes.float8 import quantize_linears
-from utils.moving import when_moved
+from utils.changes import when_changed
 
 
 @pytest.fixture
 def told() -> tuple[nn.Sequential, list[int]]:
     """A module with another inside, and as many elements as it was told that the inner one moved."""
     module, times = nn.Sequential(nn.Sequential(nn.Linear(32, 32), nn.BatchNorm1d(32)), nn.Linear(32, 32)), []
-    when_moved(module[0], lambda: times.append(1))
+    module[0][0].processor = FluxAttnProcessor()
+    when_changed(module[0], lambda: times.append(1))
     return module, times
 
 
@@ -54,16 +55,23 @@ def test_not_told_where_nothing_moves(told: tuple[nn.Sequential, list[int]]) -> 
 def test_told_each_who_asked(told: tuple[nn.Sequential, list[int]]) -> None:
     module, times = told
     others: list[int] = []
-    when_moved(module[0], lambda: others.append(1))
+    when_changed(module[0], lambda: others.append(1))
     module.double()
     assert times == others == [1]
 
 
 def test_a_copy_moves_alone(told: tuple[nn.Sequential, list[int]]) -> None:
-    module, _ = told
-    copied = copy.deepcopy(module).double()
+    module, times = told
+    copied = copy.deepcopy(module)
+    copied.double()
     assert copied[0][0].weight.dtype == torch.float64
     assert module[0][0].weight.dtype == torch.float32
+    before = len(times)
+    module(torch.ones(4, 32))
+    assert len(times) == before
+    module[0][0].bias = nn.Parameter(torch.zeros(32))
+    module(torch.ones(4, 32))
+    assert len(times) == before + 1, "the module is watched as before"
 
 
 def test_float8_weights(told: tuple[nn.Sequential, list[int]]) -> None:
@@ -117,14 +125,29 @@ def test_told_of_what_a_part_has_got_before_the_next_call(told: tuple[nn.Sequent
         assert len(times) == count, "told once"
 
 
-def test_a_call_of_a_tensor_that_the_last_one_had_is_a_step_of_it() -> None:
-    """A pipeline's steps have the prompt's embedding in common: nothing is looked at for them."""
-    module, times = nn.Bilinear(2, 3, 4), []
-    when_moved(module, lambda: times.append(1))
-    prompt = torch.ones(1, 3)
-    module(torch.ones(1, 2), prompt)
-    module.weight.data = torch.zeros(4, 2, 3)
-    module(torch.zeros(1, 2), prompt)
+class Step(nn.Linear):
+    def forward(self, latents: torch.Tensor, img_ids: torch.Tensor) -> torch.Tensor:
+        return super().forward(latents)
+
+
+def test_steps_of_a_pipelines_call_are_spared() -> None:
+    module, times = Step(2, 3), []
+    when_changed(module, lambda: times.append(1))
+    ids, latents = torch.zeros(1, 3), torch.ones(1, 2)
+    module(latents, img_ids=ids)
+    module.weight.data = torch.zeros(3, 2)
+    module(latents + 1, img_ids=ids)
     assert not times
-    module(torch.zeros(1, 2), prompt.clone())
+    module(latents, img_ids=ids.clone())
+    assert times == [1], "the next call has ids of its own, and maybe all else as it was"
+
+
+def test_other_hooks_are_told_from_as_many(told: tuple[nn.Sequential, list[int]]) -> None:
+    module, times = told
+    first = module[0][0].register_forward_hook(lambda *_: None)
+    module(torch.ones(4, 32))
     assert times == [1]
+    first.remove()
+    module[0][0].register_forward_hook(lambda *_: None)
+    module(torch.ones(4, 32))
+    assert times == [1, 1]
