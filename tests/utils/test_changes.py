@@ -115,7 +115,7 @@ def _assign(module: nn.Sequential) -> None:
 
 def test_told_of_what_a_part_has_got_before_the_next_call(told: tuple[nn.Sequential, list[int]]) -> None:
     module, times = told
-    changes = [_new_bias, _other_data, _new_part, _of_a_new_part, _hook, _processor, _assign]
+    changes = [_processor, _new_bias, _other_data, _new_part, _of_a_new_part, _hook, _assign]
     for count, change in enumerate(changes, start=1):
         change(module[0])
         assert len(times) == count - 1
