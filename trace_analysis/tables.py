@@ -111,7 +111,7 @@ def _spans(title: str, report: Report, spans: tuple[Span, ...]) -> Table:
     if spans and spans == report.steps and report.median_step is not None:
         notes.append(f"The median step is number {report.median_step}.")
     if spans == report.steps and not report.has_gpu:
-        notes.append("There is no GPU in this trace. What of host ms isn't operators ms is Python's and compiled code's.")
+        notes.append("There is no GPU in this trace. Host ms but for operators ms are Python's and compiled code's.")
     notes += [reason for part, reason in _reasons(report).items() if part == "steps"]
     return _table(title, header, rows, 1, tuple(notes))
 
