@@ -31,11 +31,11 @@ from tqdm import tqdm
 
 from export.card import MARK, card
 from export.checks import refusal
-from export.manifest import Beside, Manifest, parse_beside, permitted
+from export.manifest import Beside, Manifest, parse_beside
 from export.store import Entry, PackageStore, sha256
 from recipes.recipe import Recipe
 from utils.errors import UsageError, UserError, one_line
-from utils.files import check_target
+from utils.files import check_target, permitted
 
 _PACKAGE = re.compile(r"\w[\w.-]*\.pt2", re.ASCII)  # at a repository's top, and not hidden
 _CARD = "README.md"

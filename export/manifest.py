@@ -14,8 +14,7 @@ import json
 import platform
 import types
 import typing
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +24,7 @@ from diffusers import DiffusionPipeline
 
 from utils import environment
 from utils.errors import UserError
-from utils.files import ROOT
+from utils.files import ROOT, permitted
 
 if TYPE_CHECKING:  # recipes import export, to execute what it builds
     from recipes.recipe import Recipe
@@ -232,26 +231,6 @@ class Beside:
 
 class OtherVersionError(UserError, ValueError):
     """Another version of this program wrote it."""
-
-
-class ForbiddenError(UserError):
-    """A file or a folder is there, and its permissions keep this user from it: it may well be whole."""
-
-
-@contextmanager
-def permitted(what: str) -> Iterator[None]:
-    """`what` the body does with files: "read", "written".
-
-    Raises:
-        ForbiddenError: their permissions don't allow it.
-    """
-    try:
-        yield
-    except PermissionError as error:
-        raise ForbiddenError(
-            f"{error.filename} may not be {what} by you ({error.strerror}): have its owner change its permissions "
-            "(chmod), or choose another folder"
-        ) from None
 
 
 def read_beside(path: Path) -> Beside:

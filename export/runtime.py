@@ -233,8 +233,8 @@ class Library:
             return for_range
         damaged = [f" ({reason})" for reason in self.store.damaged()]
         raise UserError(
-            f"no package in {self.store.folder} {in_words(self, region, inputs)}: build one with "
-            f"`{build_command(self, region, inputs)}`, or {self.store.to_build}{(*damaged, nearest[1])[0]}"
+            f"no package in {self.store.folder} {in_words(self, region, inputs)}: {self.store.to_build}, or build one "
+            f"with `{build_command(self, region, inputs)}`{(*damaged, nearest[1])[0]}"
         )
 
     def _other_inside(self, model: Model, region: Region) -> str | None:

@@ -16,9 +16,9 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from export.manifest import Beside, ForbiddenError, Manifest, OtherVersionError, permitted, read_beside
+from export.manifest import Beside, Manifest, OtherVersionError, read_beside
 from utils.errors import UsageError, UserError
-from utils.files import check_target, replacing, write_text
+from utils.files import ForbiddenError, check_target, permitted, replacing, write_text
 
 
 def default_folder() -> Path:

@@ -6,9 +6,9 @@ from collections import Counter
 
 from export import sizes
 from export.manifest import Manifest, Model
-from export.regions import DECODER
+from export.regions import AFTER, DECODER, WHOLE, Region
 from export.store import Entry
-from export.text_encoders import COMPONENTS, T5_FIRST_LAYER, T5_LAYER, TEXT_REGIONS
+from export.text_encoders import CLIP_LAYER, COMPONENTS, T5_FIRST_LAYER, T5_LAYER, TEXT_REGIONS
 from recipes.ladder import command_line_name
 from recipes.recipe import Recipe, RecipeError
 from utils.request import MULTIPLE
@@ -27,19 +27,27 @@ def line(entry: Entry) -> str:
 
 
 def _encoded(manifest: Manifest) -> str:
-    """The numbers of text tokens that it has T5's layers for."""
-    t5 = [model for model in manifest.models.values() if model.region in (T5_FIRST_LAYER.name, T5_LAYER.name)]
-    hidden_states = [spec for model in t5 for name, spec in model.inputs.items() if name == "hidden_states"]
-    lengths = sorted({tokens for spec in hidden_states for tokens in spec.shape[1:2]})
+    """The numbers of text tokens that it has T5's layers for, or else CLIP's."""
+    lengths = _tokens(manifest, T5_FIRST_LAYER, T5_LAYER) or _tokens(manifest, CLIP_LAYER)
     return f"encodes {', '.join(map(str, lengths))} text tokens; " if lengths else ""
 
 
+def _tokens(manifest: Manifest, *regions: Region) -> list[int]:
+    """The numbers of tokens that it has models of these regions for."""
+    names = [region.name for region in regions]
+    inputs = [model.inputs for model in manifest.models.values() if model.region in names]
+    hidden_states = [spec for each in inputs for name, spec in each.items() if name == "hidden_states"]
+    return sorted({tokens for spec in hidden_states for tokens in spec.shape[1:2]})
+
+
 def _drawn(manifest: Manifest) -> str:
-    """The images' sizes in pixels, as its decoders have them."""
+    """The images' sizes in pixels, as its decoders have them, or without decoders their numbers of tokens."""
     decoders = [model for model in manifest.models.values() if model.region == DECODER.name]
     latents = [spec.shape[-2:] for model in decoders if not model.ranges for spec in model.inputs.values()]
     texts = ["x".join(str(side * _OF_LATENT) for side in sides) for sides in latents]
     texts += [sizes.words(name, one) for model in decoders for name, one in model.ranges.items()]
+    if not texts:
+        texts = [f"{tokens} image tokens" for tokens in _tokens(manifest, AFTER, WHOLE)]
     return f"draws {', '.join(texts)}; " if texts else ""
 
 

@@ -26,7 +26,7 @@ from transformers.utils import logging as transformers_logging
 from utils import random_weights
 from utils.device_memory import free_host_memory
 from utils.errors import UsageError, UserError, advising, is_out_of_memory, one_line
-from utils.files import ROOT
+from utils.files import ROOT, permitted
 from utils.quiet import quiet
 
 TINY_FOLDER = ROOT / "assets" / "tiny-flux"
@@ -263,7 +263,9 @@ def _from_pretrained(
 
 def _read_json(folder: Path, name: str) -> dict:
     try:
-        return dict(json.loads((folder / name).read_text()))
+        with permitted("read"):
+            text = (folder / name).read_text()
+        return dict(json.loads(text))
     except (OSError, ValueError, TypeError):
         raise UsageError(f"{folder} isn't a diffusers pipeline: {name} is missing or damaged") from None
 

@@ -1,4 +1,4 @@
-"""Files that are either whole or not there: written beside, then renamed."""
+"""Files that are either whole or not there: written beside, then renamed; and whether one may read or write them."""
 
 from __future__ import annotations
 
@@ -10,9 +10,29 @@ from pathlib import Path
 
 from PIL import Image
 
-from utils.errors import UsageError
+from utils.errors import UsageError, UserError
 
 ROOT = Path(__file__).resolve().parent.parent  # the repository
+
+
+class ForbiddenError(UserError):
+    """A file or a folder is there, and its permissions keep this user from it: it may well be whole."""
+
+
+@contextmanager
+def permitted(what: str) -> Iterator[None]:
+    """`what` the body does with files: "read", "written".
+
+    Raises:
+        ForbiddenError: their permissions don't allow it.
+    """
+    try:
+        yield
+    except PermissionError as error:
+        raise ForbiddenError(
+            f"{error.filename} may not be {what} by you ({error.strerror}): have its owner change its permissions "
+            "(chmod), or choose another folder"
+        ) from None
 
 
 @contextmanager

@@ -54,8 +54,8 @@ def test_who_may_build(options: str, builds: bool) -> None:
 @pytest.mark.parametrize(
     ("options", "way_on"),
     [
-        ((), "or add --build-packages"),
-        ((CACHED,), "or run once without --use-cached-model but with --build-packages"),
+        ((), "add --build-packages"),
+        ((CACHED,), "run once without --use-cached-model but with --build-packages"),
     ],
 )
 def test_a_named_recipe_is_refused_with_both_ways_on(
@@ -64,7 +64,7 @@ def test_a_named_recipe_is_refused_with_both_ways_on(
     cache, output = tmp_path / "cache", tmp_path / "a.png"
     size = ("--height", 64, "--width", 96, "--cache-dir", cache, "--output", output)
     done = main("gen_image", *AOTI, *size, *options)
-    refusal = f"error: no package in {cache} {MISSING}: build one with `{BUILD} --batch 1 --out {cache}`, {way_on}"
+    refusal = f"error: no package in {cache} {MISSING}: {way_on}, or build one with `{BUILD} --batch 1 --out {cache}`"
     assert done.error() == refusal
     assert done.code == 1
     assert os.listdir(tmp_path) == []
@@ -77,7 +77,7 @@ def test_one_that_does_not_fit_is_refused_and_not_built_beside(main: Callable, p
     size = ("--height", 64, "--width", 96, "--cache-dir", folder, "--output", tmp_path / "a.png")
     error = main("gen_image", *AOTI, *size).error()
     assert f"({package.path.name} takes sample float32[1, 16, 8, 8], it comes float32[1, 16, 8, 12])" in error
-    assert f"`{BUILD} --batch 1 --out {folder}`, or add --build-packages" in error
+    assert f": add --build-packages, or build one with `{BUILD} --batch 1 --out {folder}`" in error
     assert sorted(os.listdir(folder)) == before
 
 
@@ -89,7 +89,7 @@ def test_what_only_the_decoder_lacks_is_refused_before_any_step(
     monkeypatch.setattr(Request, "run", lambda request, pipe: pytest.fail("it was drawn"))
     size = ("--height", 32, "--width", 128, "--cache-dir", package.path.parent, "--output", tmp_path / "a.png")
     error = main("gen_image", *AOTI, *size, CACHED).error()
-    assert "draws 32x128, batch 1, 64 text tokens (region vae_decoder): build one with " in error
+    assert "draws 32x128, batch 1, 64 text tokens (region vae_decoder): run once without --use" in error
 
 
 HOISTED = "hoisted_embeddings=true,modulation=hoisted"

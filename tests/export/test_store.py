@@ -3,49 +3,23 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from export.checks import refusal
-from export.manifest import ForbiddenError, Manifest
+from export.manifest import Manifest
 from export.store import PackageStore
+from tests.denied import denied
 from tests.export.test_hub import make_package
-
-NOBODY = 65534
+from utils.files import ForbiddenError
 
 
 @pytest.fixture
 def export(main: Callable) -> Callable:
     """export("list", ...): `python -m export list ...`, in this process."""
     return lambda *arguments: main("export.__main__", *arguments)
-
-
-@pytest.fixture
-def shared() -> Iterator[Path]:
-    """A folder where everybody may write, in one that everybody may enter, which pytest's isn't."""
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder).chmod(0o1777)
-        yield Path(folder)
-
-
-@contextmanager
-def denied(path: Path) -> Iterator[None]:
-    """Nobody may read or write `path`; also root may not, for whom permissions don't bind otherwise."""
-    mode, user = path.stat().st_mode, os.geteuid()
-    path.chmod(0)
-    if user == 0:
-        os.seteuid(NOBODY)
-    try:
-        yield
-    finally:
-        if user == 0:
-            os.seteuid(user)
-        path.chmod(mode)
 
 
 def test_manifest_nested_too_deep_is_in_nobodys_way(export: Callable, tmp_path: Path) -> None:
@@ -72,6 +46,23 @@ def test_listed_whatever_inputs_a_region_has(export: Callable, tmp_path: Path, i
     done = export("list", tmp_path)
     assert done.code == 0, done.err
     assert done.out.startswith(f"{package.path}: {words}0.01 MB, ")
+
+
+def test_packages_of_parts_say_what_they_are_for(export: Callable, tmp_path: Path) -> None:
+    """As a call that builds what it lacks writes them."""
+    for region in ("after", "clip_layer"):
+        beside = make_package(tmp_path, region).path.with_suffix(".json")
+        changed = json.loads(beside.read_text())
+        (model,) = changed["manifest"]["models"].values()
+        model["region"] = region
+        (spec,) = model["inputs"].values()
+        model["inputs"] = {"hidden_states": {**spec, "shape": [1, 24, 64], "stride": [1536, 64, 1]}}
+        beside.write_text(json.dumps(changed))
+    done = export("list", tmp_path)
+    assert [line.partition(": ")[2].partition(";")[0] for line in done.out.splitlines()] == [
+        "draws 24 image tokens",
+        "encodes 24 text tokens",
+    ]
 
 
 @pytest.mark.parametrize("size", [0, 100])

@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import FluxKontextPipeline, FluxPipeline
 
+from tests.denied import denied
 from utils import checkpoints, random_weights
 from utils.checkpoints import CHECKPOINTS, DEV, KONTEXT, SCHNELL, TINY, defaults, load
 from utils.device_memory import free_host_memory
@@ -45,6 +46,16 @@ def test_unknown_checkpoint(name: str, hint: str) -> None:
     with pytest.raises(UsageError, match="unknown checkpoint") as raised:
         load(name, torch.float32, CPU)
     assert hint in str(raised.value)
+
+
+def test_folder_that_may_not_be_read(shared: Path) -> None:
+    file = shared / "model_index.json"
+    file.write_text("{}")
+    with (
+        denied(file),
+        pytest.raises(UserError, match=r"model_index\.json may not be read by you \(Permission denied\)"),
+    ):
+        defaults(str(shared))
 
 
 def test_folder_that_is_no_pipeline(tmp_path: Path) -> None:
