@@ -103,7 +103,7 @@ def test_build_that_fails_leaves_no_package_and_the_module_as_it_was(
         raise RuntimeError("the disk is full")
 
     monkeypatch.setattr(torch._inductor, "aot_compile", fail)
-    with pytest.raises(RuntimeError, match="the disk is full"):
+    with pytest.raises(UserError, match=r"\(RuntimeError: the disk is full\): `python -m export doctor` says whether "):
         draw(pipe)
     assert seen == [True], "export saw the module's own forward"
     assert pipe.transformer.transformer_blocks[0].forward is around
