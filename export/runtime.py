@@ -195,7 +195,10 @@ class Library:
                 raise UserError(f"packages are bound to the blocks that there were: put these back, {instead}")
 
     def unbind(self) -> None:
-        """Bind every weight anew at the next call, after all checks."""
+        """Bind every weight anew at the next call, after all checks.
+
+        Embedded weights go at once: CUDA graphs of what was bound mustn't run any more (`when_changed` tells both).
+        """
         for region in self.packaged:
             region.bound.clear()
             if isinstance(region.module, regions.Around):
