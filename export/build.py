@@ -24,7 +24,7 @@ from torch import nn
 from torch.export.pt2_archive import _package as pt2
 from torch.utils import _pytree as pytree
 
-from export import conv_layouts, host_code, host_compiler, regions, sizes, weights
+from export import assumptions, conv_layouts, host_code, host_compiler, regions, sizes, weights
 from export.manifest import SCHEMA, Built, Identity, Manifest, Model, Range, TensorSpec
 from export.regions import Inputs, Region
 from recipes.kernels import cuda_kernel
@@ -189,11 +189,9 @@ def compile_call(call: Call, options: dict[str, Any], embed_weights: bool) -> li
     ):
         exported = torch.export.export(call.module, (), call.inputs, dynamic_shapes=shapes, strict=False)
         graph = exported.module(check_guards=False)
-        known = _taken_for_given(graph)
+        _refuse_assumptions(graph, call)  # before the compiler takes its time
         files = torch._inductor.aot_compile(graph, (), call.inputs, options={**configuration, **entries})
-        # A model doesn't check its inputs: what holds of the example's size alone would be wrong in silence.
-        if assumed := [guard for guard in _taken_for_given(graph) if guard not in known]:
-            raise ValueError(f"the compiler takes for given that {assumed[0]}")
+        _refuse_assumptions(graph, call)
     assert isinstance(files, list)
     return files
 
@@ -266,13 +264,10 @@ def _without_folders(argument: str) -> str:
     return _ABSOLUTE.sub(r"\1", argument)
 
 
-def _taken_for_given(graph: torch.fx.GraphModule) -> list[str]:
-    """What export and compiler rely on, beyond their ranges, of a graph's sizes; nothing where they are fixed."""
-    for node in graph.graph.find_nodes(op="placeholder"):
-        for size in getattr(node.meta.get("val"), "shape", ()):
-            if isinstance(size, torch.SymInt):
-                return [str(guard.expr) for guard in size.node.shape_env.guards]
-    return []
+def _refuse_assumptions(graph: torch.fx.GraphModule, call: Call) -> None:
+    """Raise ValueError if what was taken for given so far isn't so of all sizes of a call's ranges."""
+    if call.ranges and (assumed := assumptions.broken(graph, input_specs(call.inputs), call.ranges)):
+        raise ValueError(f"it is taken for given that {assumed}")
 
 
 def _has_weight_of_one_element(module: nn.Module) -> bool:

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch.library import triton_op, wrap_triton
 
 _TILE = 8192  # values a block holds at a time
-_BLOCKS = 528  # of the first pass: four for each of an H100's multiprocessors
+_BLOCKS = 528  # of the first pass, at most: four for each of an H100's multiprocessors
 
 
 def reference(
@@ -67,12 +67,12 @@ def group_norm(
     moments = x.new_empty((2, batch, groups), dtype=torch.float32)  # mean, 1 / deviation
     to_x = weight if added is None else added  # one that isn't read
     wrap_triton(_group_norm_moments_kernel)[(splits, batch)](
-        x, to_x, parts, pixels, batch * splits * groups, TILES=tiles, BLOCK=block, CHANNELS=channels, GROUPS=groups,
+        x, to_x, parts, pixels, tiles, batch * splits * groups, BLOCK=block, CHANNELS=channels, GROUPS=groups,
         ADDED=added is not None, num_warps=8,
     )  # fmt: skip
     wrap_triton(_group_norm_together_kernel)[(groups, batch)](
-        parts, moments, pixels, splits, batch * splits * groups, batch * groups, EPS=eps, PIXELS=block * tiles,
-        SPLITS=triton.next_power_of_2(splits), CHANNELS=channels, GROUPS=groups,
+        parts, moments, pixels, block * tiles, splits, batch * splits * groups, batch * groups, EPS=eps,
+        SPLITS=triton.next_power_of_2(_BLOCKS), CHANNELS=channels, GROUPS=groups,
     )  # fmt: skip
     wrap_triton(_group_norm_normalize_kernel)[(triton.cdiv(pixels, block), batch)](
         x, to_x, weight, bias, moments, out, pixels, batch * groups, BLOCK=block, CHANNELS=channels, GROUPS=groups,
@@ -87,30 +87,33 @@ def _group_norm_moments_kernel(
     added,
     parts,
     pixels,
+    tiles,
     part,
-    TILES: tl.constexpr,  # noqa: N803
     BLOCK: tl.constexpr,  # noqa: N803
     CHANNELS: tl.constexpr,  # noqa: N803
     GROUPS: tl.constexpr,  # noqa: N803
     ADDED: tl.constexpr,  # noqa: N803
 ):
-    """Of TILES * BLOCK pixels, each group's mean and sum of squared differences to it."""
+    """Of tiles * BLOCK pixels, each group's mean and sum of squared differences to it.
+
+    No size of the image is a constexpr: code for a range of sizes would be compiled for one of them.
+    """
     split, batch = tl.program_id(0), tl.program_id(1)
-    first = split * TILES * BLOCK
+    first = split * tiles * BLOCK
     image = x + batch.to(tl.int64) * pixels * CHANNELS
     channels = tl.arange(0, CHANNELS)
     # Sums of differences to some value of each channel, which a large mean can't drown.
     pivot = tl.load(image + first.to(tl.int64) * CHANNELS + channels).to(tl.float32)
     sums = tl.zeros((BLOCK, CHANNELS), tl.float32)
     squares = tl.zeros((BLOCK, CHANNELS), tl.float32)
-    for tile in range(TILES):
+    for tile in range(tiles):
         pixel = first + tile * BLOCK + tl.arange(0, BLOCK)
         there = (pixel < pixels)[:, None]
         value = tl.load(image + pixel.to(tl.int64)[:, None] * CHANNELS + channels[None, :], there, other=0.0)
         difference = tl.where(there, value.to(tl.float32) - pivot[None, :], 0.0)
         sums += difference
         squares += difference * difference
-    count = tl.minimum(pixels - first, TILES * BLOCK).to(tl.float32)
+    count = tl.minimum(pixels - first, tiles * BLOCK).to(tl.float32)
     shift = tl.sum(sums, axis=0) / count
     rest = tl.sum(squares, axis=0) - count * shift * shift
     mean = pivot + shift
@@ -131,23 +134,23 @@ def _group_norm_together_kernel(
     parts,
     moments,
     pixels,
+    of_split,
     splits,
     part,
     moment,
     EPS: tl.constexpr,  # noqa: N803
-    PIXELS: tl.constexpr,  # noqa: N803
     SPLITS: tl.constexpr,  # noqa: N803
     CHANNELS: tl.constexpr,  # noqa: N803
     GROUPS: tl.constexpr,  # noqa: N803
 ):
-    """One group of one image: mean and 1 / deviation from those of its splits, PIXELS each but the last."""
+    """One group of one image: mean and 1 / deviation from those of its splits, of_split pixels each but the last."""
     group, batch = tl.program_id(0), tl.program_id(1)
     split = tl.arange(0, SPLITS)
     there = split < splits
     row = (batch * splits + split) * GROUPS + group
     mean = tl.load(parts + row, there, other=0.0)
     rest = tl.load(parts + part + row, there, other=0.0)
-    count = tl.where(there, tl.minimum(pixels - split * PIXELS, PIXELS), 0).to(tl.float32)
+    count = tl.where(there, tl.minimum(pixels - split * of_split, of_split), 0).to(tl.float32)
     together = tl.sum(mean * count, axis=0) / pixels
     apart = mean - together
     variance = tl.sum(rest + count * (CHANNELS // GROUPS) * apart * apart, axis=0) / (pixels * (CHANNELS // GROUPS))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,11 +14,19 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> torch.device:
-    """The kernels' device. The interpreter is made to round as the hardware does."""
+    """The kernels' device. The interpreter is made to round as the hardware does, and to count to an argument."""
     if not INTERPRETED:
         return torch.device("cuda")
     interpreter = pytest.importorskip("triton.runtime.interpreter")
     monkeypatch.setattr(interpreter, "_convert_float", convert_float)
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch(tensor: type, scope: Any) -> None:
+        """Triton 3.6 turns an array of one value into an index, which numpy 2.4 no longer does."""
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch)
     return torch.device("cpu")
 
 
