@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from utils.components import plain_tensors
+from utils.components import plain_names
 
 _WATCH = "_watch"
 
@@ -59,7 +59,8 @@ class _Watch:
         return False
 
     def look(self, module: nn.Module) -> None:
-        if self._state() != self._known:
+        tensors = self._tensors()
+        if self._identities(tensors) != self._known or self._addresses(tensors) != self._places:
             self._look_at(module)
             for forget in self.told:
                 forget()
@@ -67,30 +68,34 @@ class _Watch:
     def _look_at(self, module: nn.Module) -> None:
         parts = list(module.modules())
         self._children = [part._modules for part in parts if part._modules]
-        self._tensors = [held for part in parts for held in (part._parameters, part._buffers) if held]
+        self._holders = [held for part in parts for held in (part._parameters, part._buffers) if held]
         self._hooks = [hooks for part in parts[1:] for hooks in (part._forward_hooks, part._forward_pre_hooks)]
         self._attentions = [part.__dict__ for part in parts if "processor" in part.__dict__]
-        self._known = self._state()
+        tensors = self._tensors()
+        names = [plain_names(tensor) for tensor in tensors]
+        self._plain = [index for index, inner in enumerate(names) if not inner]
+        self._inner = [(index, name) for index, inner in enumerate(names) for name in inner]
+        self._known, self._places = self._identities(tensors), self._addresses(tensors)
 
-    def _state(self) -> tuple[list[int], ...]:
-        """Which parts, tensors, hooks and processors there are, and where the tensors lie."""
-        tensors = [tensor for held in self._tensors for tensor in held.values() if tensor is not None]
+    def _tensors(self) -> list[torch.Tensor]:
+        return [tensor for held in self._holders for tensor in held.values() if tensor is not None]
+
+    def _identities(self, tensors: list[torch.Tensor]) -> tuple[list[int], ...]:
+        """Which parts, tensors, hooks and processors there are."""
         return (
             [*map(id, chain.from_iterable(held.values() for held in self._children))],
             [*map(id, tensors)],
-            [address for tensor in tensors for address in _addresses(tensor)],
             [*chain.from_iterable(self._hooks)],  # their keys, which no other hook has
             [id(attention["processor"]) for attention in self._attentions],
         )
+
+    def _addresses(self, tensors: list[torch.Tensor]) -> list[int]:
+        """Where they lie, of the tensors that were looked at: a subclass takes long to say what it consists of."""
+        plain = [tensors[index].data_ptr() for index in self._plain]
+        return plain + [getattr(tensors[index], name).data_ptr() for index, name in self._inner]
 
 
 def _before_call(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     watch = module.__dict__[_WATCH]
     if not torch.compiler.is_compiling() and not watch.is_step(kwargs.get("img_ids")):
         watch.look(module)
-
-
-def _addresses(tensor: torch.Tensor) -> tuple[int, ...]:
-    if type(tensor) in (nn.Parameter, torch.Tensor):
-        return (tensor.data_ptr(),)
-    return tuple(part.data_ptr() for part in plain_tensors(tensor))

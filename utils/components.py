@@ -15,6 +15,10 @@ def modules(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
 
 def plain_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
     """A tensor subclass's own tensors, such as float8 values and their scale; of another it itself."""
-    if not is_traceable_wrapper_subclass(tensor):
-        return [tensor]
-    return [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+    names = plain_names(tensor)
+    return [getattr(tensor, name) for name in names] if names else [tensor]
+
+
+def plain_names(tensor: torch.Tensor) -> list[str]:
+    """The attributes in which a tensor subclass has its own tensors; of another none."""
+    return tensor.__tensor_flatten__()[0] if is_traceable_wrapper_subclass(tensor) else []
