@@ -97,7 +97,9 @@ def measure(job: Job) -> dict[str, Any]:
         with ranges.annotate(pipe):
             trace(lambda: call(fresh(0)), job.trace, job.trace_stacks, device)
 
-    loops, steps = denoising_ms(timer.seconds, job.request.steps)
+    # Of a cache's steps, of which few may take long, a median would say nothing.
+    by_loop = ranges.DENOISING_LOOP in timer.seconds or job.recipe.cache is not None
+    loops, steps = denoising_ms(timer.seconds, job.request.steps, by_loop)
     stages = {name: round(1000 * median(timer.seconds[stage]), 3) for stage, name in _STAGE_NAMES.items()}
     stages["denoise"] = round(median(loops), 3)
     return {
@@ -109,7 +111,7 @@ def measure(job: Job) -> dict[str, Any]:
         "latency_s": {"runs": latencies, **summary(latencies)},
         "stages_ms": stages,
         "denoise_step_ms": summary(steps),
-        "denoise_step_timed": _BY_LOOP if ranges.DENOISING_LOOP in timer.seconds else "alone",
+        "denoise_step_timed": _BY_LOOP if by_loop else "alone",
         "ratio_to_baseline": None,
         "compile_s": round(clock.seconds, 3),
         "compile_phases_s": {name: round(seconds, 3) for name, seconds in clock.phases.items()},
@@ -124,16 +126,17 @@ def measure(job: Job) -> dict[str, Any]:
     }
 
 
-def denoising_ms(seconds: dict[str, list[float]], steps: int) -> tuple[list[float], list[float]]:
+def denoising_ms(seconds: dict[str, list[float]], steps: int, by_loop: bool = False) -> tuple[list[float], list[float]]:
     """Milliseconds of each denoising loop, and of each step, by a `StageTimer`'s seconds of calls of so many steps.
 
-    Of a loop that is one range, a step's are its share: the loop's by their number.
+    by_loop, and where the loop is one range: a step's are its share, the loop's by their number.
     """
     if ranges.DENOISING_LOOP in seconds:
         loops = [1000 * loop for loop in seconds[ranges.DENOISING_LOOP]]
         return loops, [loop / steps for loop in loops]
     each = [1000 * step for step in seconds[ranges.DENOISING_STEP]]
-    return [sum(each[i : i + steps]) for i in range(0, len(each), steps)], each
+    loops = [sum(each[i : i + steps]) for i in range(0, len(each), steps)]
+    return loops, [loop / steps for loop in loops] if by_loop else each
 
 
 def trace(call: Any, path: Path, stacks: bool, device: torch.device) -> None:

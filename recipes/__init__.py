@@ -2,7 +2,7 @@
 
 from recipes.apply import applied, apply, check, fastest, is_lossless, nearest, not_timed, refusal, saving_memory
 from recipes.ladder import LADDER, Rung, climb, command_line_name, named, parse
-from recipes.recipe import FirstBlockCache, InductorFlags, Recipe, RecipeError
+from recipes.recipe import FirstBlockCache, InductorFlags, Recipe, RecipeError, StepSkipping
 
 __all__ = [
     "LADDER",
@@ -11,6 +11,7 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "Rung",
+    "StepSkipping",
     "applied",
     "apply",
     "check",

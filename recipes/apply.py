@@ -42,7 +42,8 @@ from recipes.optimization import Optimization
 from recipes.recipe import Recipe, RecipeError
 from utils.errors import advising
 
-# In the order of application: what changes weights before what is compiled over them, and then what is captured.
+# In the order of application: what changes weights before what is compiled over them, then what is captured, and last
+# what leaves calls out.
 OPTIMIZATIONS: tuple[Optimization, ...] = (
     dtype.OPTIMIZATION,
     scheduler_sync.OPTIMIZATION,
@@ -59,13 +60,13 @@ OPTIMIZATIONS: tuple[Optimization, ...] = (
     fused_group_norm.OPTIMIZATION,
     vae_attention.OPTIMIZATION,
     device_postprocessing.OPTIMIZATION,
-    step_cache.OPTIMIZATION,
     modulation.OPTIMIZATION,
     hoisted_embeddings.OPTIMIZATION,
     text_encoders.OPTIMIZATION,
     execution.OPTIMIZATION,
     loop_graph.OPTIMIZATION,
     cuda_graph.OPTIMIZATION,
+    step_cache.OPTIMIZATION,
 )
 _MARK = "_applied_recipe"
 

@@ -28,7 +28,8 @@ from diffusers import (
 
 from recipes.hoisting import by_name
 from recipes.optimization import Needs, Optimization
-from recipes.recipe import Recipe
+from recipes.recipe import Recipe, StepSkipping
+from recipes.step_cache import Velocities, computed
 from utils.errors import UsageError
 from utils.mixin import mix_in
 from utils.ranges import DENOISING_LOOP
@@ -123,10 +124,13 @@ def euler(latents: torch.Tensor, velocity: torch.Tensor, sigma: torch.Tensor, ne
 
 
 class DenoisingLoop:
-    """Stands in for `step`, the transformer's forward: runs all steps if it is given sigmas, and else one."""
+    """Stands in for `step`, the transformer's forward: runs all steps if it is given sigmas, and else one.
 
-    def __init__(self, step: Callable):
-        self.function = step
+    speed_factor: one of so many is computed, the others are extrapolated (recipes/step_cache.py).
+    """
+
+    def __init__(self, step: Callable, speed_factor: float = 1.0):
+        self.function, self.speed_factor = step, speed_factor
 
     def __call__(
         self, *args: Any, sigmas: torch.Tensor | None = None, latent_tokens: int = 0, **named: Any
@@ -141,12 +145,17 @@ class DenoisingLoop:
             return self.function(*args, **named)
         latents, image = named.pop("hidden_states").tensor_split([latent_tokens], dim=1)
         of_steps = {name: named.pop(name) for name in ("timestep", "modulation") if name in named}
-        for i in range(len(sigmas) - 1):
-            tokens = torch.cat([latents, image], dim=1) if image.shape[1] else latents
-            # Copied, so that they are aligned like tensors of their own, for which a step is compiled.
-            of_step = {name: every[i].clone() for name, every in of_steps.items()}
-            velocity = self.function(hidden_states=tokens, **of_step, **named)[0]
-            latents = euler(latents, velocity[:, :latent_tokens], sigmas[i], sigmas[i + 1])
+        velocities = Velocities()
+        for i, is_computed in enumerate(computed(len(sigmas) - 1, self.speed_factor)):
+            if is_computed:
+                tokens = torch.cat([latents, image], dim=1) if image.shape[1] else latents
+                # Copied, so that they are aligned like tensors of their own, for which a step is compiled.
+                of_step = {name: every[i].clone() for name, every in of_steps.items()}
+                velocity = self.function(hidden_states=tokens, **of_step, **named)[0][:, :latent_tokens]
+                velocities.computed(sigmas[i], velocity)
+            else:
+                velocity = velocities.extrapolated(sigmas[i])
+            latents = euler(latents, velocity, sigmas[i], sigmas[i + 1])
         return (latents,)
 
     def warm_up(self, *args: Any, sigmas: torch.Tensor | None = None, **named: Any) -> Any:
@@ -165,7 +174,8 @@ def _apply(pipe: DiffusionPipeline, recipe: Recipe) -> str:
         every = {"timestep": steps[:, None].expand(-1, len(timestep)), "sigmas": scheduler.sigmas}
         return (), {**named, **every, "latent_tokens": pipe.latent_tokens}
 
-    pipe.transformer.forward = DenoisingLoop(pipe.transformer.forward)
+    speed_factor = recipe.cache.speed_factor if isinstance(recipe.cache, StepSkipping) else 1.0
+    pipe.transformer.forward = DenoisingLoop(pipe.transformer.forward, speed_factor)
     # Before what is hoisted, which then is for all steps.
     pipe.transformer.register_forward_pre_hook(give_all_steps, prepend=True, with_kwargs=True)
     mix_in(pipe, LoopPipeline)

@@ -46,11 +46,30 @@ class FirstBlockCache:
     threshold: float = 0.08
 
     def __post_init__(self) -> None:
-        if isinstance(self.threshold, bool) or not isinstance(self.threshold, (int, float)):
-            raise RecipeError(f"cache: threshold is a number, not {self.threshold!r}")
-        if not (math.isfinite(self.threshold) and self.threshold >= 0):
-            raise RecipeError(f"cache: threshold is 0 or more, not {self.threshold}")
-        object.__setattr__(self, "threshold", float(self.threshold))  # 0 and 0.0 are one recipe, with one hash
+        _check_number(self, "threshold", 0)
+
+
+@dataclass(frozen=True)
+class StepSkipping:
+    """Compute one of `speed_factor` steps, and extrapolate the others from those before (recipes/step_cache.py)."""
+
+    speed_factor: float = 2.0
+
+    def __post_init__(self) -> None:
+        _check_number(self, "speed_factor", 1)
+
+
+Cache = FirstBlockCache | StepSkipping
+
+
+def _check_number(cache: Cache, name: str, least: int) -> None:
+    """Raise RecipeError unless the field is a number of at least so much; make it a float."""
+    value = getattr(cache, name)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise RecipeError(f"cache: {name} is a number, not {value!r}")
+    if not (math.isfinite(value) and value >= least):
+        raise RecipeError(f"cache: {name} is {least} or more, not {value}")
+    object.__setattr__(cache, name, float(value))  # 2 and 2.0 are one recipe, with one hash
 
 
 @dataclass(frozen=True)
@@ -79,7 +98,7 @@ class Recipe:
     early_preparation: bool = False
     device_postprocessing: bool = False
     inductor_flags: InductorFlags = InductorFlags()
-    cache: FirstBlockCache | None = None
+    cache: Cache | None = None
     modulation: Literal["per_step", "hoisted", "offloaded"] = "per_step"
     hoisted_embeddings: bool = False
     compiled_text_encoders: bool = False
@@ -108,18 +127,14 @@ class Recipe:
             raise RecipeError("loop_graph needs scheduler_sync_removal=true")
         if not isinstance(self.inductor_flags, InductorFlags):
             raise RecipeError(f"inductor_flags takes a JSON object of its fields, not {self.inductor_flags!r}")
-        if not (self.cache is None or isinstance(self.cache, FirstBlockCache)):
+        if not (self.cache is None or isinstance(self.cache, Cache)):
             raise RecipeError(f"cache is null or a JSON object of its fields, not {self.cache!r}")
         if self.execution == "eager":
             idle = [name for name in COMPILER_FIELDS if getattr(self, name) != default(name)]
             if idle:
                 raise RecipeError(f"{idle[0]} has no effect with execution=eager: use execution=compile or aoti")
-        if self.cache is not None and self.execution != "eager":
-            raise RecipeError("cache needs execution=eager: its decision at each step can't be compiled into one graph")
-        if self.cache is not None and self.hook_search_removal:
-            raise RecipeError("cache needs hook_search_removal=false: it is a hook")
-        if self.cache is not None and self.cuda_graph:
-            raise RecipeError("cache needs cuda_graph=false: its decision at each step can't be captured in one graph")
+        if isinstance(self.cache, FirstBlockCache):
+            self._check_first_block_cache()
 
     def differences(self, other: Recipe) -> list[str]:
         """The names of the fields in which two recipes differ."""
@@ -152,7 +167,10 @@ class Recipe:
         Raises:
             RecipeError: an unknown field, or a value that isn't among a field's.
         """
-        nested: dict[str, type] = {"inductor_flags": InductorFlags, "cache": FirstBlockCache}
+        given = values.get("cache")
+        skipping = isinstance(given, dict) and "speed_factor" in given
+        cache = StepSkipping if skipping else FirstBlockCache
+        nested: dict[str, type] = {"inductor_flags": InductorFlags, "cache": cache}
         unknown = sorted(set(values) - {f.name for f in fields(cls)})
         if unknown:
             raise RecipeError(f"a recipe has no field {unknown[0]!r}")
@@ -191,6 +209,16 @@ class Recipe:
         }.items():
             if getattr(self, name) != value:
                 raise RecipeError(f"gemm_epilogues needs {name}={str(value).lower()}")
+
+    def _check_first_block_cache(self) -> None:
+        instead = 'or skip steps with cache={"speed_factor":2}'
+        for name, value, why in (
+            ("execution", "eager", "its decision at each step can't be compiled into one graph"),
+            ("hook_search_removal", False, "it is a hook"),
+            ("cuda_graph", False, "its decision at each step can't be captured in one graph"),
+        ):
+            if getattr(self, name) != value:
+                raise RecipeError(f"cache with a threshold needs {name}={str(value).lower()}: {why}; {instead}")
 
 
 def default(name: str) -> Any:

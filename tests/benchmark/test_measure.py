@@ -33,3 +33,4 @@ def test_loops_and_steps_of_real_calls(tiny: Callable, draw: Callable, whole: bo
     else:
         assert [sum(steps[:3]), sum(steps[3:])] == loops
         assert [1000 * seconds for seconds in timer.seconds["denoising_step"]] == steps
+        assert denoising_ms(timer.seconds, 3, by_loop=True) == (loops, [loop / 3 for loop in loops])

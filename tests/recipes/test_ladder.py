@@ -14,6 +14,7 @@ from recipes import (
     Recipe,
     RecipeError,
     Rung,
+    StepSkipping,
     climb,
     command_line_name,
     named,
@@ -101,7 +102,7 @@ def many_recipes() -> list[Recipe]:
         "fused_group_norm": (False, True),
         "vae_attention": ("native", "gemm"),
         "inductor_flags": (InductorFlags(), InductorFlags(epilogue_fusion=True, conv_1x1_as_mm=False)),
-        "cache": (None, FirstBlockCache(0.125)),
+        "cache": (None, FirstBlockCache(0.125), StepSkipping(1.5)),
         "modulation": ("per_step", "offloaded"),
     }
     one_by_one = (
@@ -144,6 +145,7 @@ def test_parse_reads_every_kind_of_value() -> None:
     )
     assert parse(text) == expected
     assert parse('bf16,cache={"threshold":0.25}').cache == FirstBlockCache(0.25)
+    assert parse('aoti,cache={"speed_factor":2}').cache == StepSkipping(2.0)
     assert parse('bf16,cache={"threshold":0.25},cache=null').cache is None
 
 
@@ -162,6 +164,7 @@ def test_parse_reads_every_kind_of_value() -> None:
         ("bf16,cache=0.1", "cache takes a JSON object"),
         ("bf16,cache={", "cache takes a JSON object"),
         ('bf16,cache={"threshold":"much"}', "threshold is a number"),
+        ('bf16,cache={"speed_factor":"twice"}', "speed_factor is a number"),
         ("bf16,cache=true", "cache is null or a JSON object"),
         ("compiled,inductor_flags=null", "inductor_flags takes a JSON object"),
         ('compiled,inductor_flags={"epilogue_fusion":2}', "true, false or null, not 2"),

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from recipes import FirstBlockCache, InductorFlags, Recipe, RecipeError
+from recipes import FirstBlockCache, InductorFlags, Recipe, RecipeError, StepSkipping
 from recipes.recipe import default
 
 
@@ -44,9 +44,10 @@ def test_frozen_and_usable_as_key() -> None:
         ({"max_autotune": True}, "max_autotune has no effect with execution=eager"),
         ({"compile_scope": "whole"}, "compile_scope has no effect with execution=eager"),
         ({"inductor_flags": InductorFlags(epilogue_fusion=False)}, "inductor_flags has no effect"),
-        ({"execution": "compile", "cache": FirstBlockCache()}, "cache needs execution=eager"),
-        ({"execution": "aoti", "cache": FirstBlockCache()}, "cache needs execution=eager"),
-        ({"cuda_graph": True, "cache": FirstBlockCache()}, "cache needs cuda_graph=false"),
+        ({"execution": "compile", "cache": FirstBlockCache()}, "cache with a threshold needs execution=eager"),
+        ({"execution": "aoti", "cache": FirstBlockCache()}, r'or skip steps with cache={"speed_factor":2}$'),
+        ({"cuda_graph": True, "cache": FirstBlockCache()}, "cache with a threshold needs cuda_graph=false"),
+        ({"hook_search_removal": True, "cache": FirstBlockCache()}, "needs hook_search_removal=false: it is a hook"),
         ({"loop_graph": True, "scheduler_sync_removal": True}, "loop_graph needs cuda_graph=true"),
         ({"loop_graph": True, "cuda_graph": True}, "loop_graph needs scheduler_sync_removal=true"),
         ({"modulation": True}, "modulation is one of per_step, hoisted, offloaded, not True"),
@@ -63,6 +64,17 @@ def test_refuses(changes: dict, words: str) -> None:
 def test_refuses_cache_thresholds(threshold: object) -> None:
     with pytest.raises(RecipeError, match="threshold"):
         FirstBlockCache(threshold)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("speed_factor", [0.99, 0, -2, float("nan"), float("inf"), "2", True, None])
+def test_refuses_speed_factors(speed_factor: object) -> None:
+    with pytest.raises(RecipeError, match=r"cache: speed_factor is (1 or more|a number), not"):
+        StepSkipping(speed_factor)  # type: ignore[arg-type]
+
+
+def test_skipped_steps_go_with_all_that_runs() -> None:
+    for more in ({"execution": "compile"}, {"execution": "aoti", "hook_search_removal": True}):
+        Recipe(scheduler_sync_removal=True, cuda_graph=True, loop_graph=True, cache=StepSkipping(), **more)
 
 
 def test_refuses_inductor_flags_that_are_not_boolean() -> None:
@@ -103,6 +115,8 @@ def test_hash_differs_for_every_field() -> None:
         Recipe(quantization="float8_per_tensor"),
         Recipe(cache=FirstBlockCache()),
         Recipe(cache=FirstBlockCache(0.2)),
+        Recipe(cache=StepSkipping()),
+        Recipe(cache=StepSkipping(1.5)),
         Recipe(modulation="hoisted"),
         Recipe(modulation="offloaded"),
         Recipe(hoisted_embeddings=True),
@@ -119,6 +133,7 @@ def test_hash_differs_for_every_field() -> None:
 
 
 def test_equal_recipes_have_equal_hashes() -> None:
+    assert Recipe(cache=StepSkipping(2)).hash == Recipe(cache=StepSkipping(2.0)).hash
     assert Recipe(cache=FirstBlockCache(0)).hash == Recipe(cache=FirstBlockCache(0.0)).hash
     assert Recipe(fused_qkv=True, dtype="bfloat16").hash == Recipe(dtype="bfloat16", fused_qkv=True).hash
 
@@ -154,6 +169,7 @@ def test_without_puts_back_the_default_and_what_depends_on_it() -> None:
     [
         Recipe(),
         Recipe(dtype="bfloat16", cache=FirstBlockCache(0.25), modulation="hoisted"),
+        Recipe(execution="aoti", cache=StepSkipping(1.5)),
         Recipe(execution="compile", inductor_flags=InductorFlags(epilogue_fusion=False), cuda_graph=True),
     ],
 )
@@ -168,6 +184,8 @@ def test_comes_back_from_json(recipe: Recipe) -> None:
         ({"colour": "red"}, "a recipe has no field 'colour'"),
         ({"cache": {"limit": 1}}, "cache takes a JSON object of its fields"),
         ({"cache": {"threshold": -1}}, "threshold is 0 or more"),
+        ({"cache": {"speed_factor": 0.5}}, "speed_factor is 1 or more"),
+        ({"cache": {"speed_factor": 2, "threshold": 0.1}}, "cache takes a JSON object of its fields"),
         ({"inductor_flags": {"epilogue_fusion": 1}}, "true, false or null"),
         ({"inductor_flags": None}, "inductor_flags takes a JSON object"),
         ({"dtype": "float16"}, "dtype is one of"),
