@@ -6,7 +6,7 @@ import difflib
 import json
 import typing
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 from recipes.recipe import InductorFlags, Recipe, RecipeError
@@ -281,9 +281,8 @@ def command_line_name(recipe: Recipe) -> str:
     base, known = min(named().items(), key=lambda item: len(item[1].differences(recipe)))
     changes = [base]
     for name in known.differences(recipe):
-        value = asdict(recipe)[name]
-        if isinstance(value, dict):  # what is left out is at its default
-            plain = asdict(type(getattr(recipe, name))())
-            value = {key: x for key, x in value.items() if x != plain[key]}
+        value = getattr(recipe, name)
+        if is_dataclass(value):  # what is left out is at its default
+            value = {f.name: x for f in fields(value) if (x := getattr(value, f.name)) != f.default}
         changes.append(f"{name}={value if isinstance(value, str) else json.dumps(value, separators=(',', ':'))}")
     return ",".join(changes)

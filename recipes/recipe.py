@@ -53,7 +53,7 @@ class FirstBlockCache:
 class StepSkipping:
     """Compute one of `speed_factor` steps, and extrapolate the others from those before (recipes/step_cache.py)."""
 
-    speed_factor: float = 2.0
+    speed_factor: float
 
     def __post_init__(self) -> None:
         _check_number(self, "speed_factor", 1)

@@ -41,7 +41,7 @@ def size(request: dict[str, Any]) -> str:
 
 
 def file_name(recipe: str, request: dict[str, Any]) -> str:
-    safe = recipe.replace("/", "-").replace('"', "")
+    safe = recipe.translate(str.maketrans("/:", "-=", '"{}'))
     return f"{safe}@{size(request)}.json"
 
 

@@ -146,6 +146,7 @@ def test_parse_reads_every_kind_of_value() -> None:
     assert parse(text) == expected
     assert parse('bf16,cache={"threshold":0.25}').cache == FirstBlockCache(0.25)
     assert parse('aoti,cache={"speed_factor":2}').cache == StepSkipping(2.0)
+    assert command_line_name(parse('aoti,cache={"speed_factor":2}')) == 'aoti,cache={"speed_factor":2.0}'
     assert parse('bf16,cache={"threshold":0.25},cache=null').cache is None
 
 

@@ -74,7 +74,7 @@ def test_refuses_speed_factors(speed_factor: object) -> None:
 
 def test_skipped_steps_go_with_all_that_runs() -> None:
     for more in ({"execution": "compile"}, {"execution": "aoti", "hook_search_removal": True}):
-        Recipe(scheduler_sync_removal=True, cuda_graph=True, loop_graph=True, cache=StepSkipping(), **more)
+        Recipe(scheduler_sync_removal=True, cuda_graph=True, loop_graph=True, cache=StepSkipping(2), **more)
 
 
 def test_refuses_inductor_flags_that_are_not_boolean() -> None:
@@ -115,7 +115,7 @@ def test_hash_differs_for_every_field() -> None:
         Recipe(quantization="float8_per_tensor"),
         Recipe(cache=FirstBlockCache()),
         Recipe(cache=FirstBlockCache(0.2)),
-        Recipe(cache=StepSkipping()),
+        Recipe(cache=StepSkipping(2)),
         Recipe(cache=StepSkipping(1.5)),
         Recipe(modulation="hoisted"),
         Recipe(modulation="offloaded"),

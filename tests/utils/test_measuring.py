@@ -196,4 +196,6 @@ def test_folder_and_file_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert results.folder(tmp_path, H100, ".").name == "my model"
     request = {"height": 64, "width": 128, "batch": 2, "steps": 4}
     assert results.file_name("bf16", request) == "bf16@64x128-b2-s4.json"
-    assert "/" not in results.file_name('bf16,cache={"threshold":0.1}', request)
+    with_json = 'bf16,cache={"speed_factor":2.0},inductor_flags={}'
+    assert results.file_name(with_json, request) == "bf16,cache=speed_factor=2.0,inductor_flags=@64x128-b2-s4.json"
+    assert not set('/:"') & set(results.file_name('a/b,cache={"threshold":0.1}', request)), "no system takes them all"
