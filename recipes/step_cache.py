@@ -27,26 +27,19 @@ from recipes.recipe import FirstBlockCache, Recipe
 from utils.errors import UsageError
 from utils.mixin import mix_in
 
-# Chosen on the embedded model (README): above 1, steps are computed more densely early than late, where the latents'
-# error to those of all steps depends on it most.
-GRADING = 1.4
-# Of a line's slope through two velocities: 0 keeps the last one, 1 follows the line.
-DAMPING = 0.5
-
 
 def computed(steps: int, speed_factor: float) -> list[bool]:
-    """Which of a call's steps are computed: one of `speed_factor`, the first among them, and the last if two are."""
+    """Which of a call's steps are computed: one of `speed_factor`, evenly, the first among them, and the last if there
+    are two."""
     count = max(1, round(steps / speed_factor))
-    places = {round((i / (count - 1)) ** GRADING * (steps - 1)) for i in range(count)} if count > 1 else {0}
-    free = iter([step for step in range(steps) if step not in places])
-    places |= {next(free) for _ in range(count - len(places))}  # places that were rounded to the same step
+    places = {(2 * i * (steps - 1) + count - 1) // (2 * (count - 1)) for i in range(count)} if count > 1 else {0}
     return [step in places for step in range(steps)]
 
 
 class Velocities:
-    """The last two velocities that were computed, and what they say of those between.
+    """The last two velocities that were computed, and the line through them.
 
-    Source: linear extrapolation as by the two-step Adams-Bashforth method, with a damped slope.
+    Source: the two-step Adams-Bashforth method, which integrates along that line.
     """
 
     def __init__(self) -> None:
@@ -64,7 +57,7 @@ class Velocities:
             return last
         first_sigma, first = before[0]
         slope = (last.float() - first.float()) / (last_sigma - first_sigma)
-        return (last.float() + DAMPING * (sigma - last_sigma) * slope).to(last.dtype)
+        return (last.float() + (sigma - last_sigma) * slope).to(last.dtype)
 
 
 class SkippedSteps:

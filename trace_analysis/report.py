@@ -32,7 +32,7 @@ class Report:
     marker: the name of the steps' ranges. scope: what kinds, kernels, operators, gaps and rates are of: "steps";
     without steps "region", from the first stage to the end of the last; without either "trace", all of it.
     median_step: index of the step with the median device window (host time without a GPU), the first one left out
-    where there are three or more.
+    where there are three or more, and those that took less than a twentieth of the longest: they were skipped.
     operators: the TOP by own time on the host, of a trace without a GPU; None of one with.
     kinds, kernels, syncs, gaps, rates: None of a trace without a GPU, and where `findings` call them unreliable.
     """
@@ -193,5 +193,10 @@ def _median_step(steps: tuple[Span, ...]) -> int | None:
     """The lower one of two in the middle."""
     counted = steps[1:] if len(steps) > 2 else steps
     measured = [s for s in counted if s.device is not None] or list(counted)
-    ordered = sorted(measured, key=lambda s: (s.device.window_ns if s.device else s.host_ns, s.index))
+
+    def length(step: Span) -> int:
+        return step.device.window_ns if step.device else step.host_ns
+
+    longest = max(map(length, measured), default=0)
+    ordered = sorted((s for s in measured if 20 * length(s) >= longest), key=lambda s: (length(s), s.index))
     return ordered[(len(ordered) - 1) // 2].index if ordered else None

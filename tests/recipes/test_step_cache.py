@@ -19,7 +19,7 @@ import recipes
 from export.runtime import library_of
 from export.store import PackageStore
 from recipes import Recipe, StepSkipping, loop_graph
-from recipes.step_cache import DAMPING, Velocities, computed
+from recipes.step_cache import Velocities, computed
 from tests.recipes.kontext import as_kontext, edit
 from utils.compile_clock import CompileClock
 from utils.cuda_graph import Graphed
@@ -37,23 +37,21 @@ def numbers(steps: int, speed_factor: float) -> list[int]:
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 7, 28, 50, 1000])
 @pytest.mark.parametrize("speed_factor", [1.0, 1.1, 1.5, 2.0, 2.8, 3.0, 4.0, 7.0, 28.0, 1e6])
-def test_computes_so_many_and_more_of_the_early_ones(steps: int, speed_factor: float) -> None:
+def test_computes_so_many_evenly(steps: int, speed_factor: float) -> None:
     places = numbers(steps, speed_factor)
     assert len(computed(steps, speed_factor)) == steps
     assert len(places) == max(1, round(steps / speed_factor))
     assert places[0] == 0, "nothing is known before the first"
-    assert len(places) == 1 or places[-1] == steps - 1
-    gaps = np.diff(places)
-    half = len(gaps) // 2
-    assert gaps[:half].sum() <= gaps[len(gaps) - half :].sum()
+    assert len(places) == 1 or places[-1] == steps - 1, "whose error nothing would make good"
+    assert np.ptp(np.diff(places)) <= 1 if len(places) > 1 else True
 
 
 def test_half_of_28_steps() -> None:
-    assert numbers(28, 2.0) == [0, 1, 2, 3, 5, 7, 9, 11, 14, 16, 19, 21, 24, 27]
+    assert numbers(28, 2.0) == [0, 2, 4, 6, 8, 10, 12, 15, 17, 19, 21, 23, 25, 27]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_extrapolates_along_a_line_that_is_damped(dtype: torch.dtype) -> None:
+def test_extrapolates_along_a_line(dtype: torch.dtype) -> None:
     random = torch.Generator().manual_seed(0)
     first, last = (torch.randn(2, 3, 4, generator=random).to(dtype) for _ in range(2))
     sigmas = torch.tensor([1.0, 0.75, 0.5, 0.25])
@@ -63,7 +61,7 @@ def test_extrapolates_along_a_line_that_is_damped(dtype: torch.dtype) -> None:
     velocities.computed(sigmas[2], last)
     out = velocities.extrapolated(sigmas[3])
     assert out.dtype == dtype
-    expected = last.double() + DAMPING * 0.5 * (last.double() - first.double())  # half of the way between the two
+    expected = last.double() + 0.5 * (last.double() - first.double())  # half of the way between the two
     tolerance = 1e-6 if dtype == torch.float32 else 0.01
     torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
     velocities.computed(sigmas[3], last)
@@ -90,7 +88,7 @@ class Reference:
         if len(known) == 1:
             return (known[0][1],)
         (sigma_0, velocity_0), (sigma_1, velocity_1) = known[-2:]
-        part = DAMPING * (sigma - sigma_1) / (sigma_1 - sigma_0)
+        part = (sigma - sigma_1) / (sigma_1 - sigma_0)
         return (((1 + part) * velocity_1.double() - part * velocity_0.double()).to(velocity_1.dtype),)
 
 

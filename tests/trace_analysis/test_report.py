@@ -151,6 +151,15 @@ def test_the_median_step_leaves_the_first_out(writer) -> None:
     assert writer.analyse().report.median_step == 3
 
 
+def test_the_median_step_is_none_of_those_that_were_skipped(writer) -> None:
+    at = 0
+    for length in (500, 2, 400, 1, 3, 600, 2, 500, 1, 2):
+        writer.step(at, length)
+        writer.kernel("gemm", at, at, length)
+        at += length
+    assert writer.analyse().report.median_step == 7
+
+
 def test_torch_is_not_imported() -> None:
     line = "import sys, trace_analysis.__main__; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", line], cwd=ROOT).returncode == 0
