@@ -53,7 +53,7 @@ _NOT_SHAPING = (
     *("recipes/optimization.py", "recipes/recipe.py", "recipes/execution.py", "recipes/scheduler_sync.py"),
     *("recipes/step_cache.py", "recipes/text_encoders.py", "recipes/cuda_graph.py", "recipes/loop_graph.py"),
     *("recipes/weights.py", "recipes/device_postprocessing.py", "recipes/guards.py"),
-    *("recipes/hook_search.py", "recipes/early_preparation.py"),
+    *("recipes/hook_search.py", "recipes/early_preparation.py", "recipes/euler.py"),
 )
 _SHAPING_OF_EXPORT = (
     *("export/regions.py", "export/text_encoders.py", "export/sizes.py", "export/build.py", "export/host_code.py"),

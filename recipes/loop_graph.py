@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from diffusers import (
     SchedulerMixin,
 )
 
+from recipes.euler import euler, is_plain_euler
 from recipes.hoisting import by_name
 from recipes.optimization import Needs, Optimization
 from recipes.recipe import Recipe, StepSkipping
@@ -34,7 +35,8 @@ from utils.errors import UsageError
 from utils.mixin import mix_in
 from utils.ranges import DENOISING_LOOP
 
-_WARM_UP_STEPS = 2  # the second one's latents come from the first
+# Of the steps that warm up, which are computed: the second's latents come from the first, the third is on their line.
+_WARM_UP = (True, True, False)
 _INSTEAD = "use a recipe with loop_graph=false"
 
 
@@ -97,7 +99,7 @@ def _check(pipe: LoopPipeline, given: dict[str, Any]) -> None:
     """Raise UsageError unless `pipe` can be called with these arguments."""
     if not isinstance(pipe, (FluxPipeline, FluxKontextPipeline)):
         reason = f"is for FluxPipeline and FluxKontextPipeline, not {type(pipe).__name__}:"
-    elif not _is_plain_euler(pipe.scheduler):
+    elif not isinstance(pipe.scheduler, OneStep) or not is_plain_euler(pipe.scheduler, OneStep):
         reason = "needs the FlowMatchEulerDiscreteScheduler it was applied to, without stochastic_sampling: keep it, or"
     elif given.get("callback_on_step_end") is not None:
         reason = "takes no callback_on_step_end: leave it out, or"
@@ -106,21 +108,6 @@ def _check(pipe: LoopPipeline, given: dict[str, Any]) -> None:
     else:
         return
     raise UsageError(f"a denoising loop of one launch {reason} {_INSTEAD}")
-
-
-def _is_plain_euler(scheduler: Any) -> bool:
-    """Whether `euler` is what this scheduler does."""
-    if not isinstance(scheduler, OneStep) or scheduler.config.get("stochastic_sampling"):
-        return False
-    return super(OneStep, scheduler).step.__func__ is FlowMatchEulerDiscreteScheduler.step
-
-
-def euler(latents: torch.Tensor, velocity: torch.Tensor, sigma: torch.Tensor, next_sigma: torch.Tensor) -> torch.Tensor:
-    """The next latents, in the velocity's dtype, rounded where FlowMatchEulerDiscreteScheduler.step rounds.
-
-    latents, velocity [batch, tokens, channels]; the sigmas are float32 tensors without dimensions.
-    """
-    return (latents.float() + (next_sigma - sigma) * velocity).to(velocity.dtype)
 
 
 class DenoisingLoop:
@@ -143,10 +130,24 @@ class DenoisingLoop:
         """
         if sigmas is None:
             return self.function(*args, **named)
+        return self._steps(computed(len(sigmas) - 1, self.speed_factor), sigmas, latent_tokens, **named)
+
+    def warm_up(
+        self, *args: Any, sigmas: torch.Tensor | None = None, latent_tokens: int = 0, **named: Any
+    ) -> tuple[torch.Tensor] | Any:
+        """Fewer steps, in which all is compiled, tuned and loaded that the others need."""
+        if sigmas is None:
+            return self.function(*args, **named)
+        return self._steps(_WARM_UP[: len(sigmas) - 1], sigmas, latent_tokens, **named)
+
+    def _steps(
+        self, are_computed: Sequence[bool], sigmas: torch.Tensor, latent_tokens: int, **named: Any
+    ) -> tuple[torch.Tensor]:
+        """The first steps, as many as are told of whether they are computed."""
         latents, image = named.pop("hidden_states").tensor_split([latent_tokens], dim=1)
         of_steps = {name: named.pop(name) for name in ("timestep", "modulation") if name in named}
         velocities = Velocities()
-        for i, is_computed in enumerate(computed(len(sigmas) - 1, self.speed_factor)):
+        for i, is_computed in enumerate(are_computed):
             if is_computed:
                 tokens = torch.cat([latents, image], dim=1) if image.shape[1] else latents
                 # Copied, so that they are aligned like tensors of their own, for which a step is compiled.
@@ -157,10 +158,6 @@ class DenoisingLoop:
                 velocity = velocities.extrapolated(sigmas[i])
             latents = euler(latents, velocity, sigmas[i], sigmas[i + 1])
         return (latents,)
-
-    def warm_up(self, *args: Any, sigmas: torch.Tensor | None = None, **named: Any) -> Any:
-        """Fewer steps, in which all is compiled, tuned and loaded that the others need."""
-        return self(*args, sigmas=None if sigmas is None else sigmas[: _WARM_UP_STEPS + 1], **named)
 
 
 def _apply(pipe: DiffusionPipeline, recipe: Recipe) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
+import sys
 import typing
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
@@ -67,7 +67,7 @@ def _check_number(cache: Cache, name: str, least: int) -> None:
     value = getattr(cache, name)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise RecipeError(f"cache: {name} is a number, not {value!r}")
-    if not (math.isfinite(value) and value >= least):
+    if not least <= value <= sys.float_info.max:
         raise RecipeError(f"cache: {name} is {least} or more, not {value}")
     object.__setattr__(cache, name, float(value))  # 2 and 2.0 are one recipe, with one hash
 
@@ -167,22 +167,23 @@ class Recipe:
         Raises:
             RecipeError: an unknown field, or a value that isn't among a field's.
         """
-        given = values.get("cache")
-        skipping = isinstance(given, dict) and "speed_factor" in given
-        cache = StepSkipping if skipping else FirstBlockCache
-        nested: dict[str, type] = {"inductor_flags": InductorFlags, "cache": cache}
+        nested: dict[str, tuple[type, ...]] = {
+            "inductor_flags": (InductorFlags,),
+            "cache": (FirstBlockCache, StepSkipping),
+        }
         unknown = sorted(set(values) - {f.name for f in fields(cls)})
         if unknown:
             raise RecipeError(f"a recipe has no field {unknown[0]!r}")
         decoded = dict(values)
-        for name, kind in nested.items():
-            if isinstance(values.get(name), dict):
-                try:
-                    decoded[name] = kind(**values[name])
-                except TypeError as error:
-                    raise RecipeError(
-                        f"{name} takes a JSON object of its fields, not {values[name]!r} ({error})"
-                    ) from None
+        for name, kinds in nested.items():
+            given = values.get(name)
+            if isinstance(given, dict):
+                names = {kind: [f.name for f in fields(kind)] for kind in kinds}
+                kind = next((kind for kind in kinds if set(given) <= set(names[kind])), None)
+                if kind is None:
+                    known = "; or ".join(", ".join(of_kind) for of_kind in names.values())
+                    raise RecipeError(f"{name} takes a JSON object of its fields ({known}), not {given!r}")
+                decoded[name] = kind(**given)
         return cls(**decoded)
 
     @property

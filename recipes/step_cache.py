@@ -12,16 +12,17 @@ Both lie outside the ladder, whose rungs compute every step.
 
 from __future__ import annotations
 
-import functools
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, FirstBlockCacheConfig, FlowMatchEulerDiscreteScheduler
+from diffusers import DiffusionPipeline, FirstBlockCacheConfig
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from torch import nn
 
+from recipes.euler import is_plain_euler
 from recipes.optimization import Needs, Optimization
 from recipes.recipe import FirstBlockCache, Recipe
 from utils.errors import UsageError
@@ -56,50 +57,38 @@ class Velocities:
         if not before:
             return last
         first_sigma, first = before[0]
-        slope = (last.float() - first.float()) / (last_sigma - first_sigma)
-        return (last.float() + (sigma - last_sigma) * slope).to(last.dtype)
+        gap = last_sigma - first_sigma
+        none = gap == 0  # of a schedule of the user's own
+        part = torch.where(none, 0, (sigma - last_sigma) / torch.where(none, 1, gap))
+        return (last.float() + part * (last.float() - first.float())).to(last.dtype)
 
 
-class SkippedSteps:
-    """Stands before a transformer, which in a pipeline's call is only called in steps that are computed.
+class _Call:
+    """A pipeline's call: the step that it is at, and the velocities of each call of the transformer in a step, of which
+    true classifier-free guidance has two."""
 
-    What calls the transformer otherwise gets all computed. True classifier-free guidance calls it several times a step:
-    each of them has velocities of its own.
-    """
+    def __init__(self, pipe: DiffusionPipeline, speed_factor: float):
+        self.pipe, self.speed_factor = pipe, speed_factor
+        self.step, self.index = -1, object()
+        self.in_step = 0
+        self.velocities: list[Velocities] = []
 
-    def __init__(self, speed_factor: float):
-        self.speed_factor = speed_factor
-        self.pipe: DiffusionPipeline | None = None
-
-    @contextmanager
-    def call(self, pipe: DiffusionPipeline) -> Iterator[None]:
-        """A call of `pipe`."""
-        if not isinstance(pipe.scheduler, FlowMatchEulerDiscreteScheduler):
-            name = type(pipe.scheduler).__name__
-            raise UsageError(
-                f"skipped steps need a FlowMatchEulerDiscreteScheduler, not {name}: keep the pipeline's own, or use a "
-                "recipe with cache=null"
-            )
-        self.pipe, self._step, self._index = pipe, -1, object()
-        self._of_step: list[Velocities] = []
-        try:
-            yield
-        finally:
-            self.pipe, self._of_step = None, []
-
-    def __call__(self, compute: Any, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
-        """The transformer's call: `compute`, or what it would give."""
-        if self.pipe is None:
-            return compute(*args, return_dict=return_dict, **kwargs)
+    def __call__(self, compute: Callable, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
+        """The transformer's next call: `compute`, or what it would give."""
         scheduler, steps = self.pipe.scheduler, self.pipe.num_timesteps
-        if scheduler.step_index != self._index:  # None at the first step, then one more a step
-            self._index, self._step, self._calls = scheduler.step_index, self._step + 1, 0
-        self._calls += 1
-        if self._calls > len(self._of_step):
-            self._of_step.append(Velocities())
-        velocities = self._of_step[self._calls - 1]
-        sigma = scheduler.sigmas[len(scheduler.sigmas) - 1 - steps + self._step]
-        if computed(steps, self.speed_factor)[self._step]:
+        if scheduler.step_index != self.index:  # None at the first step, then one more a step
+            self.index, self.step, self.in_step = scheduler.step_index, self.step + 1, 0
+        self.in_step += 1
+        is_computed = computed(steps, self.speed_factor)[self.step]
+        if self.in_step > len(self.velocities):
+            if not is_computed:
+                raise UsageError(
+                    "skipped steps need as many calls of the transformer in each step: use a recipe with cache=null"
+                )
+            self.velocities.append(Velocities())
+        velocities = self.velocities[self.in_step - 1]
+        sigma = scheduler.sigmas[len(scheduler.sigmas) - 1 - steps + self.step]
+        if is_computed:
             out = compute(*args, return_dict=return_dict, **kwargs)
             velocities.computed(sigma, out[0])
             return out
@@ -107,21 +96,62 @@ class SkippedSteps:
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
 
+class SkippedSteps:
+    """What a pipeline and its transformer share: the pipeline's call that is going on, if one is."""
+
+    def __init__(self, speed_factor: float):
+        self.speed_factor = speed_factor
+        self.call: _Call | None = None
+
+    @contextmanager
+    def during(self, call: _Call | None) -> Iterator[None]:
+        """In the body the transformer is called by `call`, or else by hand."""
+        before, self.call = self.call, call
+        try:
+            yield
+        finally:
+            self.call = before
+
+
+class SkippingPipeline(DiffusionPipeline):
+    """Mixin for a pipeline: of its calls' steps only those that are computed call the transformer.
+
+    A callback may call what it likes: that is computed. So is every step of another pipeline that is made of the same
+    parts.
+
+    Raises:
+        UsageError: at a call with a scheduler whose step isn't diffusers' Euler update.
+    """
+
+    skipped_steps: SkippedSteps
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not is_plain_euler(self.scheduler):
+            raise UsageError(
+                "skipped steps need diffusers' FlowMatchEulerDiscreteScheduler without stochastic_sampling, not this "
+                f"{type(self.scheduler).__name__}: keep the pipeline's own, or use a recipe with cache=null"
+            )
+        skipped = self.skipped_steps
+        if callback := kwargs.get("callback_on_step_end"):
+            kwargs["callback_on_step_end"] = skipped.during(None)(callback)
+        with skipped.during(_Call(self, skipped.speed_factor)):
+            return super().__call__(*args, **kwargs)
+
+
+class SkippingTransformer(nn.Module):
+    """Mixin for its transformer. What comes between, such as its hooks, a skipped step doesn't need."""
+
+    skipped_steps: SkippedSteps
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        call = self.skipped_steps.call
+        return super().__call__(*args, **kwargs) if call is None else call(super().__call__, *args, **kwargs)
+
+
 def _skip_steps(pipe: DiffusionPipeline, speed_factor: float) -> None:
-    skipped = SkippedSteps(speed_factor)
-    pipeline, transformer = type(pipe), type(pipe.transformer)
-
-    @functools.wraps(pipeline.__call__)
-    def call(self: DiffusionPipeline, *args: Any, **kwargs: Any) -> Any:
-        with skipped.call(self):
-            return pipeline.__call__(self, *args, **kwargs)
-
-    @functools.wraps(transformer.__call__)
-    def step(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return skipped(functools.partial(transformer.__call__, self), *args, **kwargs)
-
-    mix_in(pipe, __call__=call)
-    mix_in(pipe.transformer, __call__=step)  # before its hooks, which a skipped step doesn't need
+    pipe.skipped_steps = pipe.transformer.skipped_steps = SkippedSteps(speed_factor)
+    mix_in(pipe, SkippingPipeline)
+    mix_in(pipe.transformer, SkippingTransformer)
 
 
 def _apply(pipe: DiffusionPipeline, recipe: Recipe) -> str:

@@ -32,7 +32,7 @@ class Report:
     marker: the name of the steps' ranges. scope: what kinds, kernels, operators, gaps and rates are of: "steps";
     without steps "region", from the first stage to the end of the last; without either "trace", all of it.
     median_step: index of the step with the median device window (host time without a GPU), the first one left out
-    where there are three or more, and those that took less than a twentieth of the longest: they were skipped.
+    where there are three or more, and those that took less than a twentieth of the second longest: they were skipped.
     operators: the TOP by own time on the host, of a trace without a GPU; None of one with.
     kinds, kernels, syncs, gaps, rates: None of a trace without a GPU, and where `findings` call them unreliable.
     """
@@ -197,6 +197,7 @@ def _median_step(steps: tuple[Span, ...]) -> int | None:
     def length(step: Span) -> int:
         return step.device.window_ns if step.device else step.host_ns
 
-    longest = max(map(length, measured), default=0)
-    ordered = sorted((s for s in measured if 20 * length(s) >= longest), key=lambda s: (length(s), s.index))
+    ordered = sorted(measured, key=lambda s: (length(s), s.index))
+    long = length(ordered[-2:][0]) if ordered else 0  # the longest may be one that something else held up
+    ordered = [s for s in ordered if 20 * length(s) >= long]
     return ordered[(len(ordered) - 1) // 2].index if ordered else None

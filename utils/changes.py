@@ -80,11 +80,12 @@ class _Watch:
     def _tensors(self) -> list[torch.Tensor]:
         return [tensor for held in self._holders for tensor in held.values() if tensor is not None]
 
-    def _identities(self, tensors: list[torch.Tensor]) -> tuple[list[int], ...]:
+    def _identities(self, tensors: list[torch.Tensor]) -> tuple[list[Any], ...]:
         """Which parts, tensors, hooks and processors there are."""
         return (
             [*map(id, chain.from_iterable(held.values() for held in self._children))],
             [*map(id, tensors)],
+            [*map(type, tensors)],  # torch.utils.swap_tensors gives one another
             [*chain.from_iterable(self._hooks)],  # their keys, which no other hook has
             [id(attention["processor"]) for attention in self._attentions],
         )

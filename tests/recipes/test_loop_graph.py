@@ -26,7 +26,8 @@ import recipes
 from export.runtime import library_of
 from export.store import PackageStore
 from recipes import Recipe, RecipeError
-from recipes.loop_graph import OPTIMIZATION, DenoisingLoop, OneStep, euler
+from recipes.euler import euler
+from recipes.loop_graph import OPTIMIZATION, DenoisingLoop, OneStep
 from tests.recipes.kontext import as_kontext, edit
 from utils.compile_clock import CompileClock
 from utils.cuda_graph import Graphed
@@ -300,7 +301,7 @@ def test_loop_is_of_the_steps_that_were_compiled(
 
     pipe.transformer.forward = capture
     with CompileClock() as clock:
-        assert not torch.equal(draw(pipe, **arguments), expected), "two of four steps"
+        assert not torch.equal(draw(pipe, **arguments), expected), "fewer than four steps"
     assert compiled == [0]
     assert (clock.compilations > 0) == (options["execution"] == "compile")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline, FlowMatchHeunDiscreteScheduler, FluxImg2ImgPipeline, FluxPipeline
+from diffusers import (
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    FluxImg2ImgPipeline,
+    FluxPipeline,
+)
 from PIL import Image
 
 import recipes
@@ -196,11 +203,75 @@ def test_callbacks_see_every_step(tiny: Callable, draw: Callable) -> None:
     assert seen == [0, 1, 2, 3, 4, 5]
 
 
-def test_refuses_other_schedulers_in_one_line(tiny: Callable, draw: Callable) -> None:
+class OtherUpdate(FlowMatchEulerDiscreteScheduler):
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("not called")
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        FlowMatchHeunDiscreteScheduler,
+        lambda: OtherUpdate(use_dynamic_shifting=True),
+        lambda: FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, stochastic_sampling=True),
+    ],
+    ids=["heun", "own-step", "stochastic"],
+)
+def test_refuses_other_schedulers_in_one_line(tiny: Callable, draw: Callable, scheduler: Callable) -> None:
     pipe = skipping(tiny())
-    pipe.scheduler = FlowMatchHeunDiscreteScheduler()
-    with pytest.raises(UsageError, match=r"not FlowMatchHeunDiscreteScheduler: keep .* recipe with cache=null$"):
+    pipe.scheduler = scheduler()
+    name = type(pipe.scheduler).__name__
+    with pytest.raises(UsageError, match=f"not this {name}: keep .* recipe with cache=null$"):
         draw(pipe, steps=2)
+
+
+@pytest.mark.parametrize("loop", [False, True], ids=["steps", "loop"])
+def test_sigmas_that_are_the_same(tiny: Callable, draw: Callable, loop: bool) -> None:
+    sigmas, pipe = [1, 0.9, 0.8, 0.8, 0.6, 0.5, 0.4, 0.3, 0.2], tiny()
+    assert numbers(9, 1.5)[1:3] == [2, 3], "of which two that are computed are alike"
+    if loop:
+        recipes.apply(pipe, PLAIN)
+        loop_graph.OPTIMIZATION.apply(pipe, replace(PLAIN, cache=StepSkipping(1.5)))
+    else:
+        skipping(pipe, PLAIN, 1.5)
+    assert draw(pipe, sigmas=sigmas, output_type="latent").isfinite().all()
+
+
+@pytest.mark.parametrize("after", range(5))
+def test_a_callback_calls_what_it_likes(tiny: Callable, draw: Callable, predict: Callable, after: int) -> None:
+    pipe, plain, shares = skipping(tiny()), tiny(), skipping(tiny())
+    expected = draw(pipe, steps=6)
+    other = FluxPipeline(**{**pipe.components, "scheduler": shares.scheduler})
+    other.set_progress_bar_config(disable=True)
+
+    def call(_: Any, step: int, *__: Any) -> dict:
+        if step == after:
+            assert torch.equal(predict(pipe), predict(plain))
+            assert np.array_equal(draw(other, steps=2), draw(plain, steps=2))
+            assert np.array_equal(draw(pipe_of_its_own, steps=5), own)
+        return {}
+
+    pipe_of_its_own = copy.copy(pipe)
+    pipe_of_its_own.scheduler = shares.scheduler
+    own = draw(pipe_of_its_own, steps=5)
+    assert np.array_equal(draw(pipe, steps=6, callback_on_step_end=call), expected)
+
+
+def test_more_calls_in_a_step_than_before_are_refused(tiny: Callable, draw: Callable) -> None:
+    pipe = skipping(tiny())
+    step = pipe.scheduler.step
+
+    def stepped(velocity: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        out = step(velocity, *args, **kwargs)
+        pipe.transformer(**pipe.asked)
+        return out
+
+    pipe.transformer.register_forward_pre_hook(
+        lambda _, args, kwargs: vars(pipe).update(asked=kwargs), with_kwargs=True
+    )
+    pipe.scheduler.step = stepped
+    with pytest.raises(UsageError, match="as many calls of the transformer in each step: use a recipe with cache=null"):
+        draw(pipe, steps=6)
 
 
 def test_stays_the_pipeline_and_the_transformer_that_they_were(tiny: Callable) -> None:
@@ -216,6 +287,12 @@ def test_a_copy_skips_by_its_own_steps(tiny: Callable, draw: Callable) -> None:
     copied = copy.deepcopy(pipe)
     draw(pipe, steps=3)
     assert np.array_equal(draw(copied, steps=6), expected)
+
+    def at_once(pipe: Any) -> list[np.ndarray]:
+        return [draw(pipe, steps=6) for _ in range(3)]
+
+    with ThreadPoolExecutor(2) as threads:
+        assert all(np.array_equal(drawn, expected) for pair in threads.map(at_once, (pipe, copied)) for drawn in pair)
     calls = count(copied)
     borrowed = FluxPipeline(**copied.components)  # which skips none
     borrowed.set_progress_bar_config(disable=True)
@@ -247,6 +324,25 @@ def test_one_call_for_all_steps_gives_the_same_bits(
         got = draw(loop, output_type="latent", **options)
         assert len(calls) == len(numbers(len(options.get("sigmas", ())) or options["steps"], 2.0))
         assert torch.equal(got, draw(steps, output_type="latent", **options))
+
+
+@pytest.mark.parametrize("speed_factor", [1.0, 2.0, 7.0])
+def test_what_warms_a_capture_up_does_all_that_the_loop_does(speed_factor: float) -> None:
+    called = []
+
+    def step(hidden_states: torch.Tensor, timestep: torch.Tensor) -> tuple[torch.Tensor]:
+        called.append(timestep)
+        return (hidden_states + timestep,)
+
+    def drawn(timesteps: int) -> torch.Tensor:
+        loop = loop_graph.DenoisingLoop(step, speed_factor)
+        sigmas, noise = torch.linspace(1, 0, timesteps + 1), torch.ones(1, 2, 3)
+        return loop.warm_up(hidden_states=noise, timestep=sigmas[:-1, None], sigmas=sigmas, latent_tokens=2)[0]
+
+    for timesteps, calls in ((1, 1), (2, 2), (7, 2)):
+        called.clear()
+        assert drawn(timesteps).isfinite().all()
+        assert len(called) == calls
 
 
 @pytest.mark.slow

@@ -151,13 +151,21 @@ def test_the_median_step_leaves_the_first_out(writer) -> None:
     assert writer.analyse().report.median_step == 3
 
 
-def test_the_median_step_is_none_of_those_that_were_skipped(writer) -> None:
+@pytest.mark.parametrize(
+    ("lengths", "median"),
+    [
+        ((500, 2, 400, 1, 3, 600, 2, 500, 1, 2), 7),
+        ((500, 100, 110, 90, 2500, 120, 100), 6),
+    ],
+    ids=["skipped", "held-up"],
+)
+def test_the_median_step_is_one_that_is_like_others(writer, lengths: tuple[int, ...], median: int) -> None:
     at = 0
-    for length in (500, 2, 400, 1, 3, 600, 2, 500, 1, 2):
+    for length in lengths:
         writer.step(at, length)
         writer.kernel("gemm", at, at, length)
         at += length
-    assert writer.analyse().report.median_step == 7
+    assert writer.analyse().report.median_step == median
 
 
 def test_torch_is_not_imported() -> None:

@@ -85,6 +85,16 @@ def test_float8_weights(told: tuple[nn.Sequential, list[int]]) -> None:
     assert times == [1, 1]
 
 
+def test_a_float8_weight_that_was_swapped(told: tuple[nn.Sequential, list[int]]) -> None:
+    module, times = told
+    quantize_linears([module[0][0]], "float8_per_row")
+    module.to("cpu")
+    assert times == [1]
+    torch.utils.swap_tensors(module[0][0].weight, nn.Parameter(torch.zeros(32, 32)))
+    module(torch.ones(4, 32))
+    assert times == [1, 1]
+
+
 def _new_bias(module: nn.Sequential) -> None:
     module[0].bias = nn.Parameter(torch.zeros(32))
 
