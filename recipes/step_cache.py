@@ -57,9 +57,8 @@ class Velocities:
         if not before:
             return last
         first_sigma, first = before[0]
-        gap = last_sigma - first_sigma
-        none = gap == 0  # of a schedule of the user's own
-        part = torch.where(none, 0, (sigma - last_sigma) / torch.where(none, 1, gap))
+        part = (sigma - last_sigma) / (last_sigma - first_sigma)
+        part = part.nan_to_num(0, 0, 0)  # no line where both sigmas are the same, in a schedule of the user's own
         return (last.float() + part * (last.float() - first.float())).to(last.dtype)
 
 
