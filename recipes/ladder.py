@@ -186,6 +186,8 @@ LADDER: tuple[Callable[[Recipe], Recipe], ...] = (
 # Measured, and not inherited, for they cost what their gain must be worth to who asks for them: a search of minutes at
 # each compilation (at FLUX.1's sizes cuBLASLt wins most of it), or callbacks between steps.
 NOT_INHERITED = (max_autotune, inductor_flags, loop_graph)
+# Fields that are written as JSON, with an example of each.
+_NESTED = {"inductor_flags": '{"epilogue_fusion":false}', "cache": '{"speed_factor":2}'}
 
 
 @dataclass(frozen=True)
@@ -231,7 +233,7 @@ def description(name: str) -> str:
 def parse(text: str) -> Recipe:
     """A recipe from the command line: a rung's name, fields after it as in "float8,attention=native".
 
-    A nested field is written as JSON: `inductor_flags={"epilogue_fusion":false}`, `cache={"threshold":0.1}`.
+    A nested field is written as JSON: `inductor_flags={"epilogue_fusion":false}`, `cache={"speed_factor":2}`.
 
     Raises:
         RecipeError: unknown name, field or value.
@@ -268,12 +270,14 @@ def _parse_change(change: str) -> tuple[str, Any]:
         raise RecipeError(f"{fault}: {hint}The fields are {', '.join(hints)}")
     if value in ("true", "false", "null"):
         return name, json.loads(value)
-    if name not in ("inductor_flags", "cache"):
+    if name not in _NESTED:
         return name, value
     try:
         return name, dict(json.loads(value))
-    except (TypeError, ValueError) as error:
-        raise RecipeError(f"{name} takes a JSON object of its fields, not {value!r} ({error})") from None
+    except (TypeError, ValueError):
+        raise RecipeError(
+            f"{name} takes a JSON object of its fields, as {name}={_NESTED[name]}, not {value!r}"
+        ) from None
 
 
 def command_line_name(recipe: Recipe) -> str:
