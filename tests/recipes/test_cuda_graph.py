@@ -45,7 +45,7 @@ def test_raises_on_cpu(tiny: Callable) -> None:
 
 
 def test_refuses_a_step_cache() -> None:
-    with pytest.raises(RecipeError, match="cache needs cuda_graph=false"):
+    with pytest.raises(RecipeError, match="cache with a threshold needs cuda_graph=false"):
         Recipe(cache=FirstBlockCache(), cuda_graph=True)
 
 

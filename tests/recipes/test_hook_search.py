@@ -118,5 +118,5 @@ def test_hooks_before_and_after_it_are_refused(tiny: Callable) -> None:
     with pytest.raises(UsageError, match="enable_model_cpu_offload after a recipe: ") as refused:
         pipe.enable_model_cpu_offload()
     assert "with hook_search_removal=true nobody looks for hooks" in str(refused.value)
-    with pytest.raises(RecipeError, match="cache needs hook_search_removal=false"):
+    with pytest.raises(RecipeError, match="cache with a threshold needs hook_search_removal=false"):
         Recipe(cache=FirstBlockCache(), hook_search_removal=True)
