@@ -35,8 +35,7 @@ from utils.errors import UsageError
 from utils.mixin import mix_in
 from utils.ranges import DENOISING_LOOP
 
-# Of the steps that warm up, which are computed: the second's latents come from the first, the third is on their line.
-_WARM_UP = (True, True, False)
+_WARM_UP_STEPS = 2  # that are computed: the second one's latents come from the first
 _INSTEAD = "use a recipe with loop_graph=false"
 
 
@@ -138,7 +137,9 @@ class DenoisingLoop:
         """Fewer steps, in which all is compiled, tuned and loaded that the others need."""
         if sigmas is None:
             return self.function(*args, **named)
-        return self._steps(_WARM_UP[: len(sigmas) - 1], sigmas, latent_tokens, **named)
+        skips = not all(computed(len(sigmas) - 1, self.speed_factor))
+        are_computed = [*[True] * _WARM_UP_STEPS, *[False] * skips]
+        return self._steps(are_computed[: len(sigmas) - 1], sigmas, latent_tokens, **named)
 
     def _steps(
         self, are_computed: Sequence[bool], sigmas: torch.Tensor, latent_tokens: int, **named: Any
@@ -153,7 +154,7 @@ class DenoisingLoop:
                 # Copied, so that they are aligned like tensors of their own, for which a step is compiled.
                 of_step = {name: every[i].clone() for name, every in of_steps.items()}
                 velocity = self.function(hidden_states=tokens, **of_step, **named)[0][:, :latent_tokens]
-                velocities.computed(sigmas[i], velocity)
+                velocities.add(sigmas[i], velocity)
             else:
                 velocity = velocities.extrapolated(sigmas[i])
             latents = euler(latents, velocity, sigmas[i], sigmas[i + 1])

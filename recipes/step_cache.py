@@ -46,10 +46,9 @@ class Velocities:
     def __init__(self) -> None:
         self._known: deque[tuple[torch.Tensor, torch.Tensor]] = deque(maxlen=2)
 
-    def computed(self, sigma: torch.Tensor, velocity: torch.Tensor) -> torch.Tensor:
-        """`velocity` [batch, tokens, channels] at `sigma`, float32 without dimensions, which is kept; itself."""
+    def add(self, sigma: torch.Tensor, velocity: torch.Tensor) -> None:
+        """Keep a computed `velocity` [batch, tokens, channels] at `sigma`, float32 without dimensions."""
         self._known.append((sigma, velocity))
-        return velocity
 
     def extrapolated(self, sigma: torch.Tensor) -> torch.Tensor:
         """The velocity at `sigma`, in the dtype of those before: the last one where there is only one."""
@@ -89,7 +88,7 @@ class _Call:
         sigma = scheduler.sigmas[len(scheduler.sigmas) - 1 - steps + self.step]
         if is_computed:
             out = compute(*args, return_dict=return_dict, **kwargs)
-            velocities.computed(sigma, out[0])
+            velocities.add(sigma, out[0])
             return out
         sample = velocities.extrapolated(sigma)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)

@@ -63,15 +63,15 @@ def test_extrapolates_along_a_line(dtype: torch.dtype) -> None:
     first, last = (torch.randn(2, 3, 4, generator=random).to(dtype) for _ in range(2))
     sigmas = torch.tensor([1.0, 0.75, 0.5, 0.25])
     velocities = Velocities()
-    assert velocities.computed(sigmas[0], first) is first
+    velocities.add(sigmas[0], first)
     assert velocities.extrapolated(sigmas[1]) is first, "nothing is known of a slope"
-    velocities.computed(sigmas[2], last)
+    velocities.add(sigmas[2], last)
     out = velocities.extrapolated(sigmas[3])
     assert out.dtype == dtype
     expected = last.double() + 0.5 * (last.double() - first.double())  # half of the way between the two
     tolerance = 1e-6 if dtype == torch.float32 else 0.01
     torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
-    velocities.computed(sigmas[3], last)
+    velocities.add(sigmas[3], last)
     assert torch.equal(velocities.extrapolated(sigmas[3] - 0.1), last), "the last two count, and they are alike"
 
 
